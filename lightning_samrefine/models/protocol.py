@@ -1,0 +1,86 @@
+"""The one interface between the refiner and any promptable model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """N prompts for one image, in the model's own frames (ALGORITHM.md steps 5 and 6).
+
+    Attributes:
+        boxes: (N, 4) float32 XYXY in the frame of the resized image.
+        points: (N, 2) float32 XY in the same frame, one positive click each.
+        masks: (K, m, m) float32 mask-prompt logits, one for each class that has a region.
+        mask_index: (N,) int64 in [0, K), the row of ``masks`` that each prompt uses.
+    """
+
+    boxes: Tensor
+    points: Tensor
+    masks: Tensor
+    mask_index: Tensor
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+    def chunk(self, start: int, stop: int) -> Prompts:
+        """Return prompts start to stop; they keep all K masks."""
+        return Prompts(
+            self.boxes[start:stop], self.points[start:stop], self.masks, self.mask_index[start:stop]
+        )
+
+
+@runtime_checkable
+class Promptable(Protocol):
+    """A model that turns an image and prompts into masks and predicted IoUs.
+
+    Attributes:
+        name: Short name for logs, such as ``"vit_t"``.
+        module: The underlying torch module; the refiner never trains it.
+        image_size: Side in pixels of the model's square input.
+        mask_size: Side m of its mask prompts and low-resolution logits.
+    """
+
+    name: str
+    module: nn.Module
+    image_size: int
+    mask_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        ...
+
+    def input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (h_in, w_in), the size to which an image of size (H, W) is resized."""
+        ...
+
+    def mask_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (h_n, w_n), the part of a mask prompt that an image of size (H, W) fills."""
+        ...
+
+    def embed(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Embed images, each uint8 (3, H, W) RGB of its own size (step 0).
+
+        Returns:
+            One embedding an image, opaque to the caller.
+        """
+        ...
+
+    def decode(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Decode N ≥ 1 prompts on one image, all in one batch (step 7).
+
+        Returns:
+            Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32.
+        """
+        ...
+
+    def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
+        """Bring (N, m, m) logits to (N, H, W) float32 (step 9)."""
+        ...

@@ -1,0 +1,102 @@
+"""Any model in segment-anything's `Sam` layout, behind the `Promptable` protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import Sam
+from torch import Tensor
+
+from lightning_samrefine.geometry import get_preprocess_shape
+from lightning_samrefine.models.protocol import Prompts
+from lightning_samrefine.precision import autocast
+
+# One image at a time keeps ViT's attention matrices from piling up; a GPU is busy with one.
+_IMAGES_PER_BATCH = 1
+
+
+class SamPromptable:
+    """A `Sam` module as the refiner wants it: frozen, in eval mode, fed tensors only.
+
+    Args:
+        module: The model; its image encoder has ``img_size``, as all of this family do.
+        name: Short name for logs.
+    """
+
+    def __init__(self, module: Sam, name: str) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.name = name
+        self.image_size = int(module.image_encoder.img_size)
+        self.mask_size = int(module.prompt_encoder.mask_input_size[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.module.device
+
+    def input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (h_in, w_in): the long side becomes the model's input size (step 6)."""
+        return get_preprocess_shape(*image_hw, self.image_size)
+
+    def mask_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (h_n, w_n): the long side becomes the mask prompt's size (step 5)."""
+        return get_preprocess_shape(*image_hw, self.mask_size)
+
+    def embed(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Embed images, each uint8 (3, H, W) RGB of its own size (step 0).
+
+        Returns:
+            One (1, D, h_e, w_e) float32 embedding an image.
+        """
+        inputs = [self._preprocess(image) for image in images]
+        embeddings: list[Tensor] = []
+        for start in range(0, len(inputs), _IMAGES_PER_BATCH):
+            batch = torch.cat(inputs[start : start + _IMAGES_PER_BATCH])
+            embeddings.extend(self.module.image_encoder(batch).float().split(1))
+        return embeddings
+
+    def decode(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Decode N ≥ 1 prompts on one image, single-mask output (step 7).
+
+        Returns:
+            Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32.
+        """
+        encoder = self.module.prompt_encoder
+        # A reduced type would move points by pixels: the encoder multiplies coordinates by a
+        # random matrix before sin and cos.
+        with autocast(None, embedding.device):
+            sparse, dense = encoder(
+                points=(
+                    prompts.points[:, None],
+                    torch.ones(len(prompts), 1, device=embedding.device),
+                ),
+                boxes=prompts.boxes,
+                masks=prompts.masks[prompts.mask_index][:, None],
+            )
+            image_pe = encoder.get_dense_pe()
+        low_res_logits, pred_iou = self.module.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=image_pe,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        return low_res_logits[:, 0].float(), pred_iou[:, 0].float()
+
+    def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
+        """Bring (N, m, m) logits to (N, H, W) float32 by SAM's two-step rule (step 9)."""
+        return self.module.postprocess_masks(
+            low_res_logits[:, None].float(), self.input_hw(image_hw), image_hw
+        )[:, 0]
+
+    def _preprocess(self, image: Tensor) -> Tensor:
+        resized = F.interpolate(
+            image[None].to(self.device, torch.float32),
+            self.input_hw((image.shape[1], image.shape[2])),
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
+        )
+        return self.module.preprocess(resized)

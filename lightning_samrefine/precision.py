@@ -1,0 +1,51 @@
+"""Which autocast SAM runs under, whatever the precision of the run it is attached to."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Choose the autocast type for a device.
+
+    ``"auto"`` takes bf16 where the hardware computes in it, fp16 on CUDA devices that do not,
+    and float32 elsewhere: a CPU without bf16 instructions emulates them 5 to 100 times slower
+    than float32.
+
+    Args:
+        precision: One of ``"auto"``, ``"32"``, ``"bf16-mixed"``, ``"16-mixed"``.
+        device: The device SAM runs on.
+
+    Returns:
+        The autocast type, or None for no autocast.
+
+    Raises:
+        ValueError: An unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}"
+        )
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if native else torch.float16
+        return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else None
+    return {"32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
+
+
+def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
+    """Enter autocast to ``dtype``; None switches off an autocast that surrounds the call."""
+    if dtype is None:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def _cpu_has_bf16() -> bool:
+    # get_capabilities is younger than the oldest torch supported; without it float32 is safe.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -1,0 +1,74 @@
+"""From regions to prompts in the model's frames (ALGORITHM.md steps 5 and 6)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_samrefine.models.protocol import Promptable, Prompts
+from lightning_samrefine.regions import GridRegions
+
+
+def build_prompts(
+    regions: GridRegions,
+    sam: Promptable,
+    image_hw: tuple[int, int],
+    score_thresh: float,
+    mask_prompt_scale: float,
+) -> Prompts:
+    """Build box, point and mask prompts for all regions of one image.
+
+    Args:
+        regions: N ≥ 1 regions on the working grid.
+        sam: The model, for its frames.
+        image_hw: (H, W) of the image.
+        score_thresh: τ_c. Probabilities not above it are 0 in the mask prompt.
+        mask_prompt_scale: τ_m.
+    """
+    device = regions.probs.device
+    grid_h, grid_w = regions.components.shape
+    in_h, in_w = sam.input_hw(image_hw)
+    scale = np.array([in_w / grid_w, in_h / grid_h])
+    used, mask_index = np.unique(regions.classes, return_inverse=True)
+    return Prompts(
+        boxes=_to_device(regions.boxes * np.tile(scale, 2), device),
+        points=_to_device(regions.points * scale, device),
+        masks=mask_prompts(
+            regions.probs[torch.from_numpy(used).to(device)],
+            sam.mask_hw(image_hw),
+            sam.mask_size,
+            score_thresh,
+            mask_prompt_scale,
+        ),
+        mask_index=torch.from_numpy(mask_index).to(device),
+    )
+
+
+def mask_prompts(
+    class_probs: Tensor,
+    mask_hw: tuple[int, int],
+    mask_size: int,
+    score_thresh: float,
+    mask_prompt_scale: float,
+) -> Tensor:
+    """Turn probability maps of classes into mask-prompt logits (step 5).
+
+    Args:
+        class_probs: (K, h_d, w_d) float32 in [0, 1].
+        mask_hw: (h_n, w_n), the part of the prompt that the image fills.
+        mask_size: m.
+        score_thresh: τ_c.
+        mask_prompt_scale: τ_m.
+
+    Returns:
+        (K, m, m) float32: L · τ_m · 1{L > τ_c}, 0 right of and below the image.
+    """
+    resized = F.interpolate(class_probs[None], mask_hw, mode="bilinear", align_corners=False)[0]
+    padded = F.pad(resized, (0, mask_size - mask_hw[1], 0, mask_size - mask_hw[0]))
+    return padded * mask_prompt_scale * (padded > score_thresh)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array.astype(np.float32)).to(device, non_blocking=True)

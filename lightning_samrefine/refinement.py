@@ -1,0 +1,115 @@
+"""What a refinement returns: the new labels, and every region with the reason for its fate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Region:
+    """One prompted region, in plain Python numbers.
+
+    Attributes:
+        class_index: Class in [0, C).
+        box: XYXY in image pixels, exclusive ends.
+        point: The positive click, (x, y) in image pixels.
+        score: Mean raw probability of the class over the region, in [0, 1].
+        pred_iou: SAM's predicted IoU.
+        accepted: Whether ``pred_iou`` passed the threshold.
+    """
+
+    class_index: int
+    box: tuple[float, float, float, float]
+    point: tuple[float, float]
+    score: float
+    pred_iou: float
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class Regions:
+    """All N prompted regions of one image, in the order of ALGORITHM.md step 3, on the CPU.
+
+    Attributes:
+        classes: (N,) int64 in [0, C).
+        boxes: (N, 4) float32 XYXY in image pixels, exclusive ends, clipped to the image.
+        points: (N, 2) float32 XY in image pixels.
+        scores: (N,) float32 in [0, 1], mean raw probability over the region.
+        pred_iou: (N,) float32, SAM's predicted IoU.
+        accepted: (N,) bool, ``pred_iou`` above the threshold.
+    """
+
+    classes: Tensor
+    boxes: Tensor
+    points: Tensor
+    scores: Tensor
+    pred_iou: Tensor
+    accepted: Tensor
+
+    def __len__(self) -> int:
+        return self.classes.shape[0]
+
+    def __getitem__(self, index: int) -> Region:
+        return Region(
+            class_index=int(self.classes[index]),
+            box=tuple(self.boxes[index].tolist()),
+            point=tuple(self.points[index].tolist()),
+            score=float(self.scores[index]),
+            pred_iou=float(self.pred_iou[index]),
+            accepted=bool(self.accepted[index]),
+        )
+
+    def __iter__(self) -> Iterator[Region]:
+        return (self[index] for index in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """The refined prediction of one image (ALGORITHM.md step 12).
+
+    Tensors are on the device of the raw prediction. N counts the accepted regions.
+
+    Attributes:
+        labels: (H, W) int64, S'.
+        probs: (C, H, W) float32, L' to the letter: 0 for every class where a pixel is neither
+            covered nor in a rejected region. Equal to the raw probabilities where nothing was
+            accepted at all.
+        covered: (H, W) bool, Σ_c L'_c > 0 as step 10 leaves it: some accepted mask lies on the
+            pixel. A covered pixel inside a rejected region still keeps its raw label (step 11).
+        pred_iou: (N,) float32, Q.
+        boxes: (N, 4) float32 XYXY in image pixels, exclusive ends, B'.
+        classes: (N,) int64 in [0, C).
+        regions: Every prompted region, accepted or not.
+    """
+
+    labels: Tensor
+    probs: Tensor
+    covered: Tensor
+    pred_iou: Tensor
+    boxes: Tensor
+    classes: Tensor
+    regions: Regions
+
+    def completed_probs(self, raw_probs: Tensor) -> Tensor:
+        """Fill the pixels that L' leaves empty with the raw probabilities.
+
+        Args:
+            raw_probs: (C, H, W) float in [0, 1], the L that was refined.
+
+        Returns:
+            (C, H, W) float32: L' where any class is above 0, L elsewhere. Not renormalised.
+
+        Raises:
+            ValueError: A shape other than that of `probs`.
+        """
+        if raw_probs.shape != self.probs.shape:
+            raise ValueError(
+                f"raw_probs: got shape {tuple(raw_probs.shape)}, accepted is "
+                f"{tuple(self.probs.shape)}, that of the refined probabilities"
+            )
+        empty = (self.probs <= 0).all(dim=0)
+        return torch.where(empty, raw_probs.to(self.probs), self.probs)

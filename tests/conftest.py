@@ -1,0 +1,27 @@
+"""Fixtures that every test file may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny_random_sam import build_random_sam
+
+from lightning_samrefine.models.sam import SamPromptable
+
+
+@pytest.fixture(scope="session")
+def random_sam() -> SamPromptable:
+    """A small random SAM whose predicted IoUs spread over (0, 1) and masks over both signs."""
+    return SamPromptable(build_random_sam(), "random")
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real data; tests that ask for it are marked `data`."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    root = Path(os.environ.get("SAMREFINE_DATA", default))
+    if not (root / "camvid").is_dir():
+        pytest.skip(f"no real data: SAMREFINE_DATA names {root}, which has no folder camvid")
+    return root

@@ -1,0 +1,57 @@
+"""RefineConfig says no before any work is done."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from lightning_samrefine import RefineConfig
+
+
+def test_algorithm4_is_the_seed_and_overrides_replace_fields():
+    config = RefineConfig.preset("algorithm4", pred_iou_thresh=0.7)
+    assert config == RefineConfig(0.0, 8.0, 0.7, stride=2, min_region_area=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("score_thresh", 1.0, ValueError),
+        ("score_thresh", -0.1, ValueError),
+        ("score_thresh", float("nan"), ValueError),
+        ("score_thresh", "0.5", TypeError),
+        ("score_thresh", True, TypeError),
+        ("mask_prompt_scale", 0, ValueError),
+        ("mask_prompt_scale", float("inf"), ValueError),
+        ("pred_iou_thresh", 1.01, ValueError),
+        ("pred_iou_thresh", None, TypeError),
+        ("stride", 0, ValueError),
+        ("stride", 2.0, TypeError),
+        ("min_region_area", 0, ValueError),
+        ("max_prompts_per_batch", 0, ValueError),
+        ("max_prompts_per_batch", 1.5, TypeError),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field, value, error):
+    with pytest.raises(error, match=rf"{field}: got .*accepted is"):
+        RefineConfig(**{field: value})
+
+
+def test_unknown_preset_and_field_are_refused():
+    with pytest.raises(ValueError, match="'algoritm4', accepted are 'algorithm4', 'default'"):
+        RefineConfig.preset("algoritm4")
+    with pytest.raises(TypeError, match=r"no field iou_thresh; its fields are .*pred_iou_thresh"):
+        RefineConfig.preset("default", iou_thresh=0.3)
+
+
+def test_it_is_frozen_and_hashable():
+    config = RefineConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.stride = 3
+    assert hash(config) == hash(RefineConfig())
+
+
+def test_the_config_module_does_not_import_torch():
+    code = "import sys, lightning_samrefine.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

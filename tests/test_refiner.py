@@ -1,0 +1,159 @@
+"""The refiner's contract beside the oracle: inputs, empties, precision, completion."""
+
+import pytest
+import torch
+
+from lightning_samrefine import RefineConfig, Refiner
+from lightning_samrefine.precision import autocast_dtype
+
+
+@pytest.fixture
+def refiner(random_sam):
+    return Refiner(random_sam, RefineConfig.preset("algorithm4"), precision="32")
+
+
+def blobs(num_classes=4, size=(48, 60), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+    noise = torch.randn(1, num_classes, 5, 6, generator=generator) * 4
+    logits = torch.nn.functional.interpolate(noise, size, mode="bilinear")[0]
+    return image, logits.softmax(dim=0)
+
+
+def bad_inputs():
+    image, probs = blobs()
+    labels = probs.argmax(dim=0)
+    nan = probs.clone()
+    nan[0, 0, 0] = float("nan")
+    return {
+        "numpy image": ((image.numpy(), probs), TypeError, "image: got ndarray"),
+        "float image": ((image.float(), probs), TypeError, "image: got dtype torch.float32"),
+        "batched image": ((image[None], probs), ValueError, r"image: got shape \(1, 3"),
+        "empty image": ((image[:, :0], probs[:, :0]), ValueError, "image: got shape"),
+        "integer probs": ((image, probs.long()), TypeError, "probs: got dtype torch.int64"),
+        "other size": ((image, probs[:, 1:]), ValueError, "probs: got shape"),
+        "no class": ((image, probs[:0]), ValueError, "probs: got shape"),
+        "logits": ((image, probs * 5 - 1), ValueError, "apply softmax"),
+        "nan": ((image, nan), ValueError, "without NaN"),
+        "float labels": ((image, probs, labels.float()), TypeError, "labels: got dtype"),
+        "labels of another size": ((image, probs, labels[1:]), ValueError, "labels: got shape"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_inputs())
+def test_bad_input_is_named_before_sam_is_asked(refiner, case, monkeypatch):
+    arguments, error, message = bad_inputs()[case]
+    monkeypatch.setattr(refiner.sam, "embed", lambda images: pytest.fail("SAM was asked"))
+    with pytest.raises(error, match=message):
+        refiner(*arguments)
+
+
+def test_wrong_construction_is_refused(random_sam):
+    with pytest.raises(TypeError, match="sam: got Sam, accepted is a Promptable"):
+        Refiner(random_sam.module)
+    with pytest.raises(TypeError, match="config: got dict"):
+        Refiner(random_sam, {"stride": 2})
+    with pytest.raises(ValueError, match="precision: got 'bf16', accepted are 'auto', '32'"):
+        Refiner(random_sam, precision="bf16")
+
+
+def test_counts_of_a_batch_must_agree(refiner):
+    image, probs = blobs()
+    with pytest.raises(ValueError, match="got 1, 2 and None of them"):
+        refiner.refine_batch([image], [probs, probs])
+
+
+def test_an_image_without_regions_is_never_embedded(refiner, monkeypatch):
+    image, probs = blobs()
+    monkeypatch.setattr(refiner.sam, "embed", lambda images: pytest.fail("SAM was asked"))
+    unknown = torch.full(probs.shape[1:], 255)
+    out = refiner(image, probs, unknown)
+    assert torch.equal(out.labels, unknown)
+    assert torch.equal(out.probs, probs)
+    assert not out.covered.any()
+    assert len(out.regions) == len(out.pred_iou) == 0
+    assert out.boxes.shape == (0, 4)
+
+
+def test_inputs_are_left_alone_and_nothing_requires_grad(refiner):
+    image, probs = blobs()
+    probs.requires_grad_()
+    before = image.clone(), probs.detach().clone()
+    out = refiner(image, probs)
+    assert torch.equal(image, before[0])
+    assert torch.equal(probs, before[1])
+    assert not out.probs.requires_grad
+    assert out.labels.dtype == torch.int64
+    assert out.probs.dtype == out.pred_iou.dtype == out.boxes.dtype == torch.float32
+
+
+def test_completed_probs_fill_what_is_empty_with_raw(refiner):
+    image, probs = blobs()
+    out = refiner(image, probs)
+    completed = out.completed_probs(probs)
+    empty = (out.probs == 0).all(dim=0)
+    assert empty.any()
+    assert not empty.all()
+    assert torch.equal(completed[:, empty], probs[:, empty])
+    assert torch.equal(completed[:, ~empty], out.probs[:, ~empty])
+    with pytest.raises(ValueError, match="raw_probs: got shape"):
+        out.completed_probs(probs[:1])
+
+
+def test_regions_read_as_plain_python(refiner):
+    image, probs = blobs()
+    out = refiner(image, probs)
+    region = out.regions[0]
+    assert isinstance(region.accepted, bool)
+    assert region.accepted == (region.pred_iou > refiner.config.pred_iou_thresh)
+    x0, y0, x1, y1 = region.box
+    assert x0 <= region.point[0] <= x1
+    assert y0 <= region.point[1] <= y1
+    assert sum(r.accepted for r in out.regions) == len(out.pred_iou) == len(out.classes)
+
+
+def test_half_precision_and_small_integer_types_mean_the_same(refiner):
+    image, probs = blobs()
+    rounded = probs.bfloat16()
+    labels = probs.argmax(dim=0)
+    expected = refiner(image, rounded.float(), labels)
+    got = refiner(image, rounded, labels.to(torch.uint8))
+    assert torch.equal(got.labels, expected.labels)
+    assert torch.equal(got.probs, expected.probs)
+    assert got.labels.dtype == torch.int64
+
+
+def test_a_nan_mask_never_reaches_the_map(refiner, monkeypatch):
+    image, probs = blobs()
+    decode = refiner.sam.decode
+
+    def broken(embedding, prompts):
+        logits, iou = decode(embedding, prompts)
+        return torch.full_like(logits, float("nan")), torch.ones_like(iou)
+
+    monkeypatch.setattr(refiner.sam, "decode", broken)
+    out = refiner(image, probs)
+    assert torch.equal(out.labels, probs.argmax(dim=0))
+    assert out.probs.isfinite().all()
+
+
+def test_auto_precision_is_bf16_only_where_the_cpu_has_it(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert autocast_dtype("auto", cpu) is None
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert autocast_dtype("auto", cpu) is torch.bfloat16
+    assert autocast_dtype("32", cpu) is None
+    assert autocast_dtype("16-mixed", cpu) is torch.float16
+
+
+def test_bf16_changes_few_labels_and_a_surrounding_autocast_none(random_sam):
+    image, probs = blobs(size=(60, 80))
+    exact = Refiner(random_sam, precision="32")(image, probs)
+    with torch.autocast("cpu", torch.bfloat16):
+        surrounded = Refiner(random_sam, precision="32")(image, probs)
+    assert torch.equal(surrounded.labels, exact.labels)
+    assert torch.equal(surrounded.probs, exact.probs)
+    mixed = Refiner(random_sam, precision="bf16-mixed")(image, probs)
+    assert mixed.probs.dtype == torch.float32
+    assert (mixed.labels != exact.labels).float().mean() < 0.1
