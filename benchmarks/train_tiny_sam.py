@@ -1,0 +1,589 @@
+"""Train the tiny SAM from scratch on scenes, with the prompts that refinement makes.
+
+    python benchmarks/train_tiny_sam.py                  # train, export, evaluate
+    python benchmarks/train_tiny_sam.py --resume         # go on from the last checkpoint
+    python benchmarks/train_tiny_sam.py --eval-only      # table of the exported weights
+
+A coarse segmenter is simulated from exact labels: its probabilities give regions, boxes, interior
+points and mask prompts as Algorithm 4 makes them, and the target of a region is the true component
+it stands for. Fresh scenes at every step; validation and test scenes come from families of their
+own, which nothing is trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cc3d
+import edt
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_samrefine.demo.scenes import CLASS_NAMES, Scene, make_scene
+from lightning_samrefine.models.tiny import EMBED_DIM, EMBED_STRIDE, IMAGE_SIZE, build_tiny_sam
+
+# Families of scenes (the `seed` of `make_scene`). The training family is offset by --seed.
+TRAIN_FAMILY, VALIDATION_FAMILY, TEST_FAMILY = 11_000, 12_000, 13_000
+VALIDATION_SCENES, TEST_SCENES = 32, 200
+
+CLASSES = len(CLASS_NAMES)
+GRID = IMAGE_SIZE // 2
+MASK_PROMPT_SCALE = 8.0
+MIN_REGION_AREA = 16
+# A scrap of a region says nothing about the large component it happens to lie in.
+MIN_MATCH_IOU = 0.1
+REPOSITORY = Path(__file__).resolve().parents[1]
+WEIGHTS = REPOSITORY / "lightning_samrefine/models/weights/tiny_sam.safetensors"
+
+# (uses point, uses box, uses mask) and how often a training image is prompted so.
+PROMPT_KINDS: dict[str, tuple[bool, bool, bool]] = {
+    "box+point+mask": (True, True, True),
+    "box+point": (True, True, False),
+    "box": (False, True, False),
+    "point": (True, False, False),
+    "box+mask": (False, True, True),
+}
+KIND_WEIGHTS = (0.66, 0.12, 0.08, 0.05, 0.09)
+
+# Neighbours (dy, dx) on the mask grid which the auxiliary head compares each pixel with.
+OFFSETS = ((0, 1), (1, 0), (0, 4), (4, 0), (0, 12), (12, 0), (8, 8), (8, -8))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """All prompts of one image, in the model's frame.
+
+    Attributes:
+        boxes: (N, 4) float32, XYXY with exclusive ends.
+        points: (N, 1, 2) float32, one positive click each.
+        masks: (N, 1, 128, 128) float32 mask prompts.
+        targets: (N, 1, 256, 256) float32 in {0, 1}; all 0 for a false positive.
+        coarse_iou: (N,) float32, IoU of the coarse region itself with its target.
+        classes: (N,) int64, the class the coarse segmenter gave.
+        matched: (N,) bool, False for a false positive.
+    """
+
+    boxes: Tensor
+    points: Tensor
+    masks: Tensor
+    targets: Tensor
+    coarse_iou: Tensor
+    classes: Tensor
+    matched: Tensor
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: Tensor) -> Prompts:
+        return Prompts(**{name: value[index] for name, value in vars(self).items()})
+
+
+# --------------------------------------------------------------------------------------------------
+# The simulated coarse segmenter
+# --------------------------------------------------------------------------------------------------
+
+
+def _smooth_field(rng: np.random.Generator, channels: int, cells: int, side: int) -> Tensor:
+    """(1, channels, side, side) standard normal noise on a lattice, bicubically upsampled."""
+    noise = torch.from_numpy(rng.standard_normal((1, channels, cells, cells), dtype=np.float32))
+    return F.interpolate(noise, (side, side), mode="bicubic", align_corners=False)
+
+
+def simulate_coarse(scene: Scene, rng: np.random.Generator) -> Tensor:
+    """Class probabilities a coarse segmenter might give for a scene.
+
+    Args:
+        scene: a scene of 256×256.
+        rng: source of the mistakes.
+
+    Returns:
+        (C, 128, 128) float32 probabilities, as Algorithm 4 sees them on its half-resolution grid.
+    """
+    labels = scene.labels.clone()
+    for instance in range(1, int(scene.instances.max()) + 1):
+        fate = rng.random()
+        if fate < 0.06:
+            labels[scene.instances == instance] = 0 if fate < 0.03 else int(rng.integers(CLASSES))
+    maps = F.one_hot(labels, CLASSES).permute(2, 0, 1)[None].float()
+    maps = F.avg_pool2d(maps, 2)
+
+    if rng.random() < 0.7:
+        base = F.affine_grid(torch.eye(2, 3)[None], [1, 1, GRID, GRID], align_corners=False)
+        bend = _smooth_field(rng, 2, int(rng.integers(3, 9)), GRID) * rng.uniform(0.0, 3.0)
+        bend = bend + torch.from_numpy(rng.normal(0.0, 1.0, (1, 2, 1, 1)).astype(np.float32))
+        flow = bend.permute(0, 2, 3, 1) * (2.0 / GRID)
+        maps = F.grid_sample(maps, base + flow, padding_mode="border", align_corners=False)
+
+    things = maps[:, 1:]
+    if rng.random() < 0.4:
+        kernel = int(rng.choice((3, 5)))
+        opened = -F.max_pool2d(-things, kernel, 1, kernel // 2)
+        things = torch.minimum(F.max_pool2d(opened, kernel, 1, kernel // 2), things)
+    swell = rng.random()
+    if swell < 0.2:
+        things = F.max_pool2d(things, 3, 1, 1)
+    elif swell < 0.35:
+        things = -F.max_pool2d(-things, 3, 1, 1)
+    maps = torch.cat([(1.0 - things.sum(1, keepdim=True)).clamp_min(0.0), things], dim=1)
+    maps = maps / maps.sum(1, keepdim=True)
+
+    if rng.random() < 0.7:
+        cells = IMAGE_SIZE // int(rng.integers(6, 14))
+        maps = F.adaptive_avg_pool2d(maps, (cells, cells))
+    else:
+        maps = F.avg_pool2d(maps, 2)
+        cells = GRID // 2
+        kernel = int(rng.choice((3, 5, 7)))
+        for _ in range(2):
+            maps = F.avg_pool2d(maps, kernel, 1, kernel // 2, count_include_pad=False)
+    logits = maps.clamp_min(10.0 ** rng.uniform(-3.0, -1.5)).log()
+    # Segmenters trained with balanced losses favour objects over the background around them.
+    logits[:, 1:] += rng.uniform(0.0, 0.9)
+    for lattice in (int(rng.integers(4, 9)), min(cells, 32)):
+        logits = logits + _smooth_field(rng, CLASSES, lattice, cells) * rng.uniform(0.0, 0.6)
+    logits = logits / rng.uniform(0.5, 1.5)
+    logits = F.interpolate(logits, (GRID, GRID), mode="bilinear", align_corners=False)
+    return logits[0].softmax(0)
+
+
+def make_prompts(
+    probabilities: Tensor, labels: Tensor, *, scale: float, threshold: float, min_area: int
+) -> Prompts | None:
+    """Split coarse probabilities into regions, prompt each one and find what it stands for.
+
+    A region's target is the union of the true components of its class which lie half inside it or
+    fill a quarter of it, so that a perfect segmenter's regions stand for themselves. A region with
+    no such component, or hardly any overlap with them, is a false positive.
+
+    Args:
+        probabilities: (C, 128, 128) float32.
+        labels: (256, 256) int64 true classes.
+        scale: what a probability is multiplied with in the mask prompt.
+        threshold: confidence gate; 0 turns it off.
+        min_area: smallest region, in pixels of the 128×128 grid.
+
+    Returns:
+        The prompts in no particular order, or None if no region is large enough.
+    """
+    confidence, winner = probabilities.max(0)
+    gated = torch.where(confidence < threshold, -1, winner).numpy() + 1
+    regions = cc3d.connected_components(gated.astype(np.uint8), connectivity=8)
+    statistics = cc3d.statistics(regions)
+    numbers = [
+        k
+        for k in range(1, len(statistics["voxel_counts"]))
+        if statistics["voxel_counts"][k] >= min_area
+    ]
+    if not numbers:
+        return None
+    depth = edt.edt(regions, black_border=True)
+
+    truth = cc3d.connected_components(labels.numpy().astype(np.uint8) + 1, connectivity=8)
+    count = int(truth.max()) + 1
+    component_class = np.zeros(count, np.int64)
+    component_class[truth.ravel()] = labels.numpy().ravel()
+    fine = regions.repeat(2, axis=0).repeat(2, axis=1)
+    overlaps = np.bincount(
+        fine.ravel().astype(np.int64) * count + truth.ravel(),
+        minlength=(int(regions.max()) + 1) * count,
+    ).reshape(-1, count)
+    component_area = overlaps.sum(axis=0)
+
+    boxes, points, targets, coarse_iou, classes = [], [], [], [], []
+    for k in numbers:
+        rows, columns = statistics["bounding_boxes"][k][:2]
+        boxes.append((columns.start, rows.start, columns.stop, rows.stop))
+        inside = np.where(regions[rows, columns] == k, depth[rows, columns], -1.0)
+        y, x = np.unravel_index(int(inside.argmax()), inside.shape)
+        points.append((columns.start + x + 0.5, rows.start + y + 0.5))
+        label = int(gated[rows.start + y, columns.start + x]) - 1
+        classes.append(label)
+        overlap, area = overlaps[k], int(overlaps[k].sum())
+        member = (overlap >= 0.5 * component_area) | (overlap >= 0.25 * area)
+        member &= (component_class == label) & (component_area > 0)
+        shared = int(overlap[member].sum())
+        iou = shared / max(area + int(component_area[member].sum()) - shared, 1)
+        targets.append(member[truth] & (iou >= MIN_MATCH_IOU))
+        coarse_iou.append(iou)
+    target = torch.from_numpy(np.stack(targets))
+    chosen = torch.tensor(classes)
+    mask = probabilities[chosen]
+    return Prompts(
+        boxes=torch.tensor(boxes, dtype=torch.float32) * 2.0,
+        points=torch.tensor(np.array(points), dtype=torch.float32)[:, None] * 2.0,
+        masks=(mask * scale * (mask > threshold))[:, None],
+        targets=target[:, None].float(),
+        coarse_iou=torch.tensor(coarse_iou, dtype=torch.float32),
+        classes=chosen,
+        matched=target.flatten(1).any(1),
+    )
+
+
+def training_prompts(scene: Scene, rng: np.random.Generator, limit: int) -> Prompts | None:
+    """At most `limit` prompts of a scene, with random errors, gate and scale."""
+    prompts = make_prompts(
+        simulate_coarse(scene, rng),
+        scene.labels,
+        scale=MASK_PROMPT_SCALE if rng.random() < 0.7 else rng.uniform(4.0, 12.0),
+        threshold=0.0 if rng.random() < 0.5 else rng.uniform(0.1, 0.5),
+        min_area=MIN_REGION_AREA,
+    )
+    if prompts is None:
+        return None
+    order = torch.from_numpy(rng.permutation(len(prompts)))
+    wrong = ~prompts.matched[order]
+    # One false positive at most: the mask loss learns nothing from them.
+    order = order[~wrong | (wrong.cumsum(0) <= 1)]
+    return prompts[order[:limit]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Model and losses
+# --------------------------------------------------------------------------------------------------
+
+
+class AffinityHead(nn.Module):
+    """Auxiliary head, dropped on export: foreground and affinities read off the embedding.
+
+    It says for every mask pixel whether it belongs to an object and to the same object as each of
+    its neighbours in `OFFSETS`. That grounds the encoder in borders from the first step on, while
+    prompts alone reach it through the whole decoder. No class is told.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        cell = EMBED_STRIDE // 2
+        self.project = nn.Conv2d(EMBED_DIM, (1 + len(OFFSETS)) * cell * cell, 1)
+        self.shuffle = nn.PixelShuffle(cell)
+
+    def loss(self, embedding: Tensor, instances: Tensor) -> Tensor:
+        """Mean cross-entropy of an embedding (B, D, 32, 32) given instances (B, 256, 256)."""
+        logits = self.shuffle(self.project(embedding))
+        foreground = F.avg_pool2d((instances > 0).float()[:, None], 2)[:, 0]
+        total = F.binary_cross_entropy_with_logits(logits[:, 0], foreground)
+        coarse = instances[:, ::2, ::2]
+        for channel, (dy, dx) in enumerate(OFFSETS, start=1):
+            here = (slice(None), slice(0, GRID - dy), slice(max(-dx, 0), GRID - max(dx, 0)))
+            there = (slice(None), slice(dy, GRID), slice(max(dx, 0), GRID + min(dx, 0)))
+            same = (coarse[here] == coarse[there]).float()
+            total = total + F.binary_cross_entropy_with_logits(logits[:, channel][here], same)
+        return total / (1 + len(OFFSETS))
+
+
+def predict(
+    sam: Sam, embedding: Tensor, prompts: Prompts, kind: str, *, multimask: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Decode one image's prompts.
+
+    Args:
+        sam: the model.
+        embedding: (1, D, 32, 32) embedding of the image.
+        prompts: N prompts.
+        kind: a key of `PROMPT_KINDS`.
+        multimask: also return the three multimask outputs.
+
+    Returns:
+        Logits (N, M, 256, 256) and predicted IoU (N, M), M = 1 or 4, single-mask output first.
+    """
+    use_point, use_box, use_mask = PROMPT_KINDS[kind]
+    sparse, dense = sam.prompt_encoder(
+        points=(prompts.points, torch.ones(len(prompts), 1)) if use_point else None,
+        boxes=prompts.boxes if use_box else None,
+        masks=prompts.masks if use_mask else None,
+    )
+    masks, iou = sam.mask_decoder.predict_masks(
+        image_embeddings=embedding,
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+    )
+    if not multimask:
+        masks, iou = masks[:, :1], iou[:, :1]
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    return F.interpolate(masks, size, mode="bilinear", align_corners=False), iou
+
+
+def mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
+    """IoU of thresholded logits (N, M, H, W) with targets (N, 1, H, W): (N, M)."""
+    prediction = logits > 0
+    truth = targets > 0.5
+    union = (prediction | truth).flatten(2).sum(2)
+    return (prediction & truth).flatten(2).sum(2) / union.clamp_min(1)
+
+
+def mask_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Per-mask loss (N, M): cross-entropy everywhere, once more near the border, and Dice."""
+    target = targets.expand_as(logits)
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(2)
+    # Without its own term the border, a few percent of the pixels, fades against the rest.
+    half = F.avg_pool2d(targets, 2)
+    blurred = F.avg_pool2d(half, 5, 1, 2, count_include_pad=False)
+    mixed = (blurred > 1e-3) & (blurred < 1.0 - 1e-3)
+    band = F.interpolate(mixed.float(), scale_factor=2.0, mode="nearest").flatten(2)
+    near = (entropy * band).sum(2) / band.sum(2).clamp_min(1.0)
+    probability, flat = logits.sigmoid().flatten(2), target.flatten(2)
+    dice = 1 - (2 * (probability * flat).sum(2) + 1) / (probability.sum(2) + flat.sum(2) + 1)
+    return 5.0 * entropy.mean(2) + near + dice
+
+
+def image_loss(sam: Sam, embedding: Tensor, prompts: Prompts, kind: str) -> tuple[Tensor, Tensor]:
+    """Mask loss and IoU loss of one image's prompts."""
+    ambiguous = sum(PROMPT_KINDS[kind]) == 1
+    logits, predicted = predict(sam, embedding, prompts, kind, multimask=ambiguous)
+    matched = prompts.matched
+    true_iou = mask_iou(logits.detach(), prompts.targets)
+    iou_loss = F.mse_loss(predicted, true_iou)
+    if not matched.any():
+        return logits.sum() * 0.0, iou_loss
+    losses = mask_loss(logits[matched], prompts.targets[matched])
+    total = losses[:, 0].mean()
+    if ambiguous:
+        # The best of three learns; a small share for the others keeps none of them dead.
+        rest = losses[:, 1:]
+        total = total + 0.45 * rest.min(1).values.mean() + 0.05 * rest.mean()
+    return total, iou_loss
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    sam: Sam,
+    family: int,
+    scenes: int,
+    kind: str = "box+point+mask",
+    min_area: int = MIN_REGION_AREA,
+) -> dict[str, float]:
+    """Mean region IoU and IoU calibration on held-out scenes with simulated coarse prompts.
+
+    Args:
+        sam: the model; left in eval mode.
+        family: seed of the scenes.
+        scenes: how many.
+        kind: a key of `PROMPT_KINDS`.
+        min_area: smallest region evaluated, in pixels of the 128×128 grid.
+
+    Returns:
+        `regions`, `false_positives`, `coarse` and `refined` mean IoU (matched regions; also per
+        class as `coarse/NAME` and `refined/NAME`), `iou_error`, the mean |predicted − true IoU| of
+        matched regions, and `iou_error_all`, the same with false positives, whose true IoU is 0.
+    """
+    sam.eval()
+    rows: list[Tensor] = []
+    for index in range(scenes):
+        scene = make_scene(family, index, IMAGE_SIZE)
+        prompts = make_prompts(
+            simulate_coarse(scene, np.random.default_rng((family, index, 1))),
+            scene.labels,
+            scale=MASK_PROMPT_SCALE,
+            threshold=0.0,
+            min_area=min_area,
+        )
+        if prompts is None:
+            continue
+        embedding = sam.image_encoder(sam.preprocess(scene.image[None].float()))
+        logits, predicted = predict(sam, embedding, prompts, kind)
+        true_iou = mask_iou(logits, prompts.targets)
+        columns = (prompts.coarse_iou, true_iou[:, 0], predicted[:, 0], prompts.classes)
+        rows.append(torch.stack([*columns, prompts.matched], dim=1))
+    table = torch.cat(rows)
+    hits = table[table[:, 4] > 0]
+    error = (table[:, 2] - table[:, 1]).abs()
+    result = {
+        "regions": float(len(hits)),
+        "false_positives": float(len(table) - len(hits)),
+        "coarse": float(hits[:, 0].mean()),
+        "refined": float(hits[:, 1].mean()),
+        "iou_error": float((hits[:, 2] - hits[:, 1]).abs().mean()),
+        "iou_error_all": float(error.mean()),
+    }
+    for label, name in enumerate(CLASS_NAMES):
+        of_class = hits[hits[:, 3] == label]
+        result[f"coarse/{name}"] = float(of_class[:, 0].mean())
+        result[f"refined/{name}"] = float(of_class[:, 1].mean())
+    return result
+
+
+def print_table(sam: Sam) -> None:
+    """Print the test table: every prompt kind, then every class for the full prompt."""
+    print(
+        f"{'prompt':16} {'regions':>8} {'coarse':>8} {'refined':>8} {'|Δ IoU|':>8} {'with FP':>8}"
+    )
+    for kind in PROMPT_KINDS:
+        r = evaluate(sam, TEST_FAMILY, TEST_SCENES, kind)
+        print(
+            f"{kind:16} {r['regions']:8.0f} {r['coarse']:8.3f} {r['refined']:8.3f} "
+            f"{r['iou_error']:8.3f} {r['iou_error_all']:8.3f}",
+            flush=True,
+        )
+        if kind == "box+point+mask":
+            full = r
+    for name in CLASS_NAMES:
+        print(f"  {name:14} {'':8} {full[f'coarse/{name}']:8.3f} {full[f'refined/{name}']:8.3f}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 150) -> float:
+    """Linear warm-up, then cosine down to a hundredth of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+@torch.no_grad()
+def update_average(average: Sam, sam: Sam, step: int, decay: float = 0.998) -> None:
+    """Move the averaged weights (and normalisation statistics) towards the current ones."""
+    rate = 1.0 - min(decay, (1 + step) / (10 + step))
+    source = sam.state_dict()
+    for name, value in average.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(source[name], rate)
+        else:
+            value.copy_(source[name])
+
+
+def batches(
+    seed: int, start: int, batch: int, limit: int
+) -> Iterator[list[tuple[Scene, Prompts, str]]]:
+    """Endless training batches; batch k is the same however often training was resumed."""
+    kinds = list(PROMPT_KINDS)
+    step = start
+    while True:
+        items: list[tuple[Scene, Prompts, str]] = []
+        for index in range(step * batch, (step + 1) * batch):
+            rng = np.random.default_rng((TRAIN_FAMILY + seed, index, 1))
+            scene = make_scene(TRAIN_FAMILY + seed, index, IMAGE_SIZE)
+            prompts = training_prompts(scene, rng, limit)
+            if prompts is not None:
+                items.append((scene, prompts, str(rng.choice(kinds, p=KIND_WEIGHTS))))
+        yield items
+        step += 1
+
+
+def export(sam: Sam, path: Path) -> None:
+    """Write the weights in half precision: half the bytes, and no measurable difference."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: value.half().contiguous() if value.is_floating_point() else value
+        for name, value in sam.state_dict().items()
+    }
+    save_file(state, path)
+
+
+def load(path: Path) -> Sam:
+    """The tiny SAM with weights written by `export`, in float32 and eval mode."""
+    sam = build_tiny_sam()
+    sam.load_state_dict(load_file(path), strict=True)
+    return sam.eval()
+
+
+def train(args: argparse.Namespace) -> Sam:
+    """Train as the command line says and return the averaged model best on validation scenes."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    sam, head = build_tiny_sam(), AffinityHead()
+    average = copy.deepcopy(sam)
+    parameters = [*sam.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
+    first, best = 0, -1.0
+    last, curve = args.work / "last.pt", args.work / "curve.csv"
+    if args.resume and last.exists():
+        saved = torch.load(last, weights_only=True)
+        for name, part in (("sam", sam), ("head", head), ("average", average)):
+            part.load_state_dict(saved[name])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, best = saved["step"], saved["best"]
+    elif curve.exists():
+        curve.unlink()
+    began, sums, seen = time.perf_counter(), torch.zeros(3), 0
+    stream = batches(args.seed, first, args.batch, args.prompts)
+    for step in range(first, args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        items = next(stream)
+        sam.train()
+        images = torch.stack([scene.image for scene, _, _ in items]).float()
+        embeddings = sam.image_encoder(sam.preprocess(images))
+        auxiliary = head.loss(embeddings, torch.stack([scene.instances for scene, _, _ in items]))
+        parts = [
+            image_loss(sam, embeddings[k : k + 1], prompts, kind)
+            for k, (_, prompts, kind) in enumerate(items)
+        ]
+        mask_part = torch.stack([mask for mask, _ in parts]).mean()
+        iou_part = torch.stack([iou for _, iou in parts]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        (mask_part + 2.0 * iou_part + auxiliary).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        update_average(average, sam, step)
+        sums += torch.stack([mask_part, iou_part, auxiliary]).detach()
+        seen += 1
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            row = {"step": step + 1, "seconds": round(time.perf_counter() - began, 1)}
+            names = ("mask_loss", "iou_loss", "affinity_loss")
+            row |= dict(zip(names, (sums / seen).tolist(), strict=True))
+            result = evaluate(average, VALIDATION_FAMILY, VALIDATION_SCENES)
+            row |= {key: result[key] for key in ("coarse", "refined", "iou_error", "iou_error_all")}
+            sums, seen = torch.zeros(3), 0
+            fresh = not curve.exists()
+            with curve.open("a", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                if fresh:
+                    writer.writeheader()
+                writer.writerow(row)
+            print("  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+            if result["refined"] > best:
+                best = result["refined"]
+                torch.save(average.state_dict(), args.work / "best.pt")
+            checkpoint = {"sam": sam, "head": head, "average": average, "optimizer": optimizer}
+            state = {name: part.state_dict() for name, part in checkpoint.items()}
+            torch.save(state | {"step": step + 1, "best": best}, last)
+    average.load_state_dict(torch.load(args.work / "best.pt", weights_only=True))
+    return average.eval()
+
+
+def main() -> None:
+    """Command line: see the module's own documentation."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=4500, help="optimiser steps in all")
+    parser.add_argument("--batch", type=int, default=3, help="scenes a step")
+    parser.add_argument("--prompts", type=int, default=5, help="prompts a scene at most")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and training scenes")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--eval-every", type=int, default=100, help="steps between validations")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/tiny_sam"), help="checkpoints, curve"
+    )
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="exported weights")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate --out and stop")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    if not args.eval_only:
+        export(train(args), args.out)
+    print_table(load(args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Self-contained demonstration: procedural scenes, a coarse segmenter and the tiny SAM."""

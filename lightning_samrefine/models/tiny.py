@@ -1,0 +1,149 @@
+"""Architecture of the tiny SAM: segment-anything's own classes behind a convolutional encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IMAGE_SIZE = 256
+EMBED_STRIDE = 8
+EMBED_DIM = 96
+
+# Stride 2, 4, 8, 16 and 32.
+WIDTHS: tuple[int, ...] = (24, 48, 96, 128, 160)
+DEPTHS: tuple[int, ...] = (0, 1, 2, 2, 1)
+
+
+def _conv(cin: int, cout: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(cout),
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions around an identity: (B, width, H, W) to the same shape.
+
+    Args:
+        width: number of channels.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = _conv(width, width)
+        self.second = _conv(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (B, width, H, W) features, same shape out."""
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+class TinyImageEncoder(nn.Module):
+    """Residual pyramid with all its levels fused at stride 8.
+
+    The finer levels enter by space-to-depth instead of pooling: the decoder must draw 4×4 mask
+    pixels from each embedding vector, so where exactly a border crosses the cell has to survive.
+
+    Args:
+        img_size: side of the square, padded input in pixels, a multiple of 32.
+        embed_dim: channels of the embedding.
+        widths: channels at strides 2, 4, 8, 16 and 32.
+        depths: residual blocks at the same strides.
+
+    Attributes:
+        img_size: as given; segment-anything reads it.
+
+    Raises:
+        ValueError: if an argument is not one of those.
+    """
+
+    def __init__(
+        self,
+        img_size: int = IMAGE_SIZE,
+        embed_dim: int = EMBED_DIM,
+        widths: Sequence[int] = WIDTHS,
+        depths: Sequence[int] = DEPTHS,
+    ) -> None:
+        super().__init__()
+        if img_size <= 0 or img_size % 32:
+            raise ValueError(f"img_size must be a positive multiple of 32, got {img_size}")
+        if len(widths) != 5 or len(depths) != 5:
+            raise ValueError(
+                f"widths and depths need one entry for each of 5 strides, got {len(widths)} "
+                f"and {len(depths)}"
+            )
+        self.img_size = img_size
+        inputs = (3, *widths[:-1])
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                _conv(cin, cout, stride=2),
+                nn.ReLU(),
+                *(ResidualBlock(cout) for _ in range(depth)),
+            )
+            for cin, cout, depth in zip(inputs, widths, depths, strict=True)
+        )
+        cells = (4, 2, 1, 1, 1)
+        self.unshuffles = nn.ModuleList(nn.PixelUnshuffle(cell) for cell in cells)
+        self.laterals = nn.ModuleList(
+            _conv(width * cell * cell, embed_dim, kernel=1)
+            for width, cell in zip(widths, cells, strict=True)
+        )
+        self.fuse = nn.Sequential(nn.ReLU(), ResidualBlock(embed_dim), ResidualBlock(embed_dim))
+        self.neck = nn.Conv2d(embed_dim, embed_dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed images.
+
+        Args:
+            x: (B, 3, img_size, img_size) float, normalised and padded by `Sam.preprocess`.
+
+        Returns:
+            (B, embed_dim, img_size / 8, img_size / 8) embedding.
+        """
+        levels = []
+        for stage in self.stages:
+            x = stage(x)
+            levels.append(x)
+        sides = zip(levels, self.unshuffles, self.laterals, strict=True)
+        stride2, stride4, stride8, stride16, stride32 = (
+            lateral(unshuffle(level)) for level, unshuffle, lateral in sides
+        )
+        up16 = stride16 + F.interpolate(stride32, scale_factor=2.0, mode="nearest")
+        up8 = F.interpolate(up16, scale_factor=2.0, mode="bilinear", align_corners=False)
+        return self.neck(self.fuse(stride2 + stride4 + stride8 + up8))
+
+
+def build_tiny_sam() -> Sam:
+    """Build the tiny SAM with fresh random weights.
+
+    Input side 256, embedding 96×32×32, mask prompts and low-resolution logits 128×128. Images are
+    RGB in 0 to 255. Everything but the image encoder is segment-anything's own code.
+
+    Returns:
+        The model, in training mode as every new module is: call `.eval()` before predicting,
+        because the encoder has batch normalisation.
+    """
+    grid = IMAGE_SIZE // EMBED_STRIDE
+    return Sam(
+        image_encoder=TinyImageEncoder(),
+        prompt_encoder=PromptEncoder(
+            embed_dim=EMBED_DIM,
+            image_embedding_size=(grid, grid),
+            input_image_size=(IMAGE_SIZE, IMAGE_SIZE),
+            mask_in_chans=32,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(
+                depth=2, embedding_dim=EMBED_DIM, mlp_dim=256, num_heads=4
+            ),
+            transformer_dim=EMBED_DIM,
+            iou_head_depth=3,
+            iou_head_hidden_dim=128,
+        ),
+        pixel_mean=[123.675, 116.28, 103.53],
+        pixel_std=[58.395, 57.12, 57.375],
+    )
