@@ -1,0 +1,42 @@
+"""The curve of raw against refined mIoU over the epochs of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+
+def draw_curve(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw mIoU and trimap mIoU, raw and refined, over epochs.
+
+    Args:
+        history: One mapping an evaluation, in order: ``epoch`` and the names of
+            `RefinementComparison.compute`.
+
+    Returns:
+        A matplotlib figure that belongs to no global state.
+
+    Raises:
+        ValueError: An empty history.
+    """
+    if not history:
+        raise ValueError("history: got no evaluation, accepted is at least one")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panes = figure.subplots(1, 2, sharex=True)
+    for axes, (prefix, title) in zip(
+        panes, (("", "mIoU"), ("trimap_", "trimap mIoU")), strict=True
+    ):
+        for side, colour in (("raw", "#888888"), ("refined", "#19a974")):
+            points = [
+                (figures["epoch"], 100 * figures[f"{prefix}miou_{side}"])
+                for figures in history
+                if f"{prefix}miou_{side}" in figures
+            ]
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=side, markersize=4)
+        axes.set_title(f"{title}, validation")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("%")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure

@@ -1,0 +1,209 @@
+"""Panels: image | raw | refined | truth of the images that an evaluation changed the most."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from lightning_samrefine.refinement import Regions
+
+_ACCEPTED, _REJECTED = "#19c37d", "#ff4040"
+_COLUMNS = ("image and regions", "raw", "refined", "truth")
+_DPI = 100
+# Half the golden angle's turn keeps neighbouring class numbers far apart in hue.
+_HUE_STEP = 0.381966
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One image of an evaluation, on the CPU.
+
+    Attributes:
+        name: What to call the image, such as ``"batch 3, image 0"``.
+        gain: Share of the labelled pixels that refinement turned right less those it turned
+            wrong, in [-1, 1].
+        image: (3, H, W) uint8 RGB.
+        raw: (H, W) int64 labels.
+        refined: (H, W) int64 labels.
+        target: (H, W) int64 labels.
+        valid: (H, W) bool, the pixels that are scored.
+        regions: The prompted regions.
+    """
+
+    name: str
+    gain: float
+    image: Tensor
+    raw: Tensor
+    refined: Tensor
+    target: Tensor
+    valid: Tensor
+    regions: Regions
+
+
+class PanelPicker:
+    """Keeps the images that gained and those that lost the most, whatever their number.
+
+    Args:
+        count: How many to keep at most: half of them the best, half the worst (the larger half
+            the best).
+    """
+
+    def __init__(self, count: int) -> None:
+        self._best = (count + 1) // 2
+        self._worst = count // 2
+        self._kept: list[Panel] = []
+
+    def offer(
+        self,
+        name: str,
+        image: Tensor,
+        raw: Tensor,
+        refined: Tensor,
+        target: Tensor,
+        valid: Tensor,
+        regions: Regions,
+    ) -> None:
+        """Keep this image if it is among the extremes so far; see `Panel` for the arguments."""
+        fixed = (refined == target) & valid
+        right = (raw == target) & valid
+        gain = (fixed.sum() - right.sum()).item() / max(int(valid.sum()), 1)
+        ranked = sorted(panel.gain for panel in self._kept)
+        full = len(ranked) >= self._best + self._worst
+        if full and not (
+            (self._best and gain > ranked[-self._best])
+            or (self._worst and gain < ranked[self._worst - 1])
+        ):
+            return
+        tensors = (image, raw, refined, target, valid)
+        self._kept.append(Panel(name, gain, *(tensor.cpu() for tensor in tensors), regions))
+        self._kept.sort(key=lambda panel: -panel.gain)
+        if full:
+            del self._kept[self._best]
+
+    def panels(self) -> list[Panel]:
+        """Return what is kept, the largest gain first."""
+        return list(self._kept)
+
+
+def class_colours(num_classes: int) -> np.ndarray:
+    """Return (C, 3) uint8 RGB colours, the same for the same class number everywhere."""
+    colours = [
+        colorsys.hsv_to_rgb(
+            index * _HUE_STEP % 1, 0.75 - 0.3 * (index % 2), 0.95 - 0.3 * (index % 3)
+        )
+        for index in range(num_classes)
+    ]
+    return np.round(np.array(colours).reshape(-1, 3) * 255).astype(np.uint8)
+
+
+def colourise(labels: Tensor, num_classes: int, valid: Tensor | None = None) -> np.ndarray:
+    """Return (H, W, 3) uint8 RGB of a label map; black where unknown or not ``valid``."""
+    table = np.concatenate([class_colours(num_classes), np.zeros((1, 3), np.uint8)])
+    index = labels.numpy()
+    unknown = (index < 0) | (index >= num_classes)
+    if valid is not None:
+        unknown |= ~valid.numpy()
+    return table[np.where(unknown, num_classes, index)]
+
+
+def draw_panels(panels: Sequence[Panel], class_names: Sequence[str], title: str) -> Figure:
+    """Draw one row a panel.
+
+    Args:
+        panels: At least one.
+        class_names: C names, for the legend.
+        title: Headline of the figure.
+
+    Returns:
+        A matplotlib figure that belongs to no global state: save it, or give it to a logger.
+
+    Raises:
+        ValueError: No panel.
+    """
+    if not panels:
+        raise ValueError("panels: got none, accepted is at least one")
+    height, width = panels[0].image.shape[1:]
+    rows = len(panels)
+    figure = Figure(
+        figsize=(13, 0.9 + rows * (13 / 4 * height / width + 0.3)), layout="constrained"
+    )
+    figure.suptitle(title)
+    grid = figure.subplots(rows, len(_COLUMNS), squeeze=False)
+    for axes_row, panel in zip(grid, panels, strict=True):
+        _draw_row(axes_row, panel, len(class_names))
+    for axes, column in zip(grid[0], _COLUMNS, strict=True):
+        axes.set_title(column, fontsize=10)
+    figure.legend(
+        handles=_legend(panels, class_names), loc="outside lower center", ncols=8, fontsize=9
+    )
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _draw_row(axes_row: Sequence[Axes], panel: Panel, num_classes: int) -> None:
+    pictures = (
+        panel.image.permute(1, 2, 0).numpy(),
+        colourise(panel.raw, num_classes),
+        colourise(panel.refined, num_classes),
+        colourise(panel.target, num_classes, panel.valid),
+    )
+    for axes, picture in zip(axes_row, pictures, strict=True):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    accepted = int(panel.regions.accepted.sum())
+    axes_row[0].set_xlabel(
+        f"{panel.name}: {accepted} of {len(panel.regions)} regions accepted", fontsize=8
+    )
+    axes_row[2].set_xlabel(f"{100 * panel.gain:+.2f} % of pixels", fontsize=8)
+    for region in panel.regions:
+        x0, y0, x1, y1 = region.box
+        colour = _ACCEPTED if region.accepted else _REJECTED
+        axes_row[0].add_patch(
+            Rectangle(
+                (x0 - 0.5, y0 - 0.5),
+                x1 - x0,
+                y1 - y0,
+                fill=False,
+                edgecolor=colour,
+                linewidth=1.2,
+                linestyle="-" if region.accepted else "--",
+            )
+        )
+        axes_row[0].plot(*(value - 0.5 for value in region.point), ".", color=colour, markersize=4)
+        axes_row[0].text(
+            x0, y0, f"{region.pred_iou:.2f}", color="white", backgroundcolor=colour, fontsize=5
+        )
+
+
+def _legend(panels: Sequence[Panel], class_names: Sequence[str]) -> list[Patch]:
+    """Entries for the classes that occur, and for the two kinds of boxes."""
+    present = torch.cat(
+        [torch.cat([p.raw, p.refined, p.target]).flatten() for p in panels]
+    ).unique()
+    colours = class_colours(len(class_names)) / 255
+    entries = [
+        Patch(color=colours[index], label=class_names[index])
+        for index in present.tolist()
+        if 0 <= index < len(class_names)
+    ]
+    boxes = (("accepted", _ACCEPTED, "-"), ("rejected", _REJECTED, "--"))
+    entries += [
+        Patch(fill=False, edgecolor=colour, linestyle=style, label=f"region {word} (predicted IoU)")
+        for word, colour, style in boxes
+    ]
+    return entries

@@ -1,0 +1,99 @@
+"""Panels show the extremes of an evaluation, and colours that tell classes apart."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_samrefine.curves import draw_curve
+from lightning_samrefine.panels import (
+    PanelPicker,
+    class_colours,
+    colourise,
+    draw_panels,
+    save_figure,
+)
+from lightning_samrefine.refinement import Regions
+
+
+def regions():
+    return Regions(
+        classes=torch.tensor([0, 1]),
+        boxes=torch.tensor([[0.0, 0, 6, 8], [6, 0, 12, 8]]),
+        points=torch.tensor([[3.0, 4], [9, 4]]),
+        scores=torch.tensor([0.9, 0.8]),
+        pred_iou=torch.tensor([0.95, 0.3]),
+        accepted=torch.tensor([True, False]),
+    )
+
+
+def offer(picker, name, fixed, broken, total=100):
+    """Offer a 10 × 10 image whose refinement turns so many pixels right and so many wrong."""
+    target = torch.zeros(total, dtype=torch.int64)
+    raw, refined = target.clone(), target.clone()
+    raw[:fixed] = 1
+    refined[fixed : fixed + broken] = 1
+    side = int(total**0.5)
+    image = torch.zeros(3, side, side, dtype=torch.uint8)
+    maps = (labels.view(side, side) for labels in (raw, refined, target))
+    picker.offer(name, image, *maps, torch.ones(side, side, dtype=torch.bool), regions())
+
+
+def test_the_picker_keeps_both_ends_of_any_stream():
+    gains = np.random.default_rng(0).permutation(np.arange(-20, 21))
+    picker = PanelPicker(5)
+    for gain in gains:
+        offer(picker, str(gain), fixed=max(gain, 0), broken=max(-gain, 0))
+    kept = [panel.gain for panel in picker.panels()]
+    assert kept == pytest.approx([0.20, 0.19, 0.18, -0.19, -0.20])
+
+
+def test_one_panel_is_the_best_one_and_none_is_none():
+    one, none = PanelPicker(1), PanelPicker(0)
+    for gain in (1, 7, 3):
+        offer(one, str(gain), fixed=gain, broken=0)
+        offer(none, str(gain), fixed=gain, broken=0)
+    assert [panel.name for panel in one.panels()] == ["7"]
+    assert none.panels() == []
+
+
+def test_colours_differ_and_unknown_is_black():
+    colours = class_colours(40).astype(int)
+    distances = np.abs(colours[:, None] - colours[None]).sum(axis=2) + 1000 * np.eye(40, dtype=int)
+    assert distances.min() > 10
+    assert (colours.sum(axis=1) > 60).all()
+    labels = torch.tensor([[0, 1, 255, -1]])
+    picture = colourise(labels, 2, torch.tensor([[True, False, True, True]]))
+    assert (picture[0, 0] == colours[0]).all()
+    assert not picture[0, 1:].any()
+
+
+def test_a_figure_shows_labels_where_they_are(tmp_path):
+    picker = PanelPicker(2)
+    offer(picker, "a", fixed=30, broken=0)
+    offer(picker, "b", fixed=0, broken=10)
+    figure = draw_panels(picker.panels(), ["sky", "road"], "val, epoch 3")
+    raw_axes = figure.axes[1]
+    shown = np.asarray(raw_axes.images[0].get_array())
+    assert (shown[:3] == class_colours(2)[1]).all()
+    assert (shown[3:] == class_colours(2)[0]).all()
+    assert {text.get_text() for text in figure.legends[0].get_texts()} >= {"sky", "road"}
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.95", "0.30"]
+    save_figure(figure, tmp_path / "new" / "panels.png")
+    assert Image.open(tmp_path / "new" / "panels.png").size[0] == 1300
+    with pytest.raises(ValueError, match="panels: got none"):
+        draw_panels([], ["sky"], "")
+
+
+def test_the_curve_has_one_point_an_epoch():
+    history = [
+        {"epoch": epoch, "miou_raw": 0.3 + epoch / 10, "miou_refined": 0.4 + epoch / 10,
+         "trimap_miou_raw": 0.2, "trimap_miou_refined": 0.3}
+        for epoch in range(3)
+    ]  # fmt: skip
+    axes = draw_curve(history).axes
+    raw, refined = axes[0].lines
+    assert list(raw.get_xdata()) == [0, 1, 2]
+    assert list(refined.get_ydata()) == pytest.approx([40, 50, 60])
+    with pytest.raises(ValueError, match="history: got no evaluation"):
+        draw_curve([])
