@@ -1,0 +1,383 @@
+"""From a user's batch and step output to what the refiner and the comparison need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_samrefine.batch_search import (
+    Leaf,
+    Samples,
+    at_key,
+    at_position,
+    describe,
+    find_named,
+    leaves,
+)
+from lightning_samrefine.images import RgbConverter
+from lightning_samrefine.scores import SCORES_KINDS, ScoresKind, is_score_map, to_probs
+
+IMAGE_NAMES = (
+    "image", "images", "img", "imgs", "pixel_values", "input", "inputs", "x",
+)  # fmt: skip
+TARGET_NAMES = (
+    "mask", "masks", "target", "targets", "label", "labels", "gt", "ground_truth", "seg",
+    "segmentation", "semantic", "semantic_mask", "semantic_seg", "seg_mask", "annotation", "y",
+)  # fmt: skip
+# In a step's output the other names are as likely to hold a prediction.
+TARGET_NAMES_IN_OUTPUTS = ("target", "targets", "gt", "ground_truth", "y", "y_true")
+SCORES_NAMES = (
+    "logits", "probs", "probabilities", "scores", "preds", "pred", "predictions", "prediction",
+    "out", "output", "outputs", "y_hat", "y_pred", "masks_pred", "pred_masks",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RefineInputs:
+    """B samples in the refiner's terms, all on one device.
+
+    Each field is a batched tensor, or a list of B tensors without the batch dimension where
+    images differ in size.
+
+    Attributes:
+        images: (B, 3, H, W) uint8 RGB.
+        probs: (B, C, H, W) float32 in [0, 1], the raw probabilities.
+        labels: (B, H, W) int64, the raw prediction; values outside [0, C) mean "unknown".
+        targets: (B, H, W) int64, or None where there is none.
+    """
+
+    images: Samples
+    probs: Samples
+    labels: Samples
+    targets: Samples | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def first(self, count: int) -> RefineInputs:
+        """Return the first ``count`` samples."""
+        targets = None if self.targets is None else self.targets[:count]
+        return RefineInputs(self.images[:count], self.probs[:count], self.labels[:count], targets)
+
+
+AdapterFunction = Callable[[Any, Any, Tensor | None], RefineInputs | Mapping[str, Any]]
+"""``adapter(batch, outputs, captured)``: the batch, what the step returned, and the scores that a
+forward hook saw (or None). Returns `RefineInputs`, or a mapping with ``image``, ``target`` and one
+of ``logits``, ``probs`` and ``labels``, which are then treated like any others."""
+
+
+@dataclass(frozen=True)
+class BatchAdapter:
+    """Finds image, target and scores, and converts them.
+
+    The image and the target are looked for in the batch, then in what the step returned; scores
+    in what it returned, then in what a forward hook saw, then in the batch. In each by the usual
+    names (up to three containers deep), then by position: a tuple batch is (image, target, …), a
+    step's output its only tensor that looks like scores.
+
+    Args:
+        num_classes: C ≥ 2. None until it is known; needed to convert.
+        image_key: Where the image is, such as ``"image"``, ``"data.image"`` or ``"0"``.
+        target_key: Where the target is.
+        scores_key: Where the scores are.
+        scores_kind: What the scores are, see `to_probs`.
+        rgb: Undoes the image's normalisation.
+        function: Replaces the search, see `AdapterFunction`.
+        needs_target: Whether a batch without a target is an error.
+        device: Where to convert, for steps that return CPU tensors from a GPU run; None leaves
+            everything where it is.
+
+    Raises:
+        TypeError: ``function`` is not callable, or a key no string.
+        ValueError: An unknown ``scores_kind``.
+    """
+
+    num_classes: int | None = None
+    _: KW_ONLY
+    image_key: str | None = None
+    target_key: str | None = None
+    scores_key: str | None = None
+    scores_kind: ScoresKind = "auto"
+    rgb: RgbConverter = field(default_factory=RgbConverter)
+    function: AdapterFunction | None = None
+    needs_target: bool = True
+    device: torch.device | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_key", "target_key", "scores_key"):
+            key = getattr(self, name)
+            if key is not None and not isinstance(key, str):
+                raise TypeError(
+                    f"{name}: got {key!r} of type {type(key).__name__}, accepted is a string such "
+                    "as 'image', 'data.image' or, for a position, '0'"
+                )
+        if self.scores_kind not in SCORES_KINDS:
+            raise ValueError(
+                f"scores_kind: got {self.scores_kind!r}, accepted are "
+                f"{', '.join(map(repr, SCORES_KINDS))}"
+            )
+        if self.function is not None and not callable(self.function):
+            raise TypeError(
+                f"adapter: got {type(self.function).__name__}, accepted is a callable "
+                "(batch, outputs, captured) -> RefineInputs or mapping"
+            )
+
+    def __call__(
+        self, batch: Any, outputs: Any, captured: Tensor | None = None, seen: str = "nothing"
+    ) -> RefineInputs:
+        """Convert one batch.
+
+        Args:
+            batch: As the dataloader yields it, on its device.
+            outputs: What the step returned, None included.
+            captured: Scores that a forward hook saw during the step.
+            seen: What the hook saw in words, for the error.
+
+        Raises:
+            ValueError: Something was not found (the message lists what was there), or does not
+                fit: shapes, number of classes, value ranges.
+            TypeError: A custom adapter returned something else.
+        """
+        kind = self.scores_kind
+        if self.function is not None:
+            found = self.function(batch, outputs, captured)
+            if isinstance(found, RefineInputs):
+                return self._checked(found)
+            image, target, scores, kind = _unpack(found)
+        else:
+            image = self._find_image(batch, outputs)
+            target = self._find_target(batch, outputs)
+            scores = self._find_scores(batch, outputs, captured)
+        missing = [
+            role
+            for role, value in (("image", image), ("target", target), ("scores", scores))
+            if value is None and (role != "target" or self.needs_target)
+        ]
+        if image is None or scores is None or missing:
+            raise ValueError(self._not_found(missing, batch, outputs, seen))
+        return self._convert(self._move(image), self._move(target), self._move(scores), kind)
+
+    def _find_image(self, batch: Any, outputs: Any) -> Samples | None:
+        if self.image_key is not None:
+            return _first(at_key(batch, self.image_key), at_key(outputs, self.image_key))
+        return _first(
+            _in_batch(batch, 0, IMAGE_NAMES, _is_image),
+            find_named(outputs, IMAGE_NAMES, _is_image),
+        )
+
+    def _find_target(self, batch: Any, outputs: Any) -> Samples | None:
+        if self.target_key is not None:
+            return _first(at_key(batch, self.target_key), at_key(outputs, self.target_key))
+        return _first(
+            _in_batch(batch, 1, TARGET_NAMES, _is_target),
+            find_named(outputs, TARGET_NAMES_IN_OUTPUTS, _is_target),
+        )
+
+    def _find_scores(self, batch: Any, outputs: Any, captured: Tensor | None) -> Samples | None:
+        if self.scores_key is not None:
+            return _first(at_key(outputs, self.scores_key), at_key(batch, self.scores_key))
+        return _first(
+            find_scores(outputs, self._num_classes),
+            captured,
+            find_named(batch, SCORES_NAMES, partial(_fits_scores, num_classes=self._num_classes)),
+            # What is named right but shaped wrong gets an error about its shape in `to_probs`.
+            find_named(outputs, SCORES_NAMES, _has_pixels),
+        )
+
+    @property
+    def _num_classes(self) -> int:
+        if self.num_classes is None:
+            raise ValueError("num_classes: got None, accepted is the number of classes")
+        return self.num_classes
+
+    def _not_found(self, missing: Sequence[str], batch: Any, outputs: Any, seen: str) -> str:
+        keys = {"image": self.image_key, "target": self.target_key, "scores": self.scores_key}
+        wanted = " and ".join(
+            role if keys[role] is None else f"{role} under {role}_key={keys[role]!r}"
+            for role in missing
+        )
+        return (
+            f"No {wanted} found. The batch is {describe(batch)}; the step returned "
+            f"{describe(outputs)}; forward hooks saw {seen}. Scores are float "
+            f"(B, {self.num_classes}, H, W), or integer (B, H, W) under a usual name. "
+            "Return the scores from the step (such as {'logits': logits}), name what is there "
+            "(image_key, target_key, scores_key), or give an adapter."
+        )
+
+    def _move(self, value: Any) -> Any:
+        """Move a tensor or a list of them, where a device is set."""
+        if self.device is None or value is None:
+            return value
+        return value.to(self.device) if isinstance(value, Tensor) else list(map(self._move, value))
+
+    def _convert(
+        self, image: Samples, target: Samples | None, scores: Samples, kind: ScoresKind
+    ) -> RefineInputs:
+        batched = isinstance(image, Tensor) and isinstance(scores, Tensor)
+        if batched and (target is None or isinstance(target, Tensor)):
+            return self._convert_batch(image, target, scores, kind)
+        targets = [None] * len(image) if target is None else target
+        if not len(image) == len(scores) == len(targets):
+            raise ValueError(
+                f"image, scores, target: got {len(image)}, {len(scores)} and {len(targets)} "
+                "samples, accepted are equal numbers"
+            )
+        parts = [
+            self._convert_batch(i[None], None if t is None else t[None], s[None], kind)
+            for i, t, s in zip(image, targets, scores, strict=True)
+        ]
+        return RefineInputs(
+            images=[part.images[0] for part in parts],
+            probs=[part.probs[0] for part in parts],
+            labels=[part.labels[0] for part in parts],
+            targets=None if target is None else [part.targets[0] for part in parts],
+        )
+
+    def _convert_batch(
+        self, image: Tensor, target: Tensor | None, scores: Tensor, kind: ScoresKind
+    ) -> RefineInputs:
+        images = self.rgb(image)
+        probs, labels = to_probs(
+            scores.detach(), kind, self._num_classes, (images.shape[-2], images.shape[-1])
+        )
+        if len(probs) != len(images):
+            raise ValueError(
+                f"scores: got {len(probs)} samples, accepted is the image's {len(images)}"
+            )
+        targets = None if target is None else to_labels(target, labels)
+        return RefineInputs(images, probs, labels, targets)
+
+    def _checked(self, inputs: RefineInputs) -> RefineInputs:
+        if inputs.targets is None and self.needs_target:
+            raise ValueError("adapter: got RefineInputs without targets, which are needed here")
+        inputs = RefineInputs(
+            *map(self._move, (inputs.images, inputs.probs, inputs.labels, inputs.targets))
+        )
+        for index in range(len(inputs)):
+            probs, labels = inputs.probs[index], inputs.labels[index]
+            expected = (self._num_classes, *inputs.images[index].shape[-2:])
+            if tuple(probs.shape) != expected or tuple(labels.shape) != expected[1:]:
+                raise ValueError(
+                    f"adapter: got probs {tuple(probs.shape)} and labels {tuple(labels.shape)} for "
+                    f"sample {index}, accepted are {expected} and {expected[1:]}"
+                )
+            if inputs.targets is not None and inputs.targets[index].shape != labels.shape:
+                raise ValueError(
+                    f"adapter: got a target of shape {tuple(inputs.targets[index].shape)} for "
+                    f"sample {index}, accepted is {expected[1:]}"
+                )
+        return inputs
+
+
+def find_scores(outputs: Any, num_classes: int) -> Samples | None:
+    """Find scores in what a step or a network returned, None where there are none.
+
+    Takes the first fitting tensor under a usual name, or else the only tensor that looks like
+    scores. ``"out"`` of torchvision's networks and ``"logits"`` of transformers' are such names.
+    """
+    found = find_named(outputs, SCORES_NAMES, lambda value: _fits_scores(value, num_classes))
+    if found is not None:
+        return found
+    if isinstance(outputs, Tensor):
+        # The step returned this and nothing else, so integers are a label map as well.
+        return outputs if _fits_scores(outputs, num_classes) else None
+    fitting = [leaf for leaf in leaves(outputs) if _looks_like_scores(leaf, num_classes)]
+    return fitting[0].value if len(fitting) == 1 else None
+
+
+def _first(*candidates: Samples | None) -> Samples | None:
+    return next((value for value in candidates if value is not None), None)
+
+
+def _in_batch(
+    batch: Any, position: int, names: Sequence[str], fits: Callable[[Samples], bool]
+) -> Samples | None:
+    """Find by name, then by position, then what only its shape speaks against.
+
+    The last gets an error about its shape where it is converted, which says more than "not
+    found".
+    """
+    by_position = at_position(batch, position)
+    return _first(
+        find_named(batch, names, fits),
+        by_position if by_position is not None and fits(by_position) else None,
+        find_named(batch, names, _has_pixels),
+        by_position,
+    )
+
+
+def to_labels(target: Tensor, labels: Tensor) -> Tensor:
+    """Convert a target to (B, H, W) int64.
+
+    Args:
+        target: (B, H, W) or (B, 1, H, W): integer, bool, or float that holds whole numbers.
+        labels: (B, H, W), the prediction that it must fit.
+
+    Raises:
+        ValueError: Another shape, or fractions.
+    """
+    maps = target[:, 0] if target.ndim == 4 and target.shape[1] == 1 else target
+    if maps.shape != labels.shape:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, accepted is (B, H, W) or (B, 1, H, W) with "
+            f"the image's {tuple(labels.shape)}; targets of another size or one-hot targets need "
+            "an adapter"
+        )
+    if maps.is_floating_point() and not bool((maps == maps.round()).all()):
+        low, high = torch.stack(torch.aminmax(maps.float())).tolist()
+        raise ValueError(
+            f"target: got {target.dtype} with fractions between {low:.4g} and {high:.4g}, accepted "
+            "are whole numbers: class indices (a mask that was resized bilinearly or scaled to "
+            "[0, 1] has lost them)"
+        )
+    return maps.to(torch.int64)
+
+
+def _unpack(
+    found: Any,
+) -> tuple[Samples | None, Samples | None, Samples | None, ScoresKind]:
+    """Read a custom adapter's mapping."""
+    kinds: tuple[Literal["logits", "probs", "labels"], ...] = ("logits", "probs", "labels")
+    given = [kind for kind in kinds if isinstance(found, Mapping) and found.get(kind) is not None]
+    if len(given) != 1 or "image" not in found:
+        raise TypeError(
+            f"adapter: got {describe(found)}, accepted is RefineInputs or a mapping with image, "
+            "target and one of logits, probs and labels"
+        )
+    return found["image"], found.get("target"), found[given[0]], given[0]
+
+
+def _is_image(value: Samples) -> bool:
+    return value.ndim == 4 if isinstance(value, Tensor) else all(item.ndim == 3 for item in value)
+
+
+def _is_target(value: Samples) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1)
+    return all(item.ndim == 2 or item.shape[0] == 1 for item in value)
+
+
+def _fits_scores(value: Samples, num_classes: int) -> bool:
+    """Whether a value under a usual name can be scores: label maps and binary maps included."""
+    items = [value] if isinstance(value, Tensor) else [item[None] for item in value]
+    return all(
+        is_score_map(item, num_classes)
+        or (
+            _is_target(item)
+            and (not item.is_floating_point() or (num_classes == 2 and item.ndim == 3))
+        )
+        for item in items
+    )
+
+
+def _looks_like_scores(leaf: Leaf, num_classes: int) -> bool:
+    return isinstance(leaf.value, Tensor) and is_score_map(leaf.value, num_classes)
+
+
+def _has_pixels(value: Samples) -> bool:
+    return not isinstance(value, Tensor) or value.ndim >= 3

@@ -1,0 +1,108 @@
+"""Checks of the callback's arguments, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_samrefine.config import RefineConfig
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse anything but an integer of at least 1.
+
+    Raises:
+        TypeError: No integer.
+        ValueError: Below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name}: got {value!r} of type {type(value).__name__}, accepted is an integer of at "
+            "least 1"
+        )
+    if value < 1:
+        raise ValueError(f"{name}: got {value!r}, accepted is an integer of at least 1")
+
+
+def parse_refine(refine: RefineConfig | Mapping[str, Any] | str) -> RefineConfig:
+    """Read thresholds: a config, a preset's name, or fields that replace those of a preset.
+
+    Args:
+        refine: A mapping's key ``"preset"`` names the preset, ``"default"`` without it.
+
+    Raises:
+        TypeError: Another type, or an unknown field.
+        ValueError: An unknown preset, or a value outside its range.
+    """
+    if isinstance(refine, RefineConfig):
+        return refine
+    if isinstance(refine, str):
+        return RefineConfig.preset(refine)
+    if isinstance(refine, Mapping):
+        fields = {str(key): value for key, value in refine.items()}
+        return RefineConfig.preset(fields.pop("preset", "default"), **fields)
+    raise TypeError(
+        f"refine: got {type(refine).__name__}, accepted is a RefineConfig, a preset's name, or a "
+        "mapping of RefineConfig's fields"
+    )
+
+
+def parse_class_names(class_names: Sequence[str] | None) -> list[str] | None:
+    """Return the names as a list.
+
+    Raises:
+        TypeError: No sequence of strings.
+        ValueError: A name that comes twice: its figures could not be told apart.
+    """
+    if class_names is None:
+        return None
+    names = list(class_names)
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names: got {class_names!r}, accepted is a sequence of strings")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"class_names: got {', '.join(twice)} more than once")
+    return names
+
+
+def parse_num_classes(num_classes: int | None, class_names: Sequence[str] | None) -> int | None:
+    """Return the number of classes, from the names where it is None, None without either.
+
+    Raises:
+        TypeError: No integer.
+        MisconfigurationException: Below 2, or other than the number of names.
+    """
+    if num_classes is None:
+        num_classes = None if class_names is None else len(class_names)
+    if num_classes is None:
+        return None
+    check_count("num_classes", num_classes)
+    if num_classes < 2:
+        raise MisconfigurationException(
+            "num_classes: got 1, accepted is at least 2: a one-channel binary model has 2 classes, "
+            "background and foreground"
+        )
+    if class_names is not None and len(class_names) != num_classes:
+        raise MisconfigurationException(
+            f"class_names: got {len(class_names)} names, accepted are num_classes={num_classes}"
+        )
+    return num_classes
+
+
+def num_classes_of(pl_module: LightningModule, class_names: Sequence[str] | None) -> int:
+    """Ask a module for its number of classes; 1 is a binary model's, which makes 2.
+
+    Raises:
+        MisconfigurationException: It does not say.
+    """
+    for owner in (pl_module, pl_module.hparams):
+        value = getattr(owner, "num_classes", None)
+        if isinstance(value, int) and value >= 1:
+            return parse_num_classes(max(value, 2), class_names) or value
+    raise MisconfigurationException(
+        f"num_classes: got None, and {type(pl_module).__name__} has neither num_classes nor "
+        "hparams.num_classes; set SAMRefineCallback(num_classes=…) to the number of classes"
+    )

@@ -1,0 +1,407 @@
+"""The Lightning callback: hooks only, from an evaluation's batches to its logged figures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_prefixed_message
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from typing_extensions import override
+
+from lightning_samrefine.adapter import BatchAdapter, RefineInputs
+from lightning_samrefine.arguments import (
+    check_count,
+    num_classes_of,
+    parse_class_names,
+    parse_num_classes,
+    parse_refine,
+)
+from lightning_samrefine.batch_search import batch_size
+from lightning_samrefine.capture import ScoresCapture
+from lightning_samrefine.comparison import RefinementComparison
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.images import RgbConverter
+from lightning_samrefine.models import Promptable, load_sam
+from lightning_samrefine.precision import PRECISIONS
+from lightning_samrefine.refiner import Refiner
+from lightning_samrefine.safety import SafeRefiner, isolated_rng
+from lightning_samrefine.sampling import RealSamples
+
+_STAGES = ("fit", "validate", "test")
+
+
+@dataclass
+class _Evaluation:
+    """One pass over the validation or test loaders, with one entry per loader."""
+
+    capture: ScoresCapture
+    comparisons: list[RefinementComparison]
+    samples: list[RealSamples]
+
+
+@dataclass
+class _Run:
+    """What lives from setup to teardown, and is never pickled.
+
+    Attributes:
+        refiner: Holds SAM.
+        adapter: The callback's, with the number of classes settled.
+        evaluation: Between the start and the end of an epoch that is measured.
+        home: Where a user's own `Promptable` was before setup.
+        understood: Loaders of which a batch was read: what fails there later is no set-up error.
+        warned: Whether a failure was reported.
+    """
+
+    refiner: SafeRefiner | None = None
+    adapter: BatchAdapter | None = None
+    evaluation: _Evaluation | None = None
+    home: torch.device | None = None
+    understood: set[int] = field(default_factory=set)
+    warned: bool = False
+
+
+class SAMRefineCallback(Callback):
+    """Refines every prediction of an evaluation with SAM and logs raw against refined figures.
+
+    Logs in ``validate`` (alone and inside ``fit``) under ``val/`` and in ``test`` under ``test/``:
+    ``miou_raw``, ``miou_refined``, ``miou_gain``, ``iou_raw/<class>``, ``iou_refined/<class>``,
+    ``trimap_miou_raw|refined|gain``, ``refine_accept_rate``, ``refine_regions_per_image``,
+    ``refine_ms_per_image`` and ``refine_failed_images``, see
+    `lightning_samrefine.comparison.RefinementComparison`. With several dataloaders every name ends
+    in ``/dataloader_idx_<i>``, as Lightning's own do. Nothing runs during the sanity check.
+
+    The user's model is not run again and not changed; nothing goes into checkpoints, and training
+    sees the same random numbers as without the callback. An image whose refinement fails keeps
+    its raw prediction, with one warning, and is counted in ``refine_failed_images``.
+
+    Args:
+        sam: A name for `load_sam`, or a `Promptable`. SAM is moved to the Trainer's device for
+            the run and freed (a `Promptable` of yours: moved back) after it.
+        checkpoint: The weights' file, see `load_sam`.
+        num_classes: C ≥ 2; a one-channel binary model has 2. None takes it from ``class_names``,
+            ``pl_module.num_classes`` or ``pl_module.hparams.num_classes`` (where 1 means binary).
+        ignore_index: Target value that is not counted, or None. Targets outside [0, C) never are.
+        class_names: C names for ``iou_raw/<class>``; "0", "1", … where None.
+        refine: Thresholds: a `RefineConfig`, a preset's name, or a mapping of fields that replace
+            those of ``"default"`` (or of the preset under the key ``"preset"``).
+        precision: SAM's autocast, see `Refiner`; independent of the Trainer's precision.
+        every_n_epochs: Inside ``fit``, evaluate after every n-th epoch. Nothing is logged for the
+            others, where `ModelCheckpoint` and the like would see the value of the last one.
+        max_batches: Measure the first n batches of each loader (of each process), raw and refined
+            alike; None for all.
+        trimap_width: Half-width in pixels of the band around borders.
+        image_key: Where the image is in the batch, such as ``"image"``, ``"data.image"`` or
+            ``"0"``; None searches, see `lightning_samrefine.adapter.BatchAdapter`.
+        target_key: Where the target is.
+        scores_key: Where the scores are in what the step returned, or in the batch.
+        scores_kind: ``"logits"``, ``"probs"``, ``"labels"``, or ``"auto"`` to tell by values.
+        image_mean: The mean of your Normalize transform, undone for SAM.
+        image_std: Its deviation.
+        image_range: ``"0-1"`` or ``"0-255"``, the range before it; None guesses.
+        adapter: A callable ``(batch, outputs, captured)`` that replaces the search and returns
+            `lightning_samrefine.adapter.RefineInputs`, or a mapping with ``image``, ``target``
+            and one of ``logits``, ``probs`` and ``labels``.
+
+    Raises:
+        MisconfigurationException: No number of classes, or one that contradicts ``class_names``.
+        TypeError: An argument of a wrong type.
+        ValueError: An argument outside its range, or a batch in which something is missing.
+        FileNotFoundError: No checkpoint at that path, in ``setup``.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_samrefine import SAMRefineCallback
+        >>> callback = SAMRefineCallback("vit_t", "mobile_sam.pt", num_classes=11)
+        >>> trainer = Trainer(callbacks=[callback])
+    """
+
+    def __init__(
+        self,
+        sam: str | Promptable = "vit_t",
+        checkpoint: str | Path | None = None,
+        num_classes: int | None = None,
+        ignore_index: int | None = 255,
+        class_names: Sequence[str] | None = None,
+        refine: Mapping[str, Any] | RefineConfig | str = "default",
+        precision: str = "auto",
+        every_n_epochs: int = 1,
+        max_batches: int | None = None,
+        trimap_width: int = 3,
+        image_key: str | None = None,
+        target_key: str | None = None,
+        scores_key: str | None = None,
+        scores_kind: Literal["auto", "logits", "probs", "labels"] = "auto",
+        image_mean: Sequence[float] | float | None = None,
+        image_std: Sequence[float] | float | None = None,
+        image_range: Literal["0-255", "0-1"] | None = None,
+        adapter: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(sam, str | Promptable):
+            raise TypeError(
+                f"sam: got {type(sam).__name__}, accepted is a name for load_sam or a Promptable"
+            )
+        if not isinstance(sam, str) and checkpoint is not None:
+            raise ValueError("checkpoint: got one beside a loaded model, accepted is None there")
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}"
+            )
+        check_count("every_n_epochs", every_n_epochs)
+        check_count("trimap_width", trimap_width)
+        if max_batches is not None:
+            check_count("max_batches", max_batches)
+        if ignore_index is not None and not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index: got {ignore_index!r}, accepted is an integer or None")
+        self.sam = sam
+        self.checkpoint = checkpoint
+        self.class_names = parse_class_names(class_names)
+        self.num_classes = parse_num_classes(num_classes, self.class_names)
+        self.ignore_index = ignore_index
+        self.refine_config = parse_refine(refine)
+        self.precision = precision
+        self.every_n_epochs = every_n_epochs
+        self.max_batches = max_batches
+        self.trimap_width = trimap_width
+        self.adapter = BatchAdapter(
+            image_key=image_key,
+            target_key=target_key,
+            scores_key=scores_key,
+            scores_kind=scores_kind,
+            rgb=RgbConverter(image_mean, image_std, image_range),
+            function=adapter,
+        )
+        self._run = _Run()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning binds the module's log to the callback: pickling it would drag the module along.
+        state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return {**state, "_run": _Run()}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage not in _STAGES:
+            return
+        self._release()
+        device = trainer.strategy.root_device
+        with isolated_rng(device):
+            if isinstance(self.sam, str):
+                sam = load_sam(self.sam, self.checkpoint, device)
+            else:
+                sam = self.sam
+                self._run.home = sam.device
+                sam.module.to(device)
+            refiner = Refiner(sam, self.refine_config, self.precision)
+        self._run.refiner = SafeRefiner(refiner, self._warn_once)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._bind(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The sanity check rehearses the reading of batches, so that a wrong set-up is reported
+        # before an epoch was trained; SAM has no part in it.
+        if trainer.sanity_checking or self._is_due(trainer):
+            self._start(trainer, pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._run.evaluation is not None and self._is_measured(batch_idx):
+            self._run.evaluation.capture.arm()
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        evaluation = self._run.evaluation
+        if evaluation is None or not self._is_measured(batch_idx):
+            return
+        inputs = self._read(outputs, batch, evaluation.capture, dataloader_idx)
+        if trainer.sanity_checking:
+            return
+        comparison = evaluation.comparisons[dataloader_idx]
+        samples = evaluation.samples[dataloader_idx]
+        if inputs is None:
+            lost = samples.take(batch_size(batch))
+            comparison.counts.update(images=lost, failed=lost)
+        else:
+            self._measure(inputs.first(samples.take(len(inputs))), comparison)
+
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._log_figures("val")
+        self._end_evaluation()
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_figures("test")
+        self._end_evaluation()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._release()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def _bind(self, pl_module: LightningModule) -> BatchAdapter:
+        """Settle the number of classes, after the module's own setup and before any batch."""
+        if self._run.adapter is None:
+            num_classes = self.num_classes or num_classes_of(pl_module, self.class_names)
+            sam = self._safe_refiner.refiner.sam
+            self._run.adapter = replace(self.adapter, num_classes=num_classes, device=sam.device)
+            rank_zero_info(
+                f"SAMRefineCallback: SAM {sam.name} on {sam.device} refines {num_classes} classes "
+                f"(ignore_index={self.ignore_index}) with {self.refine_config}"
+            )
+        return self._run.adapter
+
+    @property
+    def _safe_refiner(self) -> SafeRefiner:
+        if self._run.refiner is None:
+            raise MisconfigurationException(
+                "SAMRefineCallback: SAM is not loaded; the Trainer calls setup before any "
+                "evaluation, and so must whoever calls the hooks without one"
+            )
+        return self._run.refiner
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        return not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _is_measured(self, batch_idx: int) -> bool:
+        return self.max_batches is None or batch_idx < self.max_batches
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        num_classes = self._bind(pl_module).num_classes
+        device = trainer.strategy.root_device
+        loaders = _dataloaders(trainer)
+        self._run.evaluation = _Evaluation(
+            ScoresCapture(pl_module, num_classes),
+            # New ones each time: metric states from an epoch under inference_mode could not be
+            # updated in a later one under no_grad.
+            [
+                RefinementComparison(
+                    num_classes, self.ignore_index, self.class_names, self.trimap_width
+                ).to(device)
+                for _ in loaders
+            ],
+            [RealSamples(loader) for loader in loaders],
+        )
+
+    @torch.no_grad()
+    def _read(
+        self, outputs: Any, batch: Any, capture: ScoresCapture, dataloader_idx: int
+    ) -> RefineInputs | None:
+        """Read a batch; None for one that cannot be read although others of its loader could."""
+        try:
+            inputs = self._run.adapter(batch, outputs, *capture.take())
+        except Exception as error:
+            if dataloader_idx not in self._run.understood:
+                raise
+            self._warn_once(f"a batch could not be read and is left out ({_one_line(error)})")
+            return None
+        self._run.understood.add(dataloader_idx)
+        return inputs
+
+    @torch.no_grad()
+    def _measure(self, inputs: RefineInputs, comparison: RefinementComparison) -> None:
+        if len(inputs) == 0:
+            return
+        refinements, seconds = self._safe_refiner(inputs)
+        comparison.counts.update(images=len(inputs), seconds=seconds)
+        for index, refinement in enumerate(refinements):
+            raw, target = inputs.labels[index], inputs.targets[index]
+            if refinement is None:
+                comparison.update(raw, raw, target)
+                comparison.counts.update(failed=1)
+            else:
+                comparison.update(raw, refinement.labels, target)
+                comparison.counts.update(
+                    regions=len(refinement.regions), accepted=len(refinement.pred_iou)
+                )
+
+    def _log_figures(self, stage: str) -> None:
+        comparisons = [] if self._run.evaluation is None else self._run.evaluation.comparisons
+        for index, comparison in enumerate(comparisons):
+            suffix = f"/dataloader_idx_{index}" if len(comparisons) > 1 else ""
+            self.log_dict(
+                {f"{stage}/{key}{suffix}": value for key, value in comparison.compute().items()},
+                add_dataloader_idx=False,
+                # The processes hold equal values already, of which the maximum changes no bit;
+                # without sync_dist Lightning warns, key by key, that they might differ.
+                sync_dist=True,
+                reduce_fx="max",
+            )
+
+    def _warn_once(self, reason: str) -> None:
+        if self._run.warned:
+            return
+        self._run.warned = True
+        message = (
+            f"SAMRefineCallback: {reason}. Further failures are counted in refine_failed_images "
+            "without a warning."
+        )
+        # On every process that has reason to: the failing one need not be rank zero.
+        warnings.warn(
+            rank_prefixed_message(message, rank_zero_only.rank), RuntimeWarning, stacklevel=2
+        )
+
+    def _end_evaluation(self) -> None:
+        if self._run.evaluation is not None:
+            self._run.evaluation.capture.remove()
+            self._run.evaluation = None
+
+    def _release(self) -> None:
+        self._end_evaluation()
+        if self._run.home is not None and not isinstance(self.sam, str):
+            self.sam.module.to(self._run.home)
+        self._run = _Run()
+
+
+def _dataloaders(trainer: Trainer) -> list[Any]:
+    """Return the loaders of the running evaluation; one where all are drawn from at once."""
+    if trainer.testing:
+        loop = trainer.test_loop
+    elif trainer.state.fn == TrainerFn.FITTING:
+        loop = trainer.fit_loop.epoch_loop.val_loop
+    else:
+        loop = trainer.validate_loop
+    # trainer.val_dataloaders may be those of an earlier fit, and does not tell the mode.
+    combined = loop._combined_loader
+    return list(combined.flattened) if loop._is_sequential else [combined]
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,45 @@
+"""Which samples of a process are real: DistributedSampler repeats some to make ranks even."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import DistributedSampler
+
+
+class RealSamples:
+    """Counts the samples of one dataloader on one process, and tells the repeated ones apart.
+
+    Rank r of R yields entries r, r + R, r + 2R, … of a list that repeats its own beginning where
+    the data set's N samples do not divide by R. So only the last samples of a rank can be
+    repeats: those past its first ⌈(N − r) / R⌉, shuffled or not.
+
+    Args:
+        dataloader: Any iterable of batches, in the sampler's order. Repeats are known for
+            `torch.utils.data.DistributedSampler` (Lightning's included) alone.
+    """
+
+    def __init__(self, dataloader: Any) -> None:
+        sampler = _distributed_sampler(dataloader)
+        self._left: int | None = None
+        if sampler is not None:
+            size, ranks = len(sampler.dataset), sampler.num_replicas
+            self._left = max(0, -((sampler.rank - size) // ranks))
+
+    def take(self, batch_size: int) -> int:
+        """Count the next batch, and return how many of its first samples are real."""
+        if self._left is None:
+            return batch_size
+        real = min(batch_size, self._left)
+        self._left -= real
+        return real
+
+
+def _distributed_sampler(dataloader: Any) -> DistributedSampler | None:
+    # A loader made with batch_sampler= has a sampler that it does not use.
+    batch_sampler = getattr(dataloader, "batch_sampler", None)
+    for owner in (batch_sampler, dataloader):
+        sampler = getattr(owner, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            return sampler
+    return None

@@ -1,0 +1,147 @@
+"""Logits, probabilities or label maps: all become probabilities and labels."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+SCORES_KINDS = ("auto", "logits", "probs", "labels")
+ScoresKind: TypeAlias = Literal["auto", "logits", "probs", "labels"]
+
+# Probability of all the classes that a label map does not name. At exactly 0, Algorithm 4 could
+# never give a pixel another class (step 10 multiplies by it); above 0 the raw class still wins
+# wherever its own mask covers the pixel.
+_OTHER_CLASSES = 1e-3
+
+_SUM_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
+_DEFAULT_SUM_TOLERANCE = 1e-3
+
+# Probability of all the classes together that a label map does not name. At exactly 0, Algorithm 4
+# could never give a pixel another class (step 10 multiplies by it); above 0 the raw class still
+# wins wherever its own mask covers the pixel.
+_OTHER_CLASSES = 1e-3
+
+
+def is_score_map(value: Tensor, num_classes: int) -> bool:
+    """Whether a tensor looks like a network's scores: float (B, C, H, W), C = 1 where binary."""
+    return (
+        value.ndim == 4
+        and value.is_floating_point()
+        and value.shape[1] in ({num_classes} if num_classes != 2 else {1, 2})
+    )
+
+
+def to_probs(
+    scores: Tensor, kind: ScoresKind, num_classes: int, image_hw: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Bring scores to the image's size as probabilities and labels.
+
+    ``"auto"`` decides so: integers are labels. Images of C channels whose values lie in [0, 1]
+    and sum to 1 within 1e-3 (bf16: 2e-2) are probabilities, others logits, for a softmax. A batch
+    of one-channel maps that lies in [0, 1] as a whole holds probabilities of class 1, any other
+    holds logits, for a sigmoid.
+
+    Args:
+        scores: (B, C, h, w) float; (B, 1, h, w) or (B, h, w) float of a binary model; (B, h, w)
+            or (B, 1, h, w) label maps. Maps smaller than the image are enlarged: scores
+            bilinearly (logits before the softmax), labels to the nearest.
+        kind: What the scores are.
+        num_classes: C ≥ 2.
+        image_hw: (H, W) of the images.
+
+    Returns:
+        Probabilities (B, C, H, W) float32 in [0, 1]; labels (B, H, W) int64, their argmax. A
+        label map gives 0.999 to its class and the rest to the others in equal parts, and 1/C to
+        all where its value is outside [0, C), which the labels keep.
+
+    Raises:
+        ValueError: A shape that fits neither, scores larger than the image, or probabilities
+            outside [0, 1].
+    """
+    if kind == "labels" or (kind == "auto" and not scores.is_floating_point()):
+        return _from_labels(scores, num_classes, image_hw)
+    if not scores.is_floating_point():
+        raise ValueError(f"scores: got dtype {scores.dtype}, accepted as {kind} is a float type")
+    maps = scores[:, None] if scores.ndim == 3 else scores
+    if maps.ndim != 4 or not is_score_map(maps, num_classes):
+        channels = "(B, 2, h, w), (B, 1, h, w) or (B, h, w)"
+        accepted = channels if num_classes == 2 else f"(B, {num_classes}, h, w)"
+        raise ValueError(
+            f"scores: got shape {tuple(scores.shape)}, accepted for num_classes={num_classes} is "
+            f"{accepted}"
+        )
+    is_probs = _are_probs(maps) if kind == "auto" else torch.tensor(kind == "probs")
+    if kind == "probs":
+        _check_probs(maps)
+    maps = _enlarge(maps.float(), image_hw, "bilinear")
+    if maps.shape[1] == 1:
+        foreground = maps.clamp(0, 1) if bool(is_probs.all()) else maps.sigmoid()
+        # By the scores themselves: 1 - p may round where p > 0.5 does not.
+        labels = (foreground[:, 0] > 0.5).long()
+        return torch.cat([1 - foreground, foreground], dim=1), labels
+    labels = maps.argmax(dim=1)
+    if bool(is_probs.all()):
+        return maps.clamp(0, 1), labels
+    probs = maps.softmax(dim=1)
+    if bool(is_probs.any()):
+        probs = torch.where(is_probs.view(-1, 1, 1, 1), maps.clamp(0, 1), probs)
+    return probs, labels
+
+
+def _from_labels(
+    scores: Tensor, num_classes: int, image_hw: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    maps = scores[:, 0] if scores.ndim == 4 and scores.shape[1] == 1 else scores
+    if maps.ndim != 3:
+        raise ValueError(
+            f"scores: got shape {tuple(scores.shape)} of {scores.dtype}, accepted as label maps is "
+            "(B, h, w) or (B, 1, h, w)"
+        )
+    # interpolate has no kernel for int64; float32 holds every label below 2²⁴.
+    labels = _enlarge(maps[:, None].float(), image_hw, "nearest-exact")[:, 0].long()
+    classes = torch.arange(num_classes, device=labels.device).view(-1, 1, 1)
+    probs = torch.where(
+        labels[:, None] == classes, 1 - _OTHER_CLASSES, _OTHER_CLASSES / (num_classes - 1)
+    )
+    unknown = (labels < 0) | (labels >= num_classes)
+    return probs.masked_fill_(unknown[:, None], 1 / num_classes), labels
+
+
+def _are_probs(maps: Tensor) -> Tensor:
+    """Decide per image, (B,) bool, or for all at once where there is one channel.
+
+    NaN decides nothing, and one image of several channels nothing for the others: a broken image
+    must not turn the rest of its batch from probabilities into logits.
+    """
+    tolerance = _SUM_TOLERANCE.get(maps.dtype, _DEFAULT_SUM_TOLERANCE)
+    outside = (maps < -tolerance) | (maps > 1 + tolerance)
+    if maps.shape[1] == 1:
+        return (~(outside & maps.isfinite()).any()).expand(len(maps))
+    total = maps.float().sum(dim=1)
+    strange = outside.any(dim=1) | ((total - 1).abs() > tolerance)
+    return ~(strange & ~total.isnan()).flatten(1).any(dim=1)
+
+
+def _check_probs(maps: Tensor) -> None:
+    tolerance = _SUM_TOLERANCE.get(maps.dtype, _DEFAULT_SUM_TOLERANCE)
+    if bool(((maps < -tolerance) | (maps > 1 + tolerance)).any()):
+        low, high = torch.stack(torch.aminmax(maps.float())).tolist()
+        raise ValueError(
+            f"scores: got values from {low:.4g} to {high:.4g}, accepted for scores_kind='probs' is "
+            "[0, 1]; set scores_kind='logits' or 'auto'"
+        )
+
+
+def _enlarge(maps: Tensor, image_hw: tuple[int, int], mode: str) -> Tensor:
+    height, width = maps.shape[-2:]
+    if (height, width) == image_hw:
+        return maps
+    if height > image_hw[0] or width > image_hw[1]:
+        raise ValueError(
+            f"scores: got (h, w) = {(height, width)}, accepted is at most the image's {image_hw}"
+        )
+    align = False if mode == "bilinear" else None
+    return nnf.interpolate(maps, image_hw, mode=mode, align_corners=align)
