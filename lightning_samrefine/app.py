@@ -1,0 +1,242 @@
+"""The `samrefine` command: a Hydra app that builds a run, runs it and reports what it gave."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_samrefine.config import RefineConfig
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.loggers import Logger
+
+# torch and Lightning are imported where they are needed: `samrefine --help` answers without them.
+
+TASKS = ("validate", "test", "fit")
+
+# What the data module knows better than the command line, where the config leaves it null.
+INHERITED = ("num_classes", "class_names", "ignore_index", "image_mean", "image_std", "image_range")
+
+_LONGEST_MESSAGE = 600
+_FOLDER_MARK = "<output_dir>"
+
+
+class SetupError(Exception):
+    """A wrong set-up that one sentence explains; the cause is chained."""
+
+
+def config_dir() -> Path:
+    """Return the folder of the YAML files: inside the package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Build the run that a composed config describes, run it and report it.
+
+    Writes ``metrics.json`` and ``config.yaml``, resolved but for the output folder, to
+    ``cfg.output_dir``, and prints the table.
+
+    Args:
+        cfg: ``configs/samrefine.yaml`` with its groups. Values that the data module supplies are
+            filled in.
+
+    Returns:
+        Refined mIoU in [0, 1], for sweepers: that of the validation set, or of the test set with
+        ``task=test``. ``None`` where refinement was skipped.
+
+    Raises:
+        SetupError: The config cannot be built.
+        MisconfigurationException, ValueError, FileNotFoundError: As the parts raise them.
+    """
+    _check_config(cfg)
+    refine = _refine_config(cfg)
+
+    from lightning.pytorch import seed_everything
+
+    from lightning_samrefine.summary import print_summary, refined_miou, write_metrics
+
+    _log_lightning_once()
+    if cfg.seed is not None:
+        seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = _build(cfg, "data")
+    for key in ("segmenter", "callback"):
+        _inherit(cfg[key], datamodule)
+    segmenter = _build(cfg, "segmenter")
+    trainer = _build_trainer(cfg, refine)
+
+    folder = Path(cfg.output_dir)
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        _save_config(cfg, folder / "config.yaml")
+    metrics = _execute(cfg.task, trainer, segmenter, datamodule, cfg.ckpt_path)
+    if trainer.is_global_zero:
+        write_metrics(metrics, folder / "metrics.json")
+        print_summary(metrics, folder)
+    return refined_miou(metrics, "test" if cfg.task == "test" else "val")
+
+
+def explain(error: Exception) -> str | None:
+    """Say in one sentence what is wrong with the set-up, or ``None`` if that is not what failed."""
+    # The cheap classes first: loading Lightning to report a mistyped path would take seconds.
+    is_setup = (
+        isinstance(error, SetupError | ValueError | FileNotFoundError | OmegaConfBaseException)
+        or _is_misconfiguration(error)
+        or str(error).startswith("Error(s) in loading state_dict")  # a RuntimeError of torch
+    )
+    if not is_setup:
+        return None
+    sentence = " ".join(str(error).split())
+    if len(sentence) > _LONGEST_MESSAGE:
+        sentence = sentence[:_LONGEST_MESSAGE] + " …"
+    return sentence
+
+
+def _is_misconfiguration(error: Exception) -> bool:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return isinstance(error, MisconfigurationException)
+
+
+def _job(cfg: DictConfig) -> float | None:
+    # A console script does not have the current folder on its path, where a user's own
+    # segmenter.py lies; last, so that it hides no installed package.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        return run(cfg)
+    try:
+        return run(cfg)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        sys.exit(f"samrefine: {sentence}\n(HYDRA_FULL_ERROR=1 shows where)")
+
+
+main = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="samrefine")(_job)
+
+
+def _log_lightning_once() -> None:
+    # Lightning's own handler would repeat every line that Hydra's root logger prints and files.
+    if logging.getLogger().hasHandlers():
+        logging.getLogger("lightning").handlers.clear()
+
+
+def _check_config(cfg: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        example = f"{missing[0]}=VALUE"
+        raise SetupError(f"No value for {', '.join(missing)}; give it as in: samrefine {example}")
+    if cfg.task not in TASKS:
+        raise SetupError(f"task: got {cfg.task!r}, accepted are {', '.join(TASKS)}")
+    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
+        raise SetupError(f"ckpt_path: no file {cfg.ckpt_path}")
+
+
+def _refine_config(cfg: DictConfig) -> RefineConfig:
+    try:
+        return RefineConfig.preset("algorithm4", **OmegaConf.to_container(cfg.refine, resolve=True))
+    except (TypeError, ValueError) as error:
+        raise SetupError(f"refine: {error}") from error
+
+
+def _build(cfg: DictConfig, key: str, **objects: Any) -> Any:
+    """Instantiate one node; ``objects`` reach the constructor without Hydra copying them."""
+    try:
+        return instantiate(OmegaConf.select(cfg, key), _partial_=True)(**objects)
+    except InstantiationException as error:
+        raise SetupError(f"{key}: {error.__cause__ or error}") from error
+    except (TypeError, ValueError, OSError, ImportError) as error:
+        raise SetupError(f"{key}: {error}") from error
+
+
+def _inherit(node: DictConfig, datamodule: LightningDataModule) -> None:
+    """Fill a node's null values from the data module; what that lacks keeps its own default."""
+    with open_dict(node):
+        for key in INHERITED:
+            if key not in node or node[key] is not None:
+                continue
+            if hasattr(datamodule, key):
+                value = getattr(datamodule, key)
+                node[key] = value.tolist() if hasattr(value, "tolist") else value
+            else:
+                del node[key]
+
+
+def _save_config(cfg: DictConfig, path: Path) -> None:
+    """Save all values resolved but the output folder, so that a second run gets its own."""
+    resolved = copy.deepcopy(cfg)
+    resolved.output_dir = _FOLDER_MARK
+    text = OmegaConf.to_yaml(resolved, resolve=True).replace(_FOLDER_MARK, "${output_dir}")
+    resolved = OmegaConf.create(text)
+    resolved.output_dir = OmegaConf.to_container(cfg)["output_dir"]
+    OmegaConf.save(resolved, path)
+
+
+def _build_trainer(cfg: DictConfig, refine: RefineConfig) -> Trainer:
+    from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+
+    if "_target_" in cfg.sam:
+        sam = {"sam": _build(cfg, "sam"), "checkpoint": None}
+    else:
+        sam = {"sam": cfg.sam.name, "checkpoint": cfg.sam.checkpoint}
+    callbacks: list[Callback] = [_build(cfg, "callback", refine=refine, **sam)]
+    callbacks += [_build(cfg, f"extra_callbacks.{name}") for name in cfg.extra_callbacks]
+    if cfg.trainer.get("enable_progress_bar", True) and not any(
+        isinstance(callback, ProgressBar) for callback in callbacks
+    ):
+        callbacks.append(RichProgressBar())
+    loggers: list[Logger] = [_build(cfg, f"logger.{name}") for name in cfg.logger]
+    return _build(cfg, "trainer", callbacks=callbacks, logger=loggers)
+
+
+def _execute(
+    task: str,
+    trainer: Trainer,
+    segmenter: LightningModule,
+    datamodule: LightningDataModule,
+    ckpt_path: str | None,
+) -> dict[str, float]:
+    from lightning_samrefine.summary import logged_metrics
+
+    if task != "fit":
+        evaluate = trainer.validate if task == "validate" else trainer.test
+        evaluate(segmenter, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        return logged_metrics(trainer)
+
+    trainer.fit(segmenter, datamodule=datamodule, ckpt_path=ckpt_path)
+    metrics = logged_metrics(trainer)
+    if _can_test(segmenter, datamodule):
+        checkpoints = trainer.checkpoint_callback
+        best = getattr(checkpoints, "monitor", None) and getattr(checkpoints, "best_model_path", "")
+        trainer.test(segmenter, datamodule=datamodule, ckpt_path=best or None, verbose=False)
+        metrics |= logged_metrics(trainer)
+    return metrics
+
+
+def _can_test(segmenter: LightningModule, datamodule: LightningDataModule) -> bool:
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    if not is_overridden("test_step", segmenter):
+        return False
+    has_split = getattr(datamodule, "has_split", None)
+    if has_split is not None:
+        return has_split("test")
+    return is_overridden("test_dataloader", datamodule)
+
+
+if __name__ == "__main__":
+    main()

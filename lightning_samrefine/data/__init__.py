@@ -1,0 +1,10 @@
+"""Data modules whose batches the callback and the bundled segmenters understand.
+
+A sample is a dict: ``"image"`` uint8 (3, H, W) RGB, ``"mask"`` int64 (H, W), ``"name"`` str, and
+where predictions are stored, ``"prediction"`` int64 (H, W) or ``"probs"`` float32 (C, H, W).
+"""
+
+from lightning_samrefine.data.folder import FolderDataModule, FolderDataset, FolderSplit
+from lightning_samrefine.data.torchvision_sets import TorchvisionDataModule
+
+__all__ = ["FolderDataModule", "FolderDataset", "FolderSplit", "TorchvisionDataModule"]

@@ -1,0 +1,323 @@
+"""Folders of images, label maps and stored predictions that share their stems."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_samrefine.data.samples import (
+    Sample,
+    check_equal_sizes,
+    check_labels,
+    collate,
+    image_hw,
+    image_to_tensor,
+    label_map_to_tensor,
+    read_probs,
+    stored_array,
+)
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+LABEL_SUFFIXES = (".png",)
+PREDICTION_SUFFIXES = (".png", ".npz")
+
+SPLITS = ("train", "val", "test")
+# The first split of a stage is the one that it cannot do without.
+_STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+_SHOWN_NAMES = 5
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """Where one split lies.
+
+    Attributes:
+        images: Folder of 8-bit images (png, jpg, webp, bmp, tif).
+        labels: Folder of label maps: png of one channel, uint8, uint16 or palette indices.
+        predictions: Folder of stored predictions, or ``None``: label maps (png; a value outside
+            [0, C) means "unknown") or npz files with ``probs`` or ``logits``, (C, H, W).
+        stems: Text file with one stem a line, or ``None`` for every image in the folder.
+    """
+
+    images: str | Path | None = None
+    labels: str | Path | None = None
+    predictions: str | Path | None = None
+    stems: str | Path | None = None
+
+    @classmethod
+    def parse(cls, name: str, value: FolderSplit | Mapping[str, Any] | None) -> FolderSplit | None:
+        """Read a split's setting; one whose values are all ``None`` is no split.
+
+        Raises:
+            TypeError: Neither a mapping nor a `FolderSplit`, or an unknown key.
+            ValueError: Images without labels, or the other way round.
+        """
+        if value is None:
+            return None
+        accepted = ", ".join(field.name for field in fields(cls))
+        if not isinstance(value, FolderSplit):
+            if not isinstance(value, Mapping) or set(value) - {f.name for f in fields(cls)}:
+                raise TypeError(f"{name}: got {value!r}, accepted is a mapping with {accepted}")
+            value = cls(**value)
+        given = {field.name for field in fields(cls) if getattr(value, field.name) is not None}
+        if not given:
+            return None
+        missing = [key for key in ("images", "labels") if key not in given]
+        if missing:
+            raise ValueError(
+                f"{name}: {' and '.join(missing)} not set, though {', '.join(sorted(given))} is; "
+                "a split needs both images and labels"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class _Files:
+    stem: str
+    image: Path
+    labels: Path
+    prediction: Path | None
+
+
+class FolderDataset(Dataset[Sample]):
+    """Samples of one split, in the order of their stems.
+
+    Every file is found, and every size compared by header, on construction.
+
+    Args:
+        split: The folders.
+        num_classes: C, the number of classes that label maps and predictions index.
+        ignore_index: Label value that means "not annotated", or ``None``.
+
+    Raises:
+        FileNotFoundError: A folder or a file that is missing, with its stem.
+        ValueError: Files that do not fit together, named.
+    """
+
+    def __init__(self, split: FolderSplit, num_classes: int, ignore_index: int | None) -> None:
+        self.split = split
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self._files = _pair_files(split)
+        self.sizes = [self._check_sizes(files) for files in self._files]
+
+    @property
+    def names(self) -> list[str]:
+        """Stems, in the order of the samples."""
+        return [files.stem for files in self._files]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Sample:
+        files = self._files[index]
+        with Image.open(files.image) as image:
+            sample: Sample = {"image": image_to_tensor(image, str(files.image)), "name": files.stem}
+        with Image.open(files.labels) as labels:
+            sample["mask"] = label_map_to_tensor(labels, str(files.labels))
+        check_labels(sample["mask"], self.num_classes, self.ignore_index, str(files.labels))
+        if files.prediction is None:
+            return sample
+        if files.prediction.suffix == ".npz":
+            sample["probs"] = read_probs(files.prediction)
+        else:
+            with Image.open(files.prediction) as prediction:
+                sample["prediction"] = label_map_to_tensor(prediction, str(files.prediction))
+        return sample
+
+    def _check_sizes(self, files: _Files) -> tuple[int, int]:
+        height, width = image_hw(files.image)
+        for path in (files.labels, files.prediction):
+            if path is None:
+                continue
+            if path.suffix == ".npz":
+                key, shape = stored_array(path)
+                expected: tuple[int, ...] = (self.num_classes, height, width)
+                what = f"{key} of shape"
+            else:
+                shape, expected, what = image_hw(path), (height, width), "a label map of (H, W) ="
+            if shape != expected:
+                raise ValueError(
+                    f"{path}: got {what} {shape}, accepted is {expected}, the size of its image "
+                    f"{files.image.name}"
+                )
+        return height, width
+
+
+class FolderDataModule(LightningDataModule):
+    """Images, label maps and optionally stored predictions from folders.
+
+    Each split is a mapping with the keys of `FolderSplit`; files of one sample share their stem.
+    Batches have the keys that `lightning_samrefine.data` names.
+
+    Args:
+        num_classes: C. ``None`` takes it from ``class_names``.
+        class_names: C names for tables and logs, or ``None``.
+        ignore_index: Label value that metrics leave out, or ``None``.
+        train: Shuffled; needed to fit only.
+        val: Validation split.
+        test: Test split.
+        batch_size: 1 unless all images of a split have one size.
+        num_workers: Processes that load samples; 0 loads in the main one.
+
+    Raises:
+        TypeError: A split that is no mapping, or has an unknown key.
+        ValueError: ``num_classes`` and ``class_names`` that disagree, or are both missing.
+
+    Example::
+
+        data = FolderDataModule(
+            class_names=["background", "cell"],
+            val={"images": "val/images", "labels": "val/labels", "predictions": "val/unet"},
+        )
+    """
+
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        ignore_index: int | None = 255,
+        train: FolderSplit | Mapping[str, Any] | None = None,
+        val: FolderSplit | Mapping[str, Any] | None = None,
+        test: FolderSplit | Mapping[str, Any] | None = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_classes is None and not class_names:
+            raise ValueError("num_classes: not set, and neither is class_names; give one of them")
+        if num_classes is None:
+            num_classes = len(class_names or ())
+        if class_names and len(class_names) != num_classes:
+            raise ValueError(
+                f"class_names: got {len(class_names)} names, accepted are {num_classes}, "
+                f"as many as num_classes"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, accepted is an integer of at least 1")
+        self.num_classes = num_classes
+        self.class_names = list(class_names) if class_names else None
+        self.ignore_index = ignore_index
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self._splits = {
+            name: FolderSplit.parse(name, value)
+            for name, value in zip(SPLITS, (train, val, test), strict=True)
+        }
+        self._datasets: dict[str, FolderDataset] = {}
+
+    def has_split(self, name: str) -> bool:
+        """Whether ``"train"``, ``"val"`` or ``"test"`` is set."""
+        return self._splits[name] is not None
+
+    def setup(self, stage: str) -> None:
+        """Find the files of the splits that a stage uses.
+
+        Raises:
+            MisconfigurationException: A split that the stage needs is not set.
+            FileNotFoundError: Missing folders or files, with their stems.
+            ValueError: Files that do not fit together, or images of different sizes that a batch
+                size above 1 would have to stack.
+        """
+        names = _STAGE_SPLITS.get(stage, ())
+        if names and not self.has_split(names[0]):
+            raise MisconfigurationException(
+                f"data.{names[0]}: not set, though this run needs its images and labels "
+                f"(set are: {', '.join(filter(self.has_split, SPLITS)) or 'none'})"
+            )
+        for name in names:
+            split = self._splits[name]
+            if split is not None and name not in self._datasets:
+                dataset = FolderDataset(split, self.num_classes, self.ignore_index)
+                check_equal_sizes(self.batch_size, dataset.names, dataset.sizes)
+                self._datasets[name] = dataset
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Shuffled batches of the train split."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
+        """Batches of the validation split; none where it is not set, as Lightning expects."""
+        return self._loader("val") if self.has_split("val") else []
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the test split."""
+        return self._loader("test")
+
+    def _loader(self, name: str, shuffle: bool = False) -> DataLoader[Sample]:
+        return DataLoader(
+            self._datasets[name],
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+        )
+
+
+def _pair_files(split: FolderSplit) -> list[_Files]:
+    images = _by_stem(Path(split.images or ""), "images", IMAGE_SUFFIXES)
+    labels = _by_stem(Path(split.labels or ""), "labels", LABEL_SUFFIXES)
+    stored = (
+        _by_stem(Path(split.predictions), "predictions", PREDICTION_SUFFIXES)
+        if split.predictions is not None
+        else None
+    )
+    stems = sorted(images) if split.stems is None else _read_stems(Path(split.stems))
+    for what, found, folder in (
+        ("image", images, split.images),
+        ("label map", labels, split.labels),
+        ("stored prediction", stored, split.predictions),
+    ):
+        missing = [stem for stem in stems if found is not None and stem not in found]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder}: no {what} for {_some(missing)} ({len(missing)} of {len(stems)} stems)"
+            )
+    return [
+        _Files(s, images[s], labels[s], stored[s] if stored is not None else None) for s in stems
+    ]
+
+
+def _by_stem(folder: Path, key: str, suffixes: Sequence[str]) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{key}: no folder {folder}")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise ValueError(
+                f"{folder}: two files for one stem, {found[path.stem].name} and {path.name}"
+            )
+        found[path.stem] = path
+    if not found:
+        raise FileNotFoundError(f"{key}: no file ending in {', '.join(suffixes)} in {folder}")
+    return found
+
+
+def _read_stems(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"stems: no file {path}")
+    stems = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    stems = [stem for stem in stems if stem]
+    if not stems or len(set(stems)) < len(stems):
+        twice = _some(stem for stem, count in Counter(stems).items() if count > 1)
+        raise ValueError(
+            f"{path}: got {twice + ' more than once' if stems else 'no stem'}, accepted is one "
+            "stem a line, each once"
+        )
+    return stems
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

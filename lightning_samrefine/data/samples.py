@@ -1,0 +1,211 @@
+"""Files to tensors: images, label maps, stored predictions, and their batches."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+Sample = dict[str, Any]
+
+# Pillow silently clips these to 8 bits in convert("RGB").
+_WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
+
+# Sums of probabilities computed or stored in half precision, and in single precision.
+_SUM_TOLERANCE = 1e-2
+_EXACT_SUM = 1e-4
+
+
+def image_to_tensor(image: Image.Image, name: str) -> Tensor:
+    """Convert a picture to uint8 (3, H, W) RGB.
+
+    Args:
+        image: Any 8-bit mode; palettes, grey and CMYK are converted, an alpha channel is dropped.
+        name: What an error calls it.
+
+    Raises:
+        ValueError: More than 8 bits a channel.
+    """
+    if image.mode in _WIDE_MODES:
+        raise ValueError(
+            f"{name}: got an image of Pillow's mode {image.mode!r}, accepted are 8-bit images, "
+            "the 0-255 RGB that SAM was trained on"
+        )
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def label_map_to_tensor(image: Image.Image, name: str) -> Tensor:
+    """Convert a label map to int64 (H, W) of class indices.
+
+    Args:
+        image: One channel: 1-, 8- or 16-bit values, or palette indices (the colours are ignored).
+        name: What an error calls it.
+
+    Raises:
+        ValueError: More than one channel, as in a colour-coded map.
+    """
+    if image.mode not in _INDEX_MODES:
+        raise ValueError(
+            f"{name}: got a label map of Pillow's mode {image.mode!r}, accepted is one channel of "
+            "class indices (uint8, uint16 or a palette); convert colours to indices first"
+        )
+    return torch.from_numpy(np.array(image).astype(np.int64))
+
+
+def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None, name: str) -> None:
+    """Check that a ground-truth map holds classes and the ignore value alone.
+
+    Args:
+        labels: (H, W) int64.
+        num_classes: C.
+        ignore_index: The value that metrics leave out, or ``None``.
+        name: What the error calls the map.
+
+    Raises:
+        ValueError: Another value, which a metric would count as a class or crash on.
+    """
+    outside = (labels < 0) | (labels >= num_classes)
+    if ignore_index is not None:
+        outside &= labels != ignore_index
+    if outside.any():
+        values = ", ".join(map(str, labels[outside].unique()[:5].tolist()))
+        raise ValueError(
+            f"{name}: the label map holds {values}, accepted are 0 to {num_classes - 1} "
+            f"(num_classes={num_classes}) and the ignore_index, {ignore_index}"
+        )
+
+
+def image_hw(path: Path) -> tuple[int, int]:
+    """Read (H, W) from an image file's header.
+
+    Raises:
+        ValueError: Not an image that Pillow reads.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def stored_array(path: Path) -> tuple[str, tuple[int, ...]]:
+    """Read the key and shape of an npz prediction from its headers alone.
+
+    Returns:
+        ``"probs"`` or ``"logits"``, and the array's shape.
+
+    Raises:
+        ValueError: Not an npz file, or one without exactly one of the two arrays.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            keys = [Path(member).stem for member in archive.namelist()]
+            found = [key for key in ("probs", "logits") if key in keys]
+            if len(found) != 1:
+                raise ValueError(
+                    f"{path}: got the arrays {', '.join(keys)}, accepted is either 'probs' or "
+                    "'logits', of shape (C, H, W)"
+                )
+            with archive.open(f"{found[0]}.npy") as header:
+                version = np.lib.format.read_magic(header)
+                read = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, _, _ = read(header)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: not an npz file ({error})") from error
+    return found[0], shape
+
+
+def read_probs(path: Path) -> Tensor:
+    """Read stored probabilities, or logits through a softmax.
+
+    Args:
+        path: An npz file with ``probs``, (C, H, W) float in [0, 1] or uint8 meaning 0 to 255, that
+            sum to 1 over the classes, or with ``logits``, (C, H, W) float.
+
+    Returns:
+        (C, H, W) float32 in [0, 1] that sums to 1 over the classes; what half precision or 8 bits
+        lost of the sum is made up for.
+
+    Raises:
+        ValueError: Probabilities outside [0, 1] or of another sum, values that are not finite, or
+            another type.
+    """
+    key, _ = stored_array(path)
+    with np.load(path) as archive:
+        array = archive[key]
+    is_uint8 = key == "probs" and array.dtype == np.uint8
+    if array.dtype.kind != "f" and not is_uint8:
+        raise ValueError(
+            f"{path}: got {key!r} of type {array.dtype}, accepted are floats, and uint8 for 'probs'"
+        )
+    values = torch.from_numpy(array.astype(np.float32))
+    if not values.isfinite().all():
+        raise ValueError(f"{path}: the array {key!r} holds values that are not finite")
+    if key == "logits":
+        return values.softmax(dim=0)
+    if is_uint8:
+        values = values / 255
+    low, high = values.min().item(), values.max().item()
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"{path}: the array 'probs' holds values from {low:.4g} to {high:.4g}, accepted are "
+            "0 to 1; store unnormalised scores as 'logits'"
+        )
+    total = values.sum(dim=0)
+    lost = (total - 1).abs().max().item()
+    # Rounding to n/255 moves each class by at most half a step.
+    if lost > (len(values) / 510 + 1e-6 if is_uint8 else _SUM_TOLERANCE):
+        raise ValueError(
+            f"{path}: the array 'probs' sums to {total.min():.4g} up to {total.max():.4g} over the "
+            "classes, accepted is 1, as after a softmax; store unnormalised scores as 'logits'"
+        )
+    return values / total if lost > _EXACT_SUM else values
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Stack samples of one size into a batch.
+
+    Raises:
+        ValueError: Images of different sizes, naming two of them.
+    """
+    check_equal_sizes(
+        len(samples),
+        [sample["name"] for sample in samples],
+        [tuple(sample["image"].shape[-2:]) for sample in samples],
+    )
+    return default_collate(samples)
+
+
+def check_equal_sizes(
+    batch_size: int, names: Sequence[str], sizes: Sequence[tuple[int, int]]
+) -> None:
+    """Check that a batch size above 1 meets images of one size.
+
+    Args:
+        batch_size: Samples a batch.
+        names: What the error calls the images.
+        sizes: (H, W) of each.
+
+    Raises:
+        ValueError: Different sizes, naming two images.
+    """
+    if batch_size == 1:
+        return
+    for name, (height, width) in zip(names, sizes, strict=True):
+        if (height, width) != sizes[0]:
+            raise ValueError(
+                f"batch_size: got {batch_size}, accepted is 1 where images differ in size: "
+                f"{names[0]} is {sizes[0][1]}x{sizes[0][0]}, {name} is {width}x{height}"
+            )

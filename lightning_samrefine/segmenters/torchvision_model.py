@@ -1,0 +1,161 @@
+"""Any segmentation network of torchvision as a LightningModule."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn import functional as nnf
+from torchvision.models import get_model, list_models, segmentation
+
+# torchvision's segmentation weights were all trained with these.
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+# The weight of the auxiliary head in torchvision's own training recipe.
+AUX_LOSS_WEIGHT = 0.5
+
+
+class TorchvisionSegmenter(LightningModule):
+    """A segmentation network of torchvision that takes uint8 images and normalises them itself.
+
+    Steps read the batches of `lightning_samrefine.data`, log ``train/loss``, ``val/loss`` and
+    ``test/loss``, and return ``"logits"`` (B, C, H, W) and ``"loss"``.
+
+    Args:
+        num_classes: C.
+        architecture: Name in ``torchvision.models.segmentation``. The DeepLabV3 ones need at
+            least 2 images a batch in training.
+        weights: torchvision's name of trained weights, such as ``"DEFAULT"`` (downloaded into
+            torch's cache), or ``None`` for random ones. Their classes must be yours.
+        checkpoint: State dict of the network (alone, or under the key ``"model"`` as torchvision's
+            reference scripts save it), or ``None``. A Lightning checkpoint goes to the Trainer's
+            ``ckpt_path`` instead.
+        ignore_index: Label value without a loss, or ``None``.
+        lr: AdamW's learning rate.
+
+    Raises:
+        ValueError: An unknown architecture, weights of another number of classes, or a checkpoint
+            of another network.
+        FileNotFoundError: No such checkpoint.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        architecture: str = "deeplabv3_mobilenet_v3_large",
+        weights: str | None = None,
+        checkpoint: str | Path | None = None,
+        ignore_index: int | None = 255,
+        lr: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        known = list_models(module=segmentation)
+        if architecture not in known:
+            raise ValueError(f"architecture: got {architecture!r}, accepted are {', '.join(known)}")
+        state = None if checkpoint is None else _read_state(Path(checkpoint))
+        has_aux = any(key.startswith("aux_classifier.") for key in state or ())
+        self.network = get_model(
+            architecture,
+            weights=weights,
+            weights_backbone=None,
+            num_classes=num_classes,
+            **({"aux_loss": True} if has_aux else {}),
+        )
+        if state is not None:
+            _load_state(
+                self.network, state, f"checkpoint: {checkpoint} does not fit {architecture}"
+            )
+        self.ignore_index = ignore_index
+        self.lr = lr
+        self.register_buffer("_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Segment images.
+
+        Args:
+            image: (B, 3, H, W) uint8 RGB.
+
+        Returns:
+            (B, C, H, W) float logits.
+        """
+        return self._outputs(image)["out"]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the cross-entropy, with that of an auxiliary head where there is one."""
+        outputs = self._outputs(batch["image"])
+        loss = self._loss(outputs["out"], batch["mask"])
+        if "aux" in outputs:
+            loss = loss + AUX_LOSS_WEIGHT * self._loss(outputs["aux"], batch["mask"])
+        self.log("train/loss", loss, batch_size=len(batch["image"]))
+        return loss
+
+    def validation_step(
+        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Return ``"logits"`` and ``"loss"``, and log ``val/loss``."""
+        return self._evaluate(batch, "val")
+
+    def test_step(
+        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Return ``"logits"`` and ``"loss"``, and log ``test/loss``."""
+        return self._evaluate(batch, "test")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over all parameters."""
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    def _outputs(self, image: Tensor) -> dict[str, Tensor]:
+        return self.network((image / 255 - self._mean) / self._std)
+
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> dict[str, Tensor]:
+        logits = self(batch["image"])
+        loss = self._loss(logits, batch["mask"])
+        self.log(f"{stage}/loss", loss, batch_size=len(logits))
+        return {"logits": logits, "loss": loss}
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        # cross_entropy's own default, a value that no label has.
+        ignore_index = -100 if self.ignore_index is None else self.ignore_index
+        total = nnf.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+        # An image without any annotation has a loss of 0, not of 0 / 0.
+        return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"checkpoint: {path} is not a file of tensors ({error})") from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"checkpoint: {path} holds no state dict, accepted is that of a network")
+    return state
+
+
+def _load_state(network: torch.nn.Module, state: dict[str, Tensor], refusal: str) -> None:
+    wanted = network.state_dict()
+    problems = {
+        "missing": wanted.keys() - state.keys(),
+        "unexpected": state.keys() - wanted.keys(),
+        "of another shape": {
+            key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape
+        },
+    }
+    found = [
+        f"{len(keys)} tensors {what}, such as {min(keys)}"
+        for what, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise ValueError(f"{refusal}: {'; '.join(found)}")
+    network.load_state_dict(state)
