@@ -1,0 +1,1 @@
+"""CamVid: a trained ESPNet at two resolutions, refined by a trained SAM."""

@@ -1,0 +1,98 @@
+"""Runs the callback on several processes; `test_callback_ddp.py` starts it.
+
+    python ddp_run.py STRATEGY DEVICES FOLDER
+
+Every rank leaves what it logged in FOLDER/RANK.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning_stubs import NUM_CLASSES, REFINE, Blobs, Segmenter, loader
+from tiny_random_sam import build_random_sam
+from torch.utils.data import DataLoader
+
+from lightning_samrefine import SAMRefineCallback
+from lightning_samrefine.models.sam import SamPromptable
+
+FAILING_IMAGE = 3
+
+
+class FailingSam(SamPromptable):
+    """Fails at one image, which only one rank has."""
+
+    def embed(self, images):
+        failing = Blobs(5).images[FAILING_IMAGE]
+        if any(torch.equal(image, failing) for image in images):
+            raise RuntimeError("this image fails")
+        return super().embed(images)
+
+
+class Frozen(Segmenter):
+    """Trains with a learning rate of 0, so that every layout evaluates the same weights."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Keep(Callback):
+    """Writes what its rank saw after each evaluation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seen = []
+
+    def on_validation_end(self, trainer, pl_module):
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.seen.append(metrics)
+        path = self.folder / f"{trainer.global_rank}.json"
+        path.write_text(json.dumps(self.seen))
+
+
+def run(strategy: str, devices: int, folder: Path) -> None:
+    def trainer(callback, *others, **kwargs):
+        return Trainer(
+            accelerator="cpu",
+            strategy=strategy,
+            devices=devices,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=any(isinstance(other, ModelCheckpoint) for other in others),
+            callbacks=[callback, keep, *others],
+            **kwargs,
+        )
+
+    keep = Keep(folder)
+    sam = SamPromptable(build_random_sam(), "random")
+    arguments = {"num_classes": NUM_CLASSES, "refine": REFINE}
+    if strategy == "ddp_spawn":
+        # What happens in its processes stays there, hence one run.
+        trainer(SAMRefineCallback(sam, **arguments)).validate(Frozen(), loader(5), verbose=False)
+        return
+    # Neither 5 nor 1 image divides by 2 ranks: one rank of the last loader has none of its own.
+    loaders = [loader(5, batch_size=2), loader(1, seed=1)]
+    trainer(SAMRefineCallback(sam, **arguments)).validate(Frozen(), loaders, verbose=False)
+
+    failing = FailingSam(build_random_sam(), "random")
+    trainer(SAMRefineCallback(failing, **arguments)).validate(
+        Frozen("none"), loader(5, batch_size=3), verbose=False
+    )
+
+    checkpoint = ModelCheckpoint(folder, monitor="val/miou_refined", mode="max")
+    stopping = EarlyStopping("val/miou_refined", mode="max", patience=1)
+    shuffled = DataLoader(Blobs(5), batch_size=1)
+    trainer(SAMRefineCallback(sam, **arguments), checkpoint, stopping, max_epochs=3).fit(
+        Frozen("none"), loader(4), shuffled
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

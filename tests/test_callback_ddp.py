@@ -1,0 +1,64 @@
+"""Two gloo processes log what one process logs, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("ddp_run.py")
+
+
+def evaluations(folder: Path, strategy: str, devices: int) -> list[list[dict[str, float]]]:
+    """Run the script; return one list of evaluations for each rank."""
+    folder.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), strategy, str(devices), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "sync_dist" not in done.stderr
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(devices)]
+    for seen in ranks:
+        for figures in seen:
+            for name in [name for name in figures if "refine_ms" in name]:
+                assert figures.pop(name) > 0
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> list[dict[str, float]]:
+    folder = tmp_path_factory.mktemp("single") / "out"
+    return evaluations(folder, "auto", 1)[0]
+
+
+def test_ddp_equals_one_process_on_every_rank(single, tmp_path):
+    ranks = evaluations(tmp_path / "ddp", "ddp", 2)
+    assert ranks[0] == ranks[1]
+    assert ranks[0] == single
+    two_loaders, failing, *fit = single
+    assert "val/miou_refined/dataloader_idx_1" in two_loaders
+    assert failing["val/refine_failed_images"] == 1
+    assert len(fit) == 2, "EarlyStopping saw equal values and stopped after its patience"
+    assert list((tmp_path / "ddp").glob("*.ckpt"))
+
+
+def test_ddp_spawn_pickles_the_callback(single, tmp_path):
+    ranks = evaluations(tmp_path / "spawn", "ddp_spawn", 2)
+    assert ranks[0] == ranks[1]
+    (figures,) = ranks[0]
+    of_first_loader = {
+        name.removesuffix("/dataloader_idx_0"): value
+        for name, value in single[0].items()
+        if name.endswith("/dataloader_idx_0")
+    }
+    assert figures == of_first_loader

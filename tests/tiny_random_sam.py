@@ -1,0 +1,111 @@
+"""A SAM small enough to run thousands of prompts a minute, with answers worth testing.
+
+Random weights give one and the same answer to every prompt: a predicted IoU in a band of a few
+thousandths and masks of a single sign. `build_random_sam` therefore fits two affine maps after
+drawing the weights, so that over random prompts the predicted IoU spreads over (0, 1) and the
+mask logits over both signs.
+"""
+
+from __future__ import annotations
+
+import torch
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+
+
+WEIGHT_GAIN = 3.0
+PRED_IOU_MEAN = 0.5
+PRED_IOU_STD = 0.2
+LOGIT_STD = 3.0
+
+
+class TinyImageEncoder(nn.Module):
+    """Two convolutions, image (1, 3, img_size, img_size) to embedding (1, dim, side, side)."""
+
+    def __init__(self, img_size: int, stride: int, dim: int) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, dim, kernel_size=stride, stride=stride),
+            LayerNorm2d(dim),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, kernel_size=3, padding=1),
+            LayerNorm2d(dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def build_random_sam(seed: int = 0, image_size: int = 64, stride: int = 8, dim: int = 32) -> Sam:
+    """Build a seeded `Sam` in eval mode without touching the global random state.
+
+    Args:
+        seed: The same seed gives the same weights.
+        image_size: Side of the model's square input.
+        stride: Input pixels per embedding pixel; mask prompts have side 4 * image_size / stride.
+        dim: Width of the embeddings, a multiple of 16.
+    """
+    side = image_size // stride
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        sam = Sam(
+            image_encoder=TinyImageEncoder(image_size, stride, dim),
+            prompt_encoder=PromptEncoder(
+                embed_dim=dim,
+                image_embedding_size=(side, side),
+                input_image_size=(image_size, image_size),
+                mask_in_chans=16,
+            ),
+            mask_decoder=MaskDecoder(
+                transformer_dim=dim,
+                transformer=TwoWayTransformer(
+                    depth=2, embedding_dim=dim, mlp_dim=2 * dim, num_heads=2
+                ),
+                iou_head_hidden_dim=dim,
+            ),
+        ).eval()
+        sam.requires_grad_(False)
+        _spread_answers(sam)
+    return sam
+
+
+def _random_prompts(sam: Sam, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw boxes (N, 4), points (N, 1, 2) at their centres, and blobby mask prompts."""
+    corners = torch.rand(count, 2, 2) * sam.image_encoder.img_size
+    low, high = corners.amin(dim=1), corners.amax(dim=1)
+    coarse = (torch.rand(count, 1, 4, 4) > 0.5).float()
+    masks = nn.functional.interpolate(coarse, sam.prompt_encoder.mask_input_size, mode="bilinear")
+    return torch.cat([low, high], dim=1), ((low + high) / 2)[:, None], 8 * masks
+
+
+def _spread_answers(sam: Sam, prompts: int = 128) -> None:
+    """Make the answers depend on the prompts, then fit their scale and offset in place."""
+    decoder = sam.mask_decoder
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.mul_(WEIGHT_GAIN)
+
+    size = sam.image_encoder.img_size
+    image = nn.functional.interpolate(torch.rand(1, 3, 9, 9) * 255, (size, size), mode="bilinear")
+    boxes, points, masks = _random_prompts(sam, prompts)
+    sparse, dense = sam.prompt_encoder(
+        points=(points, torch.ones(prompts, 1)), boxes=boxes, masks=masks
+    )
+    logits, pred_iou = decoder(
+        image_embeddings=sam.image_encoder(sam.preprocess(image)),
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=False,
+    )
+
+    iou_layer = decoder.iou_prediction_head.layers[-1]
+    iou_gain = PRED_IOU_STD / pred_iou.std()
+    iou_layer.weight.mul_(iou_gain)
+    iou_layer.bias.mul_(iou_gain).add_(PRED_IOU_MEAN - iou_gain * pred_iou.mean())
+
+    mask_layer = decoder.output_hypernetworks_mlps[0].layers[-1]
+    mask_layer.weight.mul_(LOGIT_STD / logits.std())
+    mask_layer.bias.mul_(LOGIT_STD / logits.std())
