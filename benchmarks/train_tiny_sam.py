@@ -100,12 +100,13 @@ def _smooth_field(rng: np.random.Generator, channels: int, cells: int, side: int
     return F.interpolate(noise, (side, side), mode="bicubic", align_corners=False)
 
 
-def simulate_coarse(scene: Scene, rng: np.random.Generator) -> Tensor:
+def simulate_coarse(scene: Scene, rng: np.random.Generator, severity: float = 1.0) -> Tensor:
     """Class probabilities a coarse segmenter might give for a scene.
 
     Args:
         scene: a scene of 256×256.
         rng: source of the mistakes.
+        severity: how bad they are; 1 is what training uses, 0 leaves little but the coarse cells.
 
     Returns:
         (C, 128, 128) float32 probabilities, as Algorithm 4 sees them on its half-resolution grid.
@@ -113,8 +114,9 @@ def simulate_coarse(scene: Scene, rng: np.random.Generator) -> Tensor:
     labels = scene.labels.clone()
     for instance in range(1, int(scene.instances.max()) + 1):
         fate = rng.random()
-        if fate < 0.06:
-            labels[scene.instances == instance] = 0 if fate < 0.03 else int(rng.integers(CLASSES))
+        if fate < 0.06 * severity:
+            other = 0 if fate < 0.03 * severity else int(rng.integers(CLASSES))
+            labels[scene.instances == instance] = other
     maps = F.one_hot(labels, CLASSES).permute(2, 0, 1)[None].float()
     maps = F.avg_pool2d(maps, 2)
 
@@ -122,24 +124,24 @@ def simulate_coarse(scene: Scene, rng: np.random.Generator) -> Tensor:
         base = F.affine_grid(torch.eye(2, 3)[None], [1, 1, GRID, GRID], align_corners=False)
         bend = _smooth_field(rng, 2, int(rng.integers(3, 9)), GRID) * rng.uniform(0.0, 3.0)
         bend = bend + torch.from_numpy(rng.normal(0.0, 1.0, (1, 2, 1, 1)).astype(np.float32))
-        flow = bend.permute(0, 2, 3, 1) * (2.0 / GRID)
+        flow = bend.permute(0, 2, 3, 1) * (severity * 2.0 / GRID)
         maps = F.grid_sample(maps, base + flow, padding_mode="border", align_corners=False)
 
     things = maps[:, 1:]
-    if rng.random() < 0.4:
+    if rng.random() < 0.4 * severity:
         kernel = int(rng.choice((3, 5)))
         opened = -F.max_pool2d(-things, kernel, 1, kernel // 2)
         things = torch.minimum(F.max_pool2d(opened, kernel, 1, kernel // 2), things)
     swell = rng.random()
-    if swell < 0.2:
+    if swell < 0.2 * severity:
         things = F.max_pool2d(things, 3, 1, 1)
-    elif swell < 0.35:
+    elif swell < 0.35 * severity:
         things = -F.max_pool2d(-things, 3, 1, 1)
     maps = torch.cat([(1.0 - things.sum(1, keepdim=True)).clamp_min(0.0), things], dim=1)
     maps = maps / maps.sum(1, keepdim=True)
 
     if rng.random() < 0.7:
-        cells = IMAGE_SIZE // int(rng.integers(6, 14))
+        cells = round(IMAGE_SIZE // int(rng.integers(6, 14)) / (0.5 + 0.5 * severity))
         maps = F.adaptive_avg_pool2d(maps, (cells, cells))
     else:
         maps = F.avg_pool2d(maps, 2)
@@ -149,9 +151,11 @@ def simulate_coarse(scene: Scene, rng: np.random.Generator) -> Tensor:
             maps = F.avg_pool2d(maps, kernel, 1, kernel // 2, count_include_pad=False)
     logits = maps.clamp_min(10.0 ** rng.uniform(-3.0, -1.5)).log()
     # Segmenters trained with balanced losses favour objects over the background around them.
-    logits[:, 1:] += rng.uniform(0.0, 0.9)
+    logits[:, 1:] += rng.uniform(0.0, 0.9) * severity
     for lattice in (int(rng.integers(4, 9)), min(cells, 32)):
-        logits = logits + _smooth_field(rng, CLASSES, lattice, cells) * rng.uniform(0.0, 0.6)
+        logits = logits + _smooth_field(rng, CLASSES, lattice, cells) * (
+            severity * rng.uniform(0.0, 0.6)
+        )
     logits = logits / rng.uniform(0.5, 1.5)
     logits = F.interpolate(logits, (GRID, GRID), mode="bilinear", align_corners=False)
     return logits[0].softmax(0)
@@ -564,7 +568,7 @@ def train(args: argparse.Namespace) -> Sam:
 def main() -> None:
     """Command line: see the module's own documentation."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4500, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps in all")
     parser.add_argument("--batch", type=int, default=3, help="scenes a step")
     parser.add_argument("--prompts", type=int, default=5, help="prompts a scene at most")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -81,7 +82,16 @@ def summary(metrics: Mapping[str, float], folder: Path) -> RenderableType:
     if not parts:
         parts.append(Text("No refinement was logged: every image or epoch was skipped."))
     parts.append(Text(f"Logs, metrics.json and config.yaml: {folder}"))
+    parts += [Text(f"  {picture}") for picture in _pictures(folder)]
     return Group(*parts)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Return the curve and each stage's last panels; those of earlier epochs lie beside them."""
+    panels = {
+        path.name.split("_epoch_")[0]: path for path in sorted(folder.glob("**/panels/*.png"))
+    }
+    return [path for path in (folder / "curve.png", *panels.values()) if path.exists()]
 
 
 def print_summary(
