@@ -88,9 +88,8 @@ def summary(metrics: Mapping[str, float], folder: Path) -> RenderableType:
 
 def _pictures(folder: Path) -> list[Path]:
     """Return the curve and each stage's last panels; those of earlier epochs lie beside them."""
-    panels = {
-        path.name.split("_epoch_")[0]: path for path in sorted(folder.glob("**/panels/*.png"))
-    }
+    drawn = sorted(folder.glob("**/panels/*.png"))
+    panels = {re.sub(r"_epoch_\d+", "", path.stem): path for path in drawn}
     return [path for path in (folder / "curve.png", *panels.values()) if path.exists()]
 
 
