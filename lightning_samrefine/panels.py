@@ -19,8 +19,9 @@ from lightning_samrefine.refinement import Regions
 _ACCEPTED, _REJECTED = "#19c37d", "#ff4040"
 _COLUMNS = ("image and regions", "raw", "refined", "truth")
 _DPI = 100
-# Half the golden angle's turn keeps neighbouring class numbers far apart in hue.
-_HUE_STEP = 0.381966
+# The golden angle keeps neighbouring class numbers far apart in hue; class 0 starts at a calm blue,
+# being most of the picture where it is the background.
+_FIRST_HUE, _HUE_STEP = 0.6, 0.381966
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def class_colours(num_classes: int) -> np.ndarray:
     """Return (C, 3) uint8 RGB colours, the same for the same class number everywhere."""
     colours = [
         colorsys.hsv_to_rgb(
-            index * _HUE_STEP % 1, 0.75 - 0.3 * (index % 2), 0.95 - 0.3 * (index % 3)
+            (_FIRST_HUE + index * _HUE_STEP) % 1, 0.75 - 0.3 * (index % 2), 0.95 - 0.3 * (index % 3)
         )
         for index in range(num_classes)
     ]
