@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,7 @@ PROMPT_KINDS: dict[str, tuple[bool, bool, bool]] = {
     "point": (True, False, False),
     "box+mask": (False, True, True),
 }
+FULL_PROMPT = "box+point+mask"
 KIND_WEIGHTS = (0.66, 0.12, 0.08, 0.05, 0.09)
 
 # Neighbours (dy, dx) on the mask grid which the auxiliary head compares each pixel with.
@@ -100,12 +102,13 @@ def _smooth_field(rng: np.random.Generator, channels: int, cells: int, side: int
     return F.interpolate(noise, (side, side), mode="bicubic", align_corners=False)
 
 
-def simulate_coarse(scene: Scene, rng: np.random.Generator) -> Tensor:
+def simulate_coarse(scene: Scene, rng: np.random.Generator, severity: float = 1.0) -> Tensor:
     """Class probabilities a coarse segmenter might give for a scene.
 
     Args:
         scene: a scene of 256×256.
         rng: source of the mistakes.
+        severity: how bad they are; 1 is what training uses, 0 leaves little but the coarse cells.
 
     Returns:
         (C, 128, 128) float32 probabilities, as Algorithm 4 sees them on its half-resolution grid.
@@ -113,8 +116,9 @@ def simulate_coarse(scene: Scene, rng: np.random.Generator) -> Tensor:
     labels = scene.labels.clone()
     for instance in range(1, int(scene.instances.max()) + 1):
         fate = rng.random()
-        if fate < 0.06:
-            labels[scene.instances == instance] = 0 if fate < 0.03 else int(rng.integers(CLASSES))
+        if fate < 0.06 * severity:
+            other = 0 if fate < 0.03 * severity else int(rng.integers(CLASSES))
+            labels[scene.instances == instance] = other
     maps = F.one_hot(labels, CLASSES).permute(2, 0, 1)[None].float()
     maps = F.avg_pool2d(maps, 2)
 
@@ -122,24 +126,24 @@ def simulate_coarse(scene: Scene, rng: np.random.Generator) -> Tensor:
         base = F.affine_grid(torch.eye(2, 3)[None], [1, 1, GRID, GRID], align_corners=False)
         bend = _smooth_field(rng, 2, int(rng.integers(3, 9)), GRID) * rng.uniform(0.0, 3.0)
         bend = bend + torch.from_numpy(rng.normal(0.0, 1.0, (1, 2, 1, 1)).astype(np.float32))
-        flow = bend.permute(0, 2, 3, 1) * (2.0 / GRID)
+        flow = bend.permute(0, 2, 3, 1) * (severity * 2.0 / GRID)
         maps = F.grid_sample(maps, base + flow, padding_mode="border", align_corners=False)
 
     things = maps[:, 1:]
-    if rng.random() < 0.4:
+    if rng.random() < 0.4 * severity:
         kernel = int(rng.choice((3, 5)))
         opened = -F.max_pool2d(-things, kernel, 1, kernel // 2)
         things = torch.minimum(F.max_pool2d(opened, kernel, 1, kernel // 2), things)
     swell = rng.random()
-    if swell < 0.2:
+    if swell < 0.2 * severity:
         things = F.max_pool2d(things, 3, 1, 1)
-    elif swell < 0.35:
+    elif swell < 0.35 * severity:
         things = -F.max_pool2d(-things, 3, 1, 1)
     maps = torch.cat([(1.0 - things.sum(1, keepdim=True)).clamp_min(0.0), things], dim=1)
     maps = maps / maps.sum(1, keepdim=True)
 
     if rng.random() < 0.7:
-        cells = IMAGE_SIZE // int(rng.integers(6, 14))
+        cells = round(IMAGE_SIZE // int(rng.integers(6, 14)) / (0.5 + 0.5 * severity))
         maps = F.adaptive_avg_pool2d(maps, (cells, cells))
     else:
         maps = F.avg_pool2d(maps, 2)
@@ -149,9 +153,11 @@ def simulate_coarse(scene: Scene, rng: np.random.Generator) -> Tensor:
             maps = F.avg_pool2d(maps, kernel, 1, kernel // 2, count_include_pad=False)
     logits = maps.clamp_min(10.0 ** rng.uniform(-3.0, -1.5)).log()
     # Segmenters trained with balanced losses favour objects over the background around them.
-    logits[:, 1:] += rng.uniform(0.0, 0.9)
+    logits[:, 1:] += rng.uniform(0.0, 0.9) * severity
     for lattice in (int(rng.integers(4, 9)), min(cells, 32)):
-        logits = logits + _smooth_field(rng, CLASSES, lattice, cells) * rng.uniform(0.0, 0.6)
+        logits = logits + _smooth_field(rng, CLASSES, lattice, cells) * (
+            severity * rng.uniform(0.0, 0.6)
+        )
     logits = logits / rng.uniform(0.5, 1.5)
     logits = F.interpolate(logits, (GRID, GRID), mode="bilinear", align_corners=False)
     return logits[0].softmax(0)
@@ -361,33 +367,35 @@ def image_loss(sam: Sam, embedding: Tensor, prompts: Prompts, kind: str) -> tupl
 
 
 @torch.no_grad()
-def evaluate(
+def region_tables(
     sam: Sam,
     family: int,
     scenes: int,
-    kind: str = "box+point+mask",
+    kinds: Sequence[str] = (FULL_PROMPT,),
+    severity: float = 1.0,
     min_area: int = MIN_REGION_AREA,
-) -> dict[str, float]:
-    """Mean region IoU and IoU calibration on held-out scenes with simulated coarse prompts.
+) -> dict[str, Tensor]:
+    """Prompt every region of held-out scenes, coarsely segmented by the simulator.
 
     Args:
         sam: the model; left in eval mode.
         family: seed of the scenes.
         scenes: how many.
-        kind: a key of `PROMPT_KINDS`.
-        min_area: smallest region evaluated, in pixels of the 128×128 grid.
+        kinds: keys of `PROMPT_KINDS`.
+        severity: of the simulated mistakes.
+        min_area: smallest region prompted, in pixels of the 128×128 grid.
 
     Returns:
-        `regions`, `false_positives`, `coarse` and `refined` mean IoU (matched regions; also per
-        class as `coarse/NAME` and `refined/NAME`), `iou_error`, the mean |predicted − true IoU| of
-        matched regions, and `iou_error_all`, the same with false positives, whose true IoU is 0.
+        For each kind (R, 6) float32, a row a region: IoU of the coarse region and of the
+        output with the target, predicted IoU, class, whether there is a target at all, and its
+        area in pixels of the scene.
     """
     sam.eval()
-    rows: list[Tensor] = []
+    rows: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     for index in range(scenes):
         scene = make_scene(family, index, IMAGE_SIZE)
         prompts = make_prompts(
-            simulate_coarse(scene, np.random.default_rng((family, index, 1))),
+            simulate_coarse(scene, np.random.default_rng((family, index, 1)), severity),
             scene.labels,
             scale=MASK_PROMPT_SCALE,
             threshold=0.0,
@@ -396,44 +404,65 @@ def evaluate(
         if prompts is None:
             continue
         embedding = sam.image_encoder(sam.preprocess(scene.image[None].float()))
-        logits, predicted = predict(sam, embedding, prompts, kind)
-        true_iou = mask_iou(logits, prompts.targets)
-        columns = (prompts.coarse_iou, true_iou[:, 0], predicted[:, 0], prompts.classes)
-        rows.append(torch.stack([*columns, prompts.matched], dim=1))
-    table = torch.cat(rows)
-    hits = table[table[:, 4] > 0]
-    error = (table[:, 2] - table[:, 1]).abs()
-    result = {
-        "regions": float(len(hits)),
-        "false_positives": float(len(table) - len(hits)),
-        "coarse": float(hits[:, 0].mean()),
-        "refined": float(hits[:, 1].mean()),
-        "iou_error": float((hits[:, 2] - hits[:, 1]).abs().mean()),
+        area = prompts.targets.flatten(1).sum(1)
+        for kind in kinds:
+            logits, predicted = predict(sam, embedding, prompts, kind)
+            iou = mask_iou(logits, prompts.targets)[:, 0]
+            columns = (prompts.coarse_iou, iou, predicted[:, 0], prompts.classes, prompts.matched)
+            rows[kind].append(torch.stack([*columns, area], dim=1))
+    return {kind: torch.cat(tables) for kind, tables in rows.items()}
+
+
+def summarise(table: Tensor) -> dict[str, float]:
+    """Means over a table of regions.
+
+    Args:
+        table: (R, 6) float32 of `region_tables`.
+
+    Returns:
+        `regions` with a target, their mean `coarse` and `refined` IoU and their `iou_error`, the
+        mean |predicted − true IoU|; `false_positives` without one, and `iou_error_all`, the error
+        over both, the true IoU of a false positive being 0.
+    """
+    coarse, refined, predicted, _, matched, _ = table.unbind(1)
+    hit, error = matched > 0, (predicted - refined).abs()
+    return {
+        "regions": float(hit.sum()),
+        "false_positives": float((~hit).sum()),
+        "coarse": float(coarse[hit].mean()),
+        "refined": float(refined[hit].mean()),
+        "iou_error": float(error[hit].mean()),
         "iou_error_all": float(error.mean()),
     }
-    for label, name in enumerate(CLASS_NAMES):
-        of_class = hits[hits[:, 3] == label]
-        result[f"coarse/{name}"] = float(of_class[:, 0].mean())
-        result[f"refined/{name}"] = float(of_class[:, 1].mean())
-    return result
 
 
-def print_table(sam: Sam) -> None:
-    """Print the test table: every prompt kind, then every class for the full prompt."""
-    print(
-        f"{'prompt':16} {'regions':>8} {'coarse':>8} {'refined':>8} {'|Δ IoU|':>8} {'with FP':>8}"
-    )
-    for kind in PROMPT_KINDS:
-        r = evaluate(sam, TEST_FAMILY, TEST_SCENES, kind)
+def print_test_table(sam: Sam) -> None:
+    """Print what the model card reports: test scenes by prompt, class, size and severity."""
+
+    def line(name: str, table: Tensor) -> None:
+        r = summarise(table)
         print(
-            f"{kind:16} {r['regions']:8.0f} {r['coarse']:8.3f} {r['refined']:8.3f} "
-            f"{r['iou_error']:8.3f} {r['iou_error_all']:8.3f}",
+            f"{name:24} {r['regions']:7.0f} {r['coarse']:7.3f} {r['refined']:7.3f} "
+            f"{r['iou_error']:7.3f} {r['false_positives']:6.0f} {r['iou_error_all']:7.3f}",
             flush=True,
         )
-        if kind == "box+point+mask":
-            full = r
-    for name in CLASS_NAMES:
-        print(f"  {name:14} {'':8} {full[f'coarse/{name}']:8.3f} {full[f'refined/{name}']:8.3f}")
+
+    print(
+        f"{'test':24} {'regions':>7} {'coarse':>7} {'refined':>7} {'|dIoU|':>7} {'FP':>6} with FP"
+    )
+    tables = region_tables(sam, TEST_FAMILY, TEST_SCENES, list(PROMPT_KINDS))
+    for kind, table in tables.items():
+        line(kind, table)
+    full = tables[FULL_PROMPT]
+    for label, name in enumerate(CLASS_NAMES):
+        line(f"  {name}", full[full[:, 3] == label])
+    bounds = (0, 250, 1000, 4000, IMAGE_SIZE**2 + 1)
+    for low, high in itertools.pairwise(bounds):
+        # False positives have no area, so they stay out of the rows by size.
+        chosen = (full[:, 5] >= low) & (full[:, 5] < high) & (full[:, 4] > 0)
+        line(f"  area [{low}, {high})", full[chosen])
+    milder = region_tables(sam, TEST_FAMILY, TEST_SCENES, severity=0.5)
+    line("severity 0.5", milder[FULL_PROMPT])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -541,7 +570,8 @@ def train(args: argparse.Namespace) -> Sam:
             row = {"step": step + 1, "seconds": round(time.perf_counter() - began, 1)}
             names = ("mask_loss", "iou_loss", "affinity_loss")
             row |= dict(zip(names, (sums / seen).tolist(), strict=True))
-            result = evaluate(average, VALIDATION_FAMILY, VALIDATION_SCENES)
+            tables = region_tables(average, VALIDATION_FAMILY, VALIDATION_SCENES)
+            result = summarise(tables[FULL_PROMPT])
             row |= {key: result[key] for key in ("coarse", "refined", "iou_error", "iou_error_all")}
             sums, seen = torch.zeros(3), 0
             fresh = not curve.exists()
@@ -564,7 +594,7 @@ def train(args: argparse.Namespace) -> Sam:
 def main() -> None:
     """Command line: see the module's own documentation."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4500, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps in all")
     parser.add_argument("--batch", type=int, default=3, help="scenes a step")
     parser.add_argument("--prompts", type=int, default=5, help="prompts a scene at most")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
@@ -582,7 +612,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     if not args.eval_only:
         export(train(args), args.out)
-    print_table(load(args.out))
+    print_test_table(load(args.out))
 
 
 if __name__ == "__main__":

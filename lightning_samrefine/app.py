@@ -47,7 +47,8 @@ def run(cfg: DictConfig) -> float | None:
     """Build the run that a composed config describes, run it and report it.
 
     Writes ``metrics.json`` and ``config.yaml``, resolved but for the output folder, to
-    ``cfg.output_dir``, and prints the table.
+    ``cfg.output_dir``, ``curve.png`` too where more than one epoch was validated, and prints the
+    table.
 
     Args:
         cfg: ``configs/samrefine.yaml`` with its groups. Values that the data module supplies are
@@ -84,6 +85,7 @@ def run(cfg: DictConfig) -> float | None:
     metrics = _execute(cfg.task, trainer, segmenter, datamodule, cfg.ckpt_path)
     if trainer.is_global_zero:
         write_metrics(metrics, folder / "metrics.json")
+        _write_curve(trainer, folder / "curve.png")
         print_summary(metrics, folder)
     return refined_miou(metrics, "test" if cfg.task == "test" else "val")
 
@@ -225,6 +227,21 @@ def _execute(
         trainer.test(segmenter, datamodule=datamodule, ckpt_path=best or None, verbose=False)
         metrics |= logged_metrics(trainer)
     return metrics
+
+
+def _write_curve(trainer: Trainer, path: Path) -> None:
+    """Draw raw against refined over the epochs that the callback saw, if more than one."""
+    from lightning_samrefine import SAMRefineCallback
+
+    callbacks = (part for part in trainer.callbacks if isinstance(part, SAMRefineCallback))
+    for callback in callbacks:
+        epochs = [figures for figures in callback.history if figures["stage"] == "val"]
+        first_loader = [figures for figures in epochs if figures["dataloader_idx"] == 0]
+        if len(first_loader) > 1:
+            from lightning_samrefine.curves import draw_curve
+            from lightning_samrefine.panels import save_figure
+
+            save_figure(draw_curve(first_loader), path)
 
 
 def _can_test(segmenter: LightningModule, datamodule: LightningDataModule) -> bool:

@@ -11,20 +11,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_samrefine.config import RefineConfig
 
 
-def check_count(name: str, value: Any) -> None:
-    """Refuse anything but an integer of at least 1.
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse anything but an integer of at least ``least``.
 
     Raises:
         TypeError: No integer.
-        ValueError: Below 1.
+        ValueError: Too small.
     """
+    accepted = f"accepted is an integer of at least {least}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name}: got {value!r} of type {type(value).__name__}, accepted is an integer of at "
-            "least 1"
-        )
-    if value < 1:
-        raise ValueError(f"{name}: got {value!r}, accepted is an integer of at least 1")
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, {accepted}")
+    if value < least:
+        raise ValueError(f"{name}: got {value!r}, {accepted}")
 
 
 def parse_refine(refine: RefineConfig | Mapping[str, Any] | str) -> RefineConfig:
@@ -92,7 +90,7 @@ def parse_num_classes(num_classes: int | None, class_names: Sequence[str] | None
     return num_classes
 
 
-def num_classes_of(pl_module: LightningModule, class_names: Sequence[str] | None) -> int:
+def num_classes_of(pl_module: LightningModule) -> int:
     """Ask a module for its number of classes; 1 is a binary model's, which makes 2.
 
     Raises:
@@ -101,7 +99,7 @@ def num_classes_of(pl_module: LightningModule, class_names: Sequence[str] | None
     for owner in (pl_module, pl_module.hparams):
         value = getattr(owner, "num_classes", None)
         if isinstance(value, int) and value >= 1:
-            return parse_num_classes(max(value, 2), class_names) or value
+            return max(value, 2)
     raise MisconfigurationException(
         f"num_classes: got None, and {type(pl_module).__name__} has neither num_classes nor "
         "hparams.num_classes; set SAMRefineCallback(num_classes=…) to the number of classes"

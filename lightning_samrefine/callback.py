@@ -13,7 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_prefixed_message
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from lightning_samrefine.adapter import BatchAdapter, RefineInputs
@@ -28,12 +28,13 @@ from lightning_samrefine.batch_search import batch_size
 from lightning_samrefine.capture import ScoresCapture
 from lightning_samrefine.comparison import RefinementComparison
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.evaluation import LoaderEvaluation
 from lightning_samrefine.images import RgbConverter
 from lightning_samrefine.models import Promptable, load_sam
 from lightning_samrefine.precision import PRECISIONS
 from lightning_samrefine.refiner import Refiner
 from lightning_samrefine.safety import SafeRefiner, isolated_rng
-from lightning_samrefine.sampling import RealSamples
+from lightning_samrefine.sampling import evaluation_dataloaders
 
 _STAGES = ("fit", "validate", "test")
 
@@ -43,8 +44,7 @@ class _Evaluation:
     """One pass over the validation or test loaders, with one entry per loader."""
 
     capture: ScoresCapture
-    comparisons: list[RefinementComparison]
-    samples: list[RealSamples]
+    loaders: list[LoaderEvaluation]
 
 
 @dataclass
@@ -98,6 +98,9 @@ class SAMRefineCallback(Callback):
         max_batches: Measure the first n batches of each loader (of each process), raw and refined
             alike; None for all.
         trimap_width: Half-width in pixels of the band around borders.
+        panels: So many images an evaluation, those that gained and those that lost the most, are
+            drawn as image | raw | refined | truth into ``panels/`` of the Trainer's log folder,
+            with every region's box and predicted IoU. 0 draws none.
         image_key: Where the image is in the batch, such as ``"image"``, ``"data.image"`` or
             ``"0"``; None searches, see `lightning_samrefine.adapter.BatchAdapter`.
         target_key: Where the target is.
@@ -109,6 +112,10 @@ class SAMRefineCallback(Callback):
         adapter: A callable ``(batch, outputs, captured)`` that replaces the search and returns
             `lightning_samrefine.adapter.RefineInputs`, or a mapping with ``image``, ``target``
             and one of ``logits``, ``probs`` and ``labels``.
+
+    Attributes:
+        history: What was logged, one dict an evaluation and loader: ``stage``, ``epoch``,
+            ``dataloader_idx``, and the names above without their prefix.
 
     Raises:
         MisconfigurationException: No number of classes, or one that contradicts ``class_names``.
@@ -136,6 +143,7 @@ class SAMRefineCallback(Callback):
         every_n_epochs: int = 1,
         max_batches: int | None = None,
         trimap_width: int = 3,
+        panels: int = 0,
         image_key: str | None = None,
         target_key: str | None = None,
         scores_key: str | None = None,
@@ -158,6 +166,7 @@ class SAMRefineCallback(Callback):
             )
         check_count("every_n_epochs", every_n_epochs)
         check_count("trimap_width", trimap_width)
+        check_count("panels", panels, least=0)
         if max_batches is not None:
             check_count("max_batches", max_batches)
         if ignore_index is not None and not isinstance(ignore_index, int):
@@ -172,6 +181,8 @@ class SAMRefineCallback(Callback):
         self.every_n_epochs = every_n_epochs
         self.max_batches = max_batches
         self.trimap_width = trimap_width
+        self.panels = panels
+        self.history: list[dict[str, Any]] = []
         self.adapter = BatchAdapter(
             image_key=image_key,
             target_key=target_key,
@@ -242,13 +253,13 @@ class SAMRefineCallback(Callback):
         inputs = self._read(outputs, batch, evaluation.capture, dataloader_idx)
         if trainer.sanity_checking:
             return
-        comparison = evaluation.comparisons[dataloader_idx]
-        samples = evaluation.samples[dataloader_idx]
+        loader = evaluation.loaders[dataloader_idx]
         if inputs is None:
-            lost = samples.take(batch_size(batch))
-            comparison.counts.update(images=lost, failed=lost)
-        else:
-            self._measure(inputs.first(samples.take(len(inputs))), comparison)
+            loader.lose(batch_size(batch))
+            return
+        inputs = loader.real(inputs)
+        if len(inputs) > 0:
+            loader.add(inputs, *self._safe_refiner(inputs), batch_idx)
 
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
@@ -257,12 +268,12 @@ class SAMRefineCallback(Callback):
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._log_figures("val")
+            self._report(trainer, "val")
         self._end_evaluation()
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_figures("test")
+        self._report(trainer, "test")
         self._end_evaluation()
 
     @override
@@ -278,7 +289,7 @@ class SAMRefineCallback(Callback):
     def _bind(self, pl_module: LightningModule) -> BatchAdapter:
         """Settle the number of classes, after the module's own setup and before any batch."""
         if self._run.adapter is None:
-            num_classes = self.num_classes or num_classes_of(pl_module, self.class_names)
+            num_classes = self.num_classes or num_classes_of(pl_module)
             sam = self._safe_refiner.refiner.sam
             self._run.adapter = replace(self.adapter, num_classes=num_classes, device=sam.device)
             rank_zero_info(
@@ -306,18 +317,20 @@ class SAMRefineCallback(Callback):
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         num_classes = self._bind(pl_module).num_classes
         device = trainer.strategy.root_device
-        loaders = _dataloaders(trainer)
         self._run.evaluation = _Evaluation(
             ScoresCapture(pl_module, num_classes),
             # New ones each time: metric states from an epoch under inference_mode could not be
             # updated in a later one under no_grad.
             [
-                RefinementComparison(
-                    num_classes, self.ignore_index, self.class_names, self.trimap_width
-                ).to(device)
-                for _ in loaders
+                LoaderEvaluation(
+                    loader,
+                    RefinementComparison(
+                        num_classes, self.ignore_index, self.class_names, self.trimap_width
+                    ).to(device),
+                    self.panels,
+                )
+                for loader in evaluation_dataloaders(trainer)
             ],
-            [RealSamples(loader) for loader in loaders],
         )
 
     @torch.no_grad()
@@ -330,40 +343,41 @@ class SAMRefineCallback(Callback):
         except Exception as error:
             if dataloader_idx not in self._run.understood:
                 raise
-            self._warn_once(f"a batch could not be read and is left out ({_one_line(error)})")
+            reason = f"{type(error).__name__}: {error}"
+            self._warn_once(f"a batch could not be read and is left out ({reason})")
             return None
         self._run.understood.add(dataloader_idx)
         return inputs
 
-    @torch.no_grad()
-    def _measure(self, inputs: RefineInputs, comparison: RefinementComparison) -> None:
-        if len(inputs) == 0:
-            return
-        refinements, seconds = self._safe_refiner(inputs)
-        comparison.counts.update(images=len(inputs), seconds=seconds)
-        for index, refinement in enumerate(refinements):
-            raw, target = inputs.labels[index], inputs.targets[index]
-            if refinement is None:
-                comparison.update(raw, raw, target)
-                comparison.counts.update(failed=1)
-            else:
-                comparison.update(raw, refinement.labels, target)
-                comparison.counts.update(
-                    regions=len(refinement.regions), accepted=len(refinement.pred_iou)
-                )
-
-    def _log_figures(self, stage: str) -> None:
-        comparisons = [] if self._run.evaluation is None else self._run.evaluation.comparisons
-        for index, comparison in enumerate(comparisons):
-            suffix = f"/dataloader_idx_{index}" if len(comparisons) > 1 else ""
+    def _report(self, trainer: Trainer, stage: str) -> None:
+        """Log the figures of every loader, remember them, and draw the panels."""
+        loaders = [] if self._run.evaluation is None else self._run.evaluation.loaders
+        for index, loader in enumerate(loaders):
+            figures = loader.comparison.compute()
+            suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""
             self.log_dict(
-                {f"{stage}/{key}{suffix}": value for key, value in comparison.compute().items()},
+                {f"{stage}/{key}{suffix}": value for key, value in figures.items()},
                 add_dataloader_idx=False,
                 # The processes hold equal values already, of which the maximum changes no bit;
                 # without sync_dist Lightning warns, key by key, that they might differ.
                 sync_dist=True,
                 reduce_fx="max",
             )
+            where = {"stage": stage, "epoch": trainer.current_epoch, "dataloader_idx": index}
+            self.history.append({**where, **figures})
+            if self.panels > 0:
+                self._draw(trainer, stage, suffix.replace("/", "_"), loader)
+
+    def _draw(self, trainer: Trainer, stage: str, suffix: str, loader: LoaderEvaluation) -> None:
+        # Reading log_dir is a collective call, hence before the other processes leave.
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "panels"
+        if not trainer.is_global_zero:
+            return
+        epoch = f"_epoch_{trainer.current_epoch:03d}" if stage == "val" else ""
+        try:
+            loader.draw(folder / f"{stage}{epoch}{suffix}.png")
+        except OSError as error:  # a full disk must not end the run
+            rank_zero_warn(f"SAMRefineCallback: no panels were written to {folder} ({error})")
 
     def _warn_once(self, reason: str) -> None:
         if self._run.warned:
@@ -388,20 +402,3 @@ class SAMRefineCallback(Callback):
         if self._run.home is not None and not isinstance(self.sam, str):
             self.sam.module.to(self._run.home)
         self._run = _Run()
-
-
-def _dataloaders(trainer: Trainer) -> list[Any]:
-    """Return the loaders of the running evaluation; one where all are drawn from at once."""
-    if trainer.testing:
-        loop = trainer.test_loop
-    elif trainer.state.fn == TrainerFn.FITTING:
-        loop = trainer.fit_loop.epoch_loop.val_loop
-    else:
-        loop = trainer.validate_loop
-    # trainer.val_dataloaders may be those of an earlier fit, and does not tell the mode.
-    combined = loop._combined_loader
-    return list(combined.flattened) if loop._is_sequential else [combined]
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -58,6 +58,7 @@ class PanelPicker:
     """
 
     def __init__(self, count: int) -> None:
+        self.count = count
         self._best = (count + 1) // 2
         self._worst = count // 2
         self._kept: list[Panel] = []
@@ -77,7 +78,7 @@ class PanelPicker:
         right = (raw == target) & valid
         gain = (fixed.sum() - right.sum()).item() / max(int(valid.sum()), 1)
         ranked = sorted(panel.gain for panel in self._kept)
-        full = len(ranked) >= self._best + self._worst
+        full = len(ranked) >= self.count
         if full and not (
             (self._best and gain > ranked[-self._best])
             or (self._worst and gain < ranked[self._worst - 1])

@@ -1,10 +1,28 @@
-"""Which samples of a process are real: DistributedSampler repeats some to make ranks even."""
+"""The loaders of an evaluation, and which of a process's samples are real.
+
+DistributedSampler repeats samples to make ranks even; a metric must not count them twice.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DistributedSampler
+
+
+def evaluation_dataloaders(trainer: Trainer) -> list[Any]:
+    """Return the loaders of the running evaluation; one where all are drawn from at once."""
+    if trainer.testing:
+        loop = trainer.test_loop
+    elif trainer.state.fn == TrainerFn.FITTING:
+        loop = trainer.fit_loop.epoch_loop.val_loop
+    else:
+        loop = trainer.validate_loop
+    # trainer.val_dataloaders may be those of an earlier fit, and does not tell the mode.
+    combined = loop._combined_loader
+    return list(combined.flattened) if loop._is_sequential else [combined]
 
 
 class RealSamples:

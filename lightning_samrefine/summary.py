@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -81,7 +82,15 @@ def summary(metrics: Mapping[str, float], folder: Path) -> RenderableType:
     if not parts:
         parts.append(Text("No refinement was logged: every image or epoch was skipped."))
     parts.append(Text(f"Logs, metrics.json and config.yaml: {folder}"))
+    parts += [Text(f"  {picture}") for picture in _pictures(folder)]
     return Group(*parts)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Return the curve and each stage's last panels; those of earlier epochs lie beside them."""
+    drawn = sorted(folder.glob("**/panels/*.png"))
+    panels = {re.sub(r"_epoch_\d+", "", path.stem): path for path in drawn}
+    return [path for path in (folder / "curve.png", *panels.values()) if path.exists()]
 
 
 def print_summary(

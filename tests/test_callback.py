@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -364,18 +364,25 @@ class TestFit:
     def test_validate_alone_is_always_due(self, make):
         assert "val/miou_raw" in run_validate(make(every_n_epochs=7))
 
-    def test_the_sanity_check_asks_sam_nothing_and_logs_nothing(self, make, monkeypatch):
-        seen = []
-        original = SAMRefineCallback._measure
+    def test_the_sanity_check_asks_sam_nothing_and_logs_nothing(
+        self, make, random_sam, monkeypatch
+    ):
+        embedded = []
+        embed = random_sam.embed
+        monkeypatch.setattr(
+            random_sam, "embed", lambda images: (embedded.append(len(images)), embed(images))[1]
+        )
 
-        def spy(self, inputs, comparison):
-            seen.append(len(inputs))
-            return original(self, inputs, comparison)
+        class AfterSanityCheck(Callback):
+            seen = None
 
-        monkeypatch.setattr(SAMRefineCallback, "_measure", spy)
-        trainer = self.fit([make()], max_epochs=1, num_sanity_val_steps=2)
-        assert seen == [2]
-        assert trainer.callback_metrics["val/refine_failed_images"] == 0
+            def on_sanity_check_end(self, trainer, pl_module):
+                self.seen = (list(embedded), dict(trainer.callback_metrics))
+
+        watching = AfterSanityCheck()
+        self.fit([make(), watching], max_epochs=1, num_sanity_val_steps=2)
+        assert watching.seen == ([], {})
+        assert embedded == [2]
 
     def test_the_sanity_check_reports_a_wrong_set_up_before_training(self, make):
         module = Segmenter("none")

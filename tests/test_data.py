@@ -248,8 +248,10 @@ def test_batches_need_images_of_one_size(folder):
     save(np.zeros((HEIGHT + 1, WIDTH, 3), np.uint8), folder / "images" / "b.png")
     save(label_map(0, size=(HEIGHT + 1, WIDTH)), folder / "labels" / "b.png")
     assert len(samples(folder)) == 3
+    # Found in setup, before any sample is read.
+    data = FolderDataModule(num_classes=CLASSES, val=split(folder), batch_size=2)
     with pytest.raises(ValueError, match=r"batch_size: got 2, .*a is 8x6, b is 8x7"):
-        samples(folder, batch_size=2)
+        data.setup("validate")
 
 
 def test_a_stage_without_its_split_says_which(folder):

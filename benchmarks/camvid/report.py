@@ -70,12 +70,11 @@ def _summary(metrics: Mapping[str, Metrics]) -> str:
                 *_three(found, "test/trimap_miou_raw", "test/trimap_miou_refined"),
                 _percent(found.get("test/refine_accept_rate")),
                 f"{found['test/refine_regions_per_image']:.1f}",
-                f"{found['test/refine_ms_per_image']:.0f}",
             ]
         )
     head = ["network sees", "mIoU raw", "refined", "gain"]
     head += ["trimap mIoU raw", "refined", "gain"]
-    return _table([*head, "accepted", "regions an image", "ms an image"], rows)
+    return _table([*head, "accepted", "regions an image"], rows)
 
 
 def _thresholds(config: RefineConfig) -> str:

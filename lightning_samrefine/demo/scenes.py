@@ -224,7 +224,7 @@ def _paste(
     else:
         return
     # Only what the object can touch needs a different colour: the background and neighbours.
-    touched = np.unique(instances[window])
+    touched = np.flatnonzero(np.bincount(instances[window].ravel()))
     avoid = palette[:3] + [palette[2 + k] for k in touched if k > 0]
     hue = label / 5.5 if rng.random() < _CLASS_HUE_PROBABILITY else None
     colour = _colour(rng, avoid, hue)
