@@ -516,6 +516,8 @@ def export(sam: Sam, path: Path) -> None:
         for name, value in sam.state_dict().items()
     }
     save_file(state, path)
+    # safetensors writes for the owner only, and a wheel keeps the mode it finds.
+    path.chmod(0o644)
 
 
 def load(path: Path) -> Sam:

@@ -357,9 +357,9 @@ def test_the_command_refuses_typos_and_helps_without_torch(tmp_path):
     typo = command(tmp_path, "refine.pred_iou_tresh=0.7")
     assert typo.returncode == 1
     assert "Key 'pred_iou_tresh' is not in struct" in typo.stderr
-    missing = command(tmp_path)
+    missing = command(tmp_path, "sam=vit_t")
     assert missing.returncode == 1
-    assert missing.stderr.startswith("samrefine: No value for ")
+    assert missing.stderr.startswith("samrefine: No value for sam.checkpoint;")
     shown = command(tmp_path, "--help")
     assert shown.returncode == 0
     assert "refine: algorithm4, default" in shown.stdout

@@ -66,7 +66,8 @@ def test_the_callback_config_holds_the_callbacks_own_defaults():
     parameters = inspect.signature(get_class(node._target_)).parameters
     from_groups = {"sam", "checkpoint", "refine"}
     assert {key for key in node if not key.startswith("_")} == set(parameters) - from_groups
-    for key in set(parameters) - from_groups - set(INHERITED):
+    # The command draws panels unasked; a callback in somebody's Trainer does not.
+    for key in set(parameters) - from_groups - set(INHERITED) - {"panels"}:
         assert node[key] == parameters[key].default, key
 
 
@@ -85,7 +86,7 @@ def test_both_loggers_keep_apart_in_the_output_folder():
 
 
 @pytest.mark.parametrize(
-    "typo", ["refine.pred_iou_tresh=0.7", "data.val.image=x", "callback.max_batch=1", "tsk=fit"]
+    "typo", ["refine.pred_iou_tresh=0.7", "data.num_clases=2", "callback.max_batch=1", "tsk=fit"]
 )
 def test_mistyped_keys_are_rejected(typo):
     key = typo.split("=")[0].split(".")[-1]
@@ -95,7 +96,9 @@ def test_mistyped_keys_are_rejected(typo):
 
 
 def test_overrides_reach_their_place():
-    cfg = composed("refine=algorithm4", "refine.pred_iou_thresh=0.7", "data.val.images=/x")
+    cfg = composed(
+        "data=folder", "refine=algorithm4", "refine.pred_iou_thresh=0.7", "data.val.images=/x"
+    )
     assert (cfg.refine.min_region_area, cfg.refine.pred_iou_thresh) == (1, 0.7)
     assert cfg.data.val.images == "/x"
 

@@ -25,7 +25,7 @@ def test_it_runs_and_shows_accepted_and_rejected_regions(notebook, tmp_path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     printed = ["".join(out.get("text", "") for out in cell.outputs) for cell in code]
     epochs = next(text for text in printed if text.startswith("epoch 0"))
-    assert epochs.count("refined") == epochs.count("\n") == 4
+    assert epochs.count("refined") == epochs.count("\n") == 5
     loose, strict = (text for text in printed if text.startswith("accepted above"))
     assert loose.count("accepted:") > strict.count("accepted:")
     assert strict.count("rejected:") > loose.count("rejected:")
