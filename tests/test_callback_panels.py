@@ -1,0 +1,92 @@
+"""What the callback keeps beside the logger: its history, and panels on disk."""
+
+from __future__ import annotations
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning_stubs import NUM_CLASSES, REFINE, Segmenter, loader
+
+from lightning_samrefine import SAMRefineCallback
+
+
+def run(random_sam, folder, task="fit", loaders=None, **kwargs):
+    callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE, **kwargs)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[callback],
+        logger=CSVLogger(folder),
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    loaders = loader() if loaders is None else loaders
+    if task == "fit":
+        trainer.fit(Segmenter(), loader(), loaders)
+    else:
+        getattr(trainer, task)(Segmenter(), loaders, verbose=False)
+    return trainer, callback
+
+
+def test_history_holds_what_was_logged_in_every_epoch(random_sam, tmp_path):
+    trainer, callback = run(random_sam, tmp_path)
+    assert [(entry["stage"], entry["epoch"]) for entry in callback.history] == [
+        ("val", 0),
+        ("val", 1),
+    ]
+    last = callback.history[-1]
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    names = {name for name in logged if name.startswith("val/")}
+    assert {f"val/{name}" for name in last} - names == {
+        "val/stage",
+        "val/epoch",
+        "val/dataloader_idx",
+    }
+    for name in names:
+        assert logged[name] == pytest.approx(last[name.removeprefix("val/")], rel=1e-6)
+
+
+def test_panels_are_drawn_for_every_evaluation_into_the_log_folder(random_sam, tmp_path):
+    trainer, _ = run(random_sam, tmp_path, panels=2)
+    drawn = sorted(path.relative_to(trainer.log_dir) for path in tmp_path.rglob("*.png"))
+    assert [path.as_posix() for path in drawn] == [
+        "panels/val_epoch_000.png",
+        "panels/val_epoch_001.png",
+    ]
+
+
+def test_every_dataloader_has_its_own_panels(random_sam, tmp_path):
+    _, callback = run(random_sam, tmp_path, "test", [loader(seed=0), loader(seed=1)], panels=1)
+    assert {path.name for path in tmp_path.rglob("*.png")} == {
+        "test_dataloader_idx_0.png",
+        "test_dataloader_idx_1.png",
+    }
+    assert [entry["dataloader_idx"] for entry in callback.history] == [0, 1]
+
+
+def test_no_panels_unless_asked(random_sam, tmp_path):
+    run(random_sam, tmp_path, "validate")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_folder_that_cannot_be_written_ends_no_run(random_sam, tmp_path):
+    callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE, panels=1)
+    (tmp_path / "panels").write_text("a file where the folder should be")
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.warns(UserWarning, match="no panels were written to .*panels"):
+        trainer.validate(Segmenter(), loader(), verbose=False)
+    assert callback.history[0]["miou_refined"] > 0
+
+
+@pytest.mark.parametrize(("panels", "error"), [(-1, ValueError), (1.5, TypeError)])
+def test_a_wrong_number_of_panels_is_refused(random_sam, panels, error):
+    with pytest.raises(error, match=r"panels: got .* an integer of at least 0"):
+        SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, panels=panels)
