@@ -19,6 +19,14 @@ HW = (32, 40)
 IGNORE = 255
 # Low enough for the random SAM to accept about half of its regions.
 REFINE = RefineConfig(min_region_area=4, pred_iou_thresh=0.5)
+# Arguments of a Trainer that writes and prints nothing.
+SILENT = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
 
 
 class Blobs(Dataset):

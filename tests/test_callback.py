@@ -17,6 +17,7 @@ from lightning_stubs import (
     IGNORE,
     NUM_CLASSES,
     REFINE,
+    SILENT,
     Blobs,
     DictBlobs,
     Segmenter,
@@ -28,14 +29,6 @@ from torch.utils.data import DataLoader
 from lightning_samrefine import RefineConfig, SAMRefineCallback
 from lightning_samrefine.adapter import RefineInputs
 from lightning_samrefine.comparison import RefinementComparison
-
-SILENT = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-}
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning_stubs import NUM_CLASSES, REFINE, Blobs, Segmenter, loader
+from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter, loader
 from tiny_random_sam import build_random_sam
 from torch.utils.data import DataLoader
 
@@ -21,14 +21,6 @@ from lightning_samrefine import SAMRefineCallback
 from lightning_samrefine import callback as callback_module
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.safety import isolated_rng
-
-SILENT = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-}
 
 
 def draw() -> tuple[float, float, float]:
