@@ -2,53 +2,106 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_samrefine.upscaling import Window
+
 
 class MapRefinement:
-    """Collects accepted masks one chunk at a time into L' (step 10).
+    """Collects accepted masks one at a time into L' and S' (step 10).
 
-    Only the C × H × W map is kept; a chunk's full-resolution masks are gone after `add`.
+    Each mask costs as much as its own window; no step passes over all C × H × W values.
 
     Args:
         probs: (C, H, W) float32 in [0, 1], the raw L.
+        labels: (H, W) int64, the raw S.
     """
 
-    def __init__(self, probs: Tensor) -> None:
-        self._raw = probs
-        self._refined = torch.zeros_like(probs)
+    def __init__(self, probs: Tensor, labels: Tensor) -> None:
+        self._raw, self._raw_labels = probs, labels
+        self._refined = _zeros_like(probs)
+        self._best = torch.zeros_like(probs[0])
+        self._labels = labels.clone()
+        self._last_class = 0
 
-    def add(self, logits: Tensor, classes: list[int]) -> None:
+    def add(self, logits: Tensor, c: int, window: Window | None = None) -> None:
         """Raise L'[c] to σ(logit) · L[c] where the logit is positive and this is larger.
 
         Args:
-            logits: (N, H, W) float32 mask logits of accepted regions.
-            classes: N classes in [0, C).
-        """
-        for mask_logits, c in zip(logits, classes, strict=True):
-            # where, not a product: SAM's NaN must not reach the map.
-            value = torch.where(mask_logits > 0, mask_logits.sigmoid() * self._raw[c], 0.0)
-            torch.maximum(self._refined[c], value, out=self._refined[c])
+            logits: (h, w) float32 logits of an accepted mask.
+            c: Its class in [0, C), no smaller than that of the mask before: so the lowest class
+                wins a tie without another pass.
+            window: Where in the image the logits are; everywhere else they are not positive.
+                None for (H, W) logits.
 
-    def finish(self, labels: Tensor, failed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Decide the labels and give rejected regions back their raw prediction (10, 11).
+        Raises:
+            ValueError: A class smaller than the last.
+        """
+        if c < self._last_class:
+            raise ValueError(f"c: got {c} after {self._last_class}, accepted are ascending classes")
+        self._last_class = c
+        part = (slice(None), slice(None)) if window is None else window.slices
+        # where, not a product: SAM's NaN must not reach the map.
+        value = torch.where(logits > 0, logits.sigmoid().mul_(self._raw[c][part]), 0.0)
+        refined, best = self._refined[c][part], self._best[part]
+        torch.maximum(refined, value, out=refined)
+        self._labels[part].masked_fill_(value > best, c)
+        torch.maximum(best, value, out=best)
+
+    def finish(
+        self, failed: Tensor | None = None, failed_boxes: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Give rejected regions back their raw prediction (step 11) and return the maps.
 
         Args:
-            labels: (H, W) int64, the raw S.
             failed: (h_d, w_d) bool, the union of the rejected regions on the working grid, or
                 None where nothing was rejected.
+            failed_boxes: (K, 4) XYXY on the grid, exclusive ends; together they hold the union.
+                None searches the whole image.
 
         Returns:
             S' (H, W) int64, L' (C, H, W) float32 and the covered map (H, W) bool.
         """
-        refined = self._refined
-        covered = refined.sum(dim=0) > 0
-        new_labels = torch.where(covered, refined.argmax(dim=0), labels)
-        if failed is not None:
-            grid = failed[None, None].to(refined.dtype)
-            kept = F.interpolate(grid, labels.shape, mode="nearest")[0, 0] > 0
-            new_labels = torch.where(kept, labels, new_labels)
-            refined = torch.where(kept, self._raw, refined)
-        return new_labels, refined, covered
+        covered = self._best > 0
+        if failed is None:
+            return self._labels, self._refined, covered
+        grid = failed[None, None].to(self._refined.dtype)
+        kept = F.interpolate(grid, covered.shape, mode="nearest")[0, 0] > 0
+        labels = torch.where(kept, self._raw_labels, self._labels)
+        for window in _image_windows(failed_boxes, failed.shape, covered.shape):
+            part = (slice(None), *window.slices)
+            refined = self._refined[part]
+            torch.where(kept[window.slices], self._raw[part], refined, out=refined)
+        return labels, self._refined, covered
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    """Return zeros that on the CPU take up memory page by page, where they are written."""
+    if tensor.device.type != "cpu":
+        return torch.zeros_like(tensor)
+    return torch.from_numpy(np.zeros(tensor.shape, np.float32))
+
+
+def _image_windows(
+    boxes: np.ndarray | None, grid_hw: Sequence[int], image_hw: Sequence[int]
+) -> list[Window]:
+    """Return image windows that hold grid boxes, or the whole image where that is less work."""
+    whole = Window(0, image_hw[0], 0, image_hw[1])
+    if boxes is None:
+        return [whole]
+    scale = np.array([image_hw[1] / grid_hw[1], image_hw[0] / grid_hw[0]] * 2)
+    scaled = boxes * scale
+    # A pixel of slack for the float32 in which nearest-neighbour positions are computed.
+    starts = np.maximum(np.floor(scaled[:, :2]) - 1, 0).astype(int)
+    ends = np.minimum(np.ceil(scaled[:, 2:]) + 1, [image_hw[1], image_hw[0]]).astype(int)
+    if (ends - starts).prod(axis=1).sum() >= image_hw[0] * image_hw[1]:
+        return [whole]
+    return [
+        Window(int(y0), int(y1), int(x0), int(x1))
+        for (x0, y0), (x1, y1) in zip(starts, ends, strict=True)
+    ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fusion import MapRefinement
 from lightning_samrefine.models.protocol import Promptable, Prompts
@@ -15,6 +17,7 @@ from lightning_samrefine.precision import autocast, autocast_dtype
 from lightning_samrefine.prompts import build_prompts
 from lightning_samrefine.refinement import Refinement, Regions
 from lightning_samrefine.regions import GridRegions, split_regions
+from lightning_samrefine.upscaling import WindowedUpscale, extents
 
 # Two prompts at once fit a core's cache and beat both one and forty (measured, FP32 and BF16).
 _CPU_PROMPTS = 2
@@ -26,16 +29,26 @@ class Refiner:
     """Refines the masks of any semantic segmenter with a promptable model.
 
     SAM runs without gradients under an autocast of its own; thresholds and fusion are float32.
+    On CUDA the CPU waits for an image three times, however many regions it has: for the range of
+    its probabilities, for its label map on the working grid, and for SAM's predicted IoUs. A
+    cache adds the image itself where that is on the GPU, and an embedding that is to be kept.
 
     Args:
         sam: The model, as `load_sam` returns it. It decides the device.
         config: Thresholds; the preset ``"default"`` where None.
         precision: ``"auto"`` (bf16 where the hardware has it), ``"32"``, ``"bf16-mixed"`` or
             ``"16-mixed"``.
+        cache: Keeps image embeddings, so that an image that comes again is not encoded again:
+            ``"memory"`` in this process, ``"disk"`` in a folder that runs share, or an
+            `EmbeddingCache` of yours. None keeps nothing.
+        cache_gb: Limit in 10⁹ bytes of a cache that is made here, see `EmbeddingCache`.
+
+    Attributes:
+        cache: The `EmbeddingCache`, None where nothing is kept.
 
     Raises:
-        TypeError: ``sam`` is no `Promptable`, ``config`` no `RefineConfig`.
-        ValueError: An unknown precision.
+        TypeError: ``sam`` is no `Promptable`, ``config`` no `RefineConfig`, ``cache`` no cache.
+        ValueError: An unknown precision or cache, or a limit that does not apply.
 
     Example:
         >>> sam = load_sam("vit_t", checkpoint="mobile_sam.pt")  # doctest: +SKIP
@@ -44,7 +57,12 @@ class Refiner:
     """
 
     def __init__(
-        self, sam: Promptable, config: RefineConfig | None = None, precision: str = "auto"
+        self,
+        sam: Promptable,
+        config: RefineConfig | None = None,
+        precision: str = "auto",
+        cache: Literal["memory", "disk"] | EmbeddingCache | None = None,
+        cache_gb: float | None = None,
     ) -> None:
         if not isinstance(sam, Promptable):
             raise TypeError(
@@ -56,6 +74,7 @@ class Refiner:
         self.sam = sam
         self.config = config if config is not None else RefineConfig.preset("default")
         self.precision = precision
+        self.cache = _cache(cache, cache_gb)
 
     def __call__(self, image: Tensor, probs: Tensor, labels: Tensor | None = None) -> Refinement:
         """Refine one image's prediction.
@@ -104,7 +123,7 @@ class Refiner:
             _check(images[index], probs[index], self.sam.device)
             image_probs = probs[index].float()
             image_labels = (
-                image_probs.argmax(dim=0)
+                _argmax(image_probs)
                 if labels is None
                 else _checked_labels(labels[index], image_probs)
             )
@@ -131,12 +150,19 @@ class Refiner:
             for index in range(len(images))
         ]
 
-    def _embed(self, images: list[Tensor]) -> list[Tensor]:
+    def _embed(self, images: list[Tensor]) -> list[Any]:
         if not images:
             return []
         device = self.sam.device
-        with autocast(autocast_dtype(self.precision, device), device):
-            return self.sam.embed(images)
+        dtype = autocast_dtype(self.precision, device)
+
+        def compute(chosen: list[Tensor]) -> list[Any]:
+            with autocast(dtype, device):
+                return self.sam.embed(chosen)
+
+        if self.cache is None:
+            return compute(images)
+        return self.cache.embed(self.sam, images, dtype, compute)
 
     def _nothing_to_do(self, probs: Tensor, labels: Tensor, regions: GridRegions) -> Refinement:
         """Step 4: not one region."""
@@ -145,25 +171,35 @@ class Refiner:
         return _untouched(probs, labels, table)
 
     def _refine(
-        self, embedding: Tensor, probs: Tensor, labels: Tensor, regions: GridRegions
+        self, embedding: Any, probs: Tensor, labels: Tensor, regions: GridRegions
     ) -> Refinement:
         """Steps 5 to 12 for one image with at least one region."""
         config, image_hw = self.config, (labels.shape[0], labels.shape[1])
         prompts = build_prompts(
             regions, self.sam, image_hw, config.score_thresh, config.mask_prompt_scale
         )
-        low_res_logits, pred_iou = self._decode(embedding, prompts)
+        low_res_logits, pred_iou, mask_extents = self._decode(embedding, prompts)
         accepted = pred_iou.numpy() > np.float32(config.pred_iou_thresh)
         table = _table(regions, pred_iou, accepted, config.stride, image_hw)
         if not accepted.any():
             return _untouched(probs, labels, table)
 
-        fused = MapRefinement(probs)
+        fused = MapRefinement(probs, labels)
+        windowed = None if mask_extents is None else WindowedUpscale.of(self.sam, image_hw)
         for index in np.flatnonzero(accepted):
-            logits = self.sam.upscale(low_res_logits[index][None], image_hw)
-            fused.add(logits, [int(regions.classes[index])])
-        failed = None if accepted.all() else regions.mask_of(~accepted)
-        new_labels, new_probs, covered = fused.finish(labels, failed)
+            c, mask = int(regions.classes[index]), low_res_logits[index]
+            if windowed is None:
+                fused.add(self.sam.upscale(mask[None], image_hw)[0], c)
+            else:
+                logits, window = windowed(mask, mask_extents[index])
+                if window:
+                    fused.add(logits, c, window)
+        if accepted.all():
+            new_labels, new_probs, covered = fused.finish()
+        else:
+            new_labels, new_probs, covered = fused.finish(
+                regions.mask_of(~accepted), regions.boxes[~accepted]
+            )
         kept = torch.from_numpy(accepted)
         return Refinement(
             labels=new_labels,
@@ -175,10 +211,16 @@ class Refiner:
             regions=table,
         )
 
-    def _decode(self, embedding: Tensor, prompts: Prompts) -> tuple[list[Tensor], Tensor]:
-        """Return one (m, m) float32 logit map a prompt, and (N,) float32 IoUs on the CPU."""
+    def _decode(
+        self, embedding: Any, prompts: Prompts
+    ) -> tuple[list[Tensor], Tensor, np.ndarray | None]:
+        """Return one (m, m) float32 logit map a prompt, and what is needed of them on the CPU.
+
+        That is the (N,) float32 IoUs, and (N, 2, m) bool extents of the masks where SAM is on the
+        CPU. On a GPU whole frames cost less than the many small launches of windows.
+        """
         device = self.sam.device
-        logits, ious = [], []
+        logits, ious, masks_extents = [], [], []
         size = self.config.max_prompts_per_batch or _prompts_per_batch(device)
         with autocast(autocast_dtype(self.precision, device), device):
             for start in range(0, len(prompts), size):
@@ -187,7 +229,38 @@ class Refiner:
                 )
                 logits.extend(chunk_logits.float())
                 ious.append(chunk_iou.float())
-        return logits, torch.cat(ious).cpu()
+                if device.type == "cpu":
+                    masks_extents.append(extents(chunk_logits))
+        on_cpu = torch.cat(masks_extents).numpy() if masks_extents else None
+        return logits, torch.cat(ious).cpu(), on_cpu
+
+
+def _cache(cache: str | EmbeddingCache | None, cache_gb: float | None) -> EmbeddingCache | None:
+    if isinstance(cache, str):
+        return EmbeddingCache(cache, cache_gb)  # type: ignore[arg-type]
+    if cache is not None and not isinstance(cache, EmbeddingCache):
+        raise TypeError(
+            f"cache: got {type(cache).__name__}, accepted are 'memory', 'disk', an EmbeddingCache "
+            "and None"
+        )
+    if cache_gb is not None and cache is not None:
+        raise ValueError(
+            "cache_gb: got one beside an EmbeddingCache, which has its own, accepted is None"
+        )
+    return cache
+
+
+def _argmax(probs: Tensor) -> Tensor:
+    """Return the (H, W) int64 first class of the largest of (C, H, W) probabilities, no NaN."""
+    if probs.device.type != "cpu":
+        return probs.argmax(dim=0)
+    # torch's own walks across the planes, which takes several times as long on a CPU.
+    best = probs[0].clone()
+    labels = torch.zeros(best.shape, dtype=torch.int64)
+    for c in range(1, len(probs)):
+        labels.masked_fill_(probs[c] > best, c)
+        torch.maximum(best, probs[c], out=best)
+    return labels
 
 
 def _prompts_per_batch(device: torch.device) -> int:
@@ -251,7 +324,8 @@ def _check(image: Tensor, probs: Tensor, device: torch.device) -> None:
         )
     if probs.device != device:
         raise ValueError(f"probs: got device {probs.device}, accepted is SAM's, {device}")
-    low, high = (float(value) for value in torch.aminmax(probs))
+    # One download: each would make the CPU wait for the GPU.
+    low, high = torch.stack(torch.aminmax(probs)).tolist()
     # NaN fails both comparisons; float16 softmax may exceed 1 by its last bit.
     if not (low >= 0 and high <= 1 + 1e-3):
         raise ValueError(

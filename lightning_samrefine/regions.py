@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cc3d
 import edt
@@ -23,18 +24,17 @@ class GridRegions:
         boxes: (N, 4) float64 XYXY on the grid, exclusive ends.
         points: (N, 2) float64 XY on the grid, pixel centres.
         scores: (N,) float32 in [0, 1], the mean of L_d[c] over the region.
-        components: (h_d, w_d) int64 on the device of the prediction; the id of the component
-            each pixel belongs to, 0 for none.
+        components: (h_d, w_d) uint32, the id of the component each pixel belongs to, 0 for none.
         component_ids: (N,) int64, the id of each region in ``components``. Components that were
             dropped have ids of their own and no region.
-        probs: (C, h_d, w_d) float32, L_d.
+        probs: (C, h_d, w_d) float32, L_d, on the device of the prediction.
     """
 
     classes: np.ndarray
     boxes: np.ndarray
     points: np.ndarray
     scores: np.ndarray
-    components: Tensor
+    components: np.ndarray
     component_ids: np.ndarray
     probs: Tensor
 
@@ -48,11 +48,11 @@ class GridRegions:
             selected: (N,) bool.
 
         Returns:
-            (h_d, w_d) bool on the device of ``components``.
+            (h_d, w_d) bool on the device of ``probs``.
         """
-        table = torch.zeros(int(self.components.max()) + 1, dtype=torch.bool)
-        table[torch.from_numpy(self.component_ids[selected])] = True
-        return table.to(self.components.device)[self.components]
+        table = np.zeros(int(self.components.max()) + 1, dtype=bool)
+        table[self.component_ids[selected]] = True
+        return torch.from_numpy(table[self.components]).to(self.probs.device)
 
 
 def split_regions(
@@ -60,8 +60,9 @@ def split_regions(
 ) -> GridRegions:
     """Find the regions of a raw prediction (ALGORITHM.md steps 1 to 3).
 
-    Only the label map of the grid travels to the CPU, where all classes' components are found in
-    one pass, and all regions' distance transforms in another.
+    All classes' components are found in one pass over the grid and all regions' distances in
+    another; the rest works on the runs of equal component along the rows. Of CUDA tensors the
+    grid's labels and their probabilities travel to the CPU, pinned, with one synchronisation.
 
     Args:
         labels: (H, W) int64, S. Values outside [0, C) are unknown.
@@ -70,28 +71,30 @@ def split_regions(
         stride: r ≥ 1.
         min_region_area: Smallest area in grid pixels that is kept.
     """
-    labels_d, probs_d = _downsample(labels, probs, stride)
     num_classes = probs.shape[0]
+    labels_d, probs_d = _downsample(labels, probs, stride)
     if score_thresh > 0:
         labels_d = labels_d.masked_fill(probs_d.amax(dim=0) < score_thresh, num_classes)
-
+    own = probs_d.gather(0, labels_d.clamp(max=num_classes - 1)[None])[0]
     # Background is 0 for cc3d and edt, hence the unknown class moves there and the others up.
-    grid = ((labels_d + 1) % (num_classes + 1)).to(torch.int32).cpu().numpy().astype(np.uint32)
-    components, count = cc3d.connected_components(
-        grid, connectivity=8, return_N=True, out_dtype=np.uint32
-    )
-    components_d = torch.from_numpy(components.astype(np.int64)).to(probs.device)
-    ids, first = _order(grid, components, count, min_region_area)
-    scores = _mean_scores(probs_d, labels_d, components_d, count)[ids]
+    shifted = ((labels_d + 1) % (num_classes + 1)).to(torch.int32)
+    grid, own_probs = _to_cpu(shifted, own)
 
-    kept = scores > np.float32(score_thresh)
-    ids, first, scores = ids[kept], first[kept], scores[kept]
+    components, count = cc3d.connected_components(
+        grid.view(np.uint32), connectivity=8, return_N=True, out_dtype=np.uint32
+    )
+    runs = _Runs.of(components)
+    first, area, sums = runs.first(count), runs.area(count), runs.sums(own_probs, count)
+    scores = (sums / np.maximum(area, 1)).astype(np.float32)
+    large = (area >= min_region_area) & (scores > np.float32(score_thresh))
+    ids = 1 + np.flatnonzero(large[1:])
+    ids = ids[np.lexsort((first[ids], grid.ravel()[first[ids]]))]
     return GridRegions(
-        classes=grid.ravel()[first].astype(np.int64) - 1,
-        boxes=_boxes(components)[ids],
-        points=_interior_points(components, count)[ids],
-        scores=scores,
-        components=components_d,
+        classes=grid.ravel()[first[ids]].astype(np.int64) - 1,
+        boxes=runs.boxes(count)[ids],
+        points=_interior_points(components, runs, count, ids),
+        scores=scores[ids],
+        components=components,
         component_ids=ids,
         probs=probs_d,
     )
@@ -101,60 +104,112 @@ def _downsample(labels: Tensor, probs: Tensor, stride: int) -> tuple[Tensor, Ten
     """Return S_d (int64, unknown = C) and L_d (float32) on the grid (steps 1 and 2)."""
     num_classes = probs.shape[0]
     size = grid_shape(*labels.shape, stride)
-    unknown = (labels < 0) | (labels >= num_classes)
-    # Classes are exact in float32 once values such as an int64 ignore label are out of the way.
-    known = labels.masked_fill(unknown, num_classes).to(torch.float32)
-    labels_d = F.interpolate(known[None, None], size, mode="nearest")[0, 0].to(torch.int64)
+    rows, columns = (
+        _nearest(source, target, labels.device)
+        for source, target in zip(labels.shape, size, strict=True)
+    )
+    labels_d = labels.index_select(0, rows).index_select(1, columns)
+    unknown = (labels_d < 0) | (labels_d >= num_classes)
     probs_d = F.interpolate(probs[None], size, mode="bilinear", align_corners=False)[0]
-    return labels_d, probs_d
+    return labels_d.masked_fill_(unknown, num_classes), probs_d
 
 
-def _order(
-    grid: np.ndarray, components: np.ndarray, count: int, min_region_area: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and first pixels of the large enough components, in the order of step 3."""
-    flat = components.ravel()
-    first = np.full(count + 1, flat.size, np.int64)
-    np.minimum.at(first, flat, np.arange(flat.size))
-    area = np.bincount(flat, minlength=count + 1)
-    ids = np.flatnonzero(area >= min_region_area)
-    ids = ids[ids > 0]
-    ids = ids[np.lexsort((first[ids], grid.ravel()[first[ids]]))]
-    return ids, first[ids]
+@lru_cache(maxsize=64)
+def _nearest(source: int, target: int, device: torch.device) -> Tensor:
+    """Return the (target,) int64 source pixels of torch's own nearest-neighbour resize."""
+    # In float32, for torch places the pixels by the data's type; it is exact for a side's indices.
+    indices = torch.arange(source, dtype=torch.float32, device=device)
+    return F.interpolate(indices[None, None], target, mode="nearest")[0, 0].to(torch.int64)
 
 
-def _mean_scores(probs_d: Tensor, labels_d: Tensor, components: Tensor, count: int) -> np.ndarray:
-    """Return (count + 1,) float32, the mean of L_d[c] over each component of class c."""
-    # MPS has no float64; elsewhere it keeps a region of equal values at exactly that value.
-    dtype = torch.float32 if probs_d.device.type == "mps" else torch.float64
-    own = labels_d.clamp(max=probs_d.shape[0] - 1)
-    values = probs_d.gather(0, own[None])[0].to(dtype).flatten()
-    index = components.flatten()
-    sums = torch.zeros(count + 1, dtype=dtype, device=index.device).index_add_(0, index, values)
-    area = torch.zeros_like(sums).index_add_(0, index, torch.ones_like(values))
-    return (sums / area.clamp(min=1)).to(torch.float32).cpu().numpy()
+def _to_cpu(*tensors: Tensor) -> list[np.ndarray]:
+    """Download tensors together: pinned and asynchronous on CUDA, with a single wait."""
+    device = tensors[0].device
+    if device.type != "cuda":
+        return [tensor.cpu().numpy() for tensor in tensors]
+    pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+    for target, tensor in zip(pinned, tensors, strict=True):
+        target.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(device).synchronize()
+    return [target.numpy() for target in pinned]
 
 
-def _boxes(components: np.ndarray) -> np.ndarray:
-    """Return (count + 1, 4) float64 XYXY boxes with exclusive ends, one a component id."""
-    statistics = cc3d.statistics(components, no_slice_conversion=True)
-    rows_and_columns = statistics["bounding_boxes"].astype(np.float64)
-    y0, y1, x0, x1 = rows_and_columns.T
-    return np.stack([x0, y0, x1 + 1, y1 + 1], axis=1)
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of equal component along the rows of a grid, in row-major order.
+
+    Attributes:
+        starts: (R,) int64, flat position of each run's first pixel.
+        lengths: (R,) int64 in pixels.
+        components: (R,) int64, component id of each run.
+        width: w_d.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    components: np.ndarray
+    width: int
+
+    @classmethod
+    def of(cls, components: np.ndarray) -> _Runs:
+        """Split (h_d, w_d) component ids into runs."""
+        begins = np.ones(components.shape, dtype=bool)
+        np.not_equal(components[:, 1:], components[:, :-1], out=begins[:, 1:])
+        starts = np.flatnonzero(begins)
+        lengths = np.diff(starts, append=components.size)
+        ids = components.ravel()[starts].astype(np.int64)
+        return cls(starts, lengths, ids, components.shape[1])
+
+    def first(self, count: int) -> np.ndarray:
+        """Return (count + 1,) int64, the first flat position of each component."""
+        first = np.full(count + 1, np.iinfo(np.int64).max)
+        np.minimum.at(first, self.components, self.starts)
+        return first
+
+    def area(self, count: int) -> np.ndarray:
+        """Return (count + 1,) float64, the pixels of each component: whole numbers."""
+        return np.bincount(self.components, weights=self.lengths, minlength=count + 1)
+
+    def sums(self, values: np.ndarray, count: int) -> np.ndarray:
+        """Return (count + 1,) float64, the sum of (h_d, w_d) float32 values over each component.
+
+        float64 keeps the mean of equal values at exactly that value.
+        """
+        sums = np.add.reduceat(values.ravel(), self.starts, dtype=np.float64)
+        return np.bincount(self.components, weights=sums, minlength=count + 1)
+
+    def boxes(self, count: int) -> np.ndarray:
+        """Return (count + 1, 4) float64 XYXY boxes with exclusive ends, one a component."""
+        y, x = np.divmod(self.starts, self.width)
+        low = np.full((2, count + 1), np.inf)
+        high = np.zeros((2, count + 1))
+        for axis, (start, end) in enumerate(((x, x + self.lengths), (y, y + 1))):
+            np.minimum.at(low[axis], self.components, start)
+            np.maximum.at(high[axis], self.components, end)
+        return np.concatenate([low, high]).T
 
 
-def _interior_points(components: np.ndarray, count: int) -> np.ndarray:
-    """Return (count + 1, 2) float64 XY, the centre of each component's innermost pixel.
+def _interior_points(
+    components: np.ndarray, runs: _Runs, count: int, ids: np.ndarray
+) -> np.ndarray:
+    """Return (N, 2) float64 XY, the centre of the innermost pixel of each component in ``ids``.
 
     Innermost is the largest Euclidean distance to the outside of the component, the outside of
     the grid included; ties go to the first pixel in row-major order. Squared distances are whole
-    numbers, so distance and position pack into one key that a single maximum decides exactly.
+    numbers, exact in float32 up to 4096 pixels, so they compare exactly.
     """
-    flat = components.ravel()
-    squared = edt.edtsq(components, black_border=True, parallel=1).ravel().astype(np.int64)
-    key = squared * flat.size + (flat.size - 1 - np.arange(flat.size))
-    best = np.zeros(count + 1, np.int64)
-    np.maximum.at(best, flat, key)
-    position = flat.size - 1 - best % flat.size
-    y, x = np.divmod(position, components.shape[1])
+    if len(ids) == 0:
+        return np.empty((0, 2))
+    squared = edt.edtsq(components, black_border=True, parallel=1).ravel()
+    longest = np.maximum.reduceat(squared, runs.starts)
+    best = np.zeros(count + 1, squared.dtype)
+    np.maximum.at(best, runs.components, longest)
+    holding = np.flatnonzero(longest == best[runs.components])
+    first = np.full(count + 1, len(runs.starts))
+    np.minimum.at(first, runs.components[holding], holding)
+    positions = [
+        start + squared[start : start + length].argmax()
+        for start, length in zip(runs.starts[first[ids]], runs.lengths[first[ids]], strict=True)
+    ]
+    y, x = np.divmod(np.array(positions), components.shape[1])
     return np.stack([x + 0.5, y + 0.5], axis=1)

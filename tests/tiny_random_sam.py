@@ -13,7 +13,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
-WEIGHT_GAIN = 3.0
+WEIGHT_GAIN = 2.0
 PRED_IOU_MEAN = 0.5
 PRED_IOU_STD = 0.2
 LOGIT_STD = 3.0

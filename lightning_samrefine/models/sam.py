@@ -10,6 +10,8 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from lightning_samrefine.geometry import get_preprocess_shape
+from lightning_samrefine.models.fast_decoder import FastMaskDecoder, supports
+from lightning_samrefine.models.fast_encoder import FastImageEncoder
 from lightning_samrefine.models.protocol import Prompts
 from lightning_samrefine.precision import autocast
 
@@ -28,8 +30,10 @@ class SamPromptable:
     def __init__(self, module: Sam, name: str) -> None:
         self.module = module.eval().requires_grad_(False)
         self.name = name
+        self._encode = FastImageEncoder(self.module.image_encoder)
         self.image_size = int(module.image_encoder.img_size)
         self.mask_size = int(module.prompt_encoder.mask_input_size[0])
+        self._fast_decoder = FastMaskDecoder(module)
 
     @property
     def device(self) -> torch.device:
@@ -54,15 +58,24 @@ class SamPromptable:
         embeddings: list[Tensor] = []
         for start in range(0, len(inputs), _IMAGES_PER_BATCH):
             batch = torch.cat(inputs[start : start + _IMAGES_PER_BATCH])
-            embeddings.extend(self.module.image_encoder(batch).float().split(1))
+            embeddings.extend(self._encode(batch).float().split(1))
         return embeddings
 
     def decode(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Decode N ≥ 1 prompts on one image, single-mask output (step 7).
 
+        Segment-anything's own parts are decoded by `FastMaskDecoder`; any others, those with
+        hooks and an embedding that wants a gradient by the module's forward pass.
+
         Returns:
             Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32.
         """
+        wants_gradient = torch.is_grad_enabled() and embedding.requires_grad
+        if supports(self.module) and not wants_gradient:
+            return self._fast_decoder(embedding, prompts)
+        return self._decode_by_module(embedding, prompts)
+
+    def _decode_by_module(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         encoder = self.module.prompt_encoder
         # A reduced type would move points by pixels: the encoder multiplies coordinates by a
         # random matrix before sin and cos.

@@ -1,0 +1,295 @@
+"""Image embeddings that outlive an epoch: the encoder looks at every image once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lightning_samrefine.cache_store import DiskStore, Entry, MemoryStore, Store
+from lightning_samrefine.models.protocol import Promptable
+
+# Raise this when an encoder's output changes by more than rounding: older entries never hit again.
+CODE_VERSION = 1
+
+_DEFAULT_GB = {"memory": 4.0, "disk": 20.0}
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache has done so far.
+
+    Attributes:
+        hits: Embeddings that were found.
+        misses: Embeddings that had to be computed.
+        nbytes: Bytes held, in the whole folder for a cache on disk.
+    """
+
+    hits: int
+    misses: int
+    nbytes: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits among all lookups; NaN before the first."""
+        lookups = self.hits + self.misses
+        return self.hits / lookups if lookups else float("nan")
+
+
+class EmbeddingCache:
+    """Image embeddings in memory or on disk, found again by what they were computed from.
+
+    The key is a hash of the image's pixels and shape, of the image encoder's weights, of the
+    model's name and input size, of the precision, the kind of device and `CODE_VERSION`. So a
+    changed augmentation or another checkpoint never hits, and the same image always does,
+    whatever the order, epoch, run or process.
+
+    Embeddings are kept in the autocast's dtype, float32 where there is none. A computed embedding
+    is rounded in the same way before it is used: a miss and a hit give equal bits.
+
+    Nothing that goes wrong here stops a run: the cache says so once and goes on without.
+
+    Args:
+        kind: ``"memory"`` for this process and run, ``"disk"`` for a folder that processes and
+            runs share.
+        gb: Limit in 10⁹ bytes, beyond which what was used longest ago is removed; 4 in memory and
+            20 on disk where None. An embedding of SAM is 4 MB in float32 and 2 MB in bf16.
+        folder: The folder on disk, `default_folder` where None.
+
+    Raises:
+        ValueError: An unknown kind, a limit not above 0, or a folder for a cache in memory.
+        TypeError: A limit that is no number.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["memory", "disk"],
+        gb: float | None = None,
+        folder: str | Path | None = None,
+    ) -> None:
+        if kind not in _DEFAULT_GB:
+            raise ValueError(f"cache: got {kind!r}, accepted are 'memory', 'disk' and None")
+        if gb is not None and (isinstance(gb, bool) or not isinstance(gb, int | float)):
+            raise TypeError(f"cache_gb: got {type(gb).__name__}, accepted is a number or None")
+        if gb is not None and not gb > 0:
+            raise ValueError(f"cache_gb: got {gb}, accepted is a number above 0, or None")
+        if kind == "memory" and folder is not None:
+            raise ValueError("folder: got one for a cache in memory, accepted is None there")
+        self.kind = kind
+        limit = int((_DEFAULT_GB[kind] if gb is None else gb) * 1e9)
+        self._store: Store = (
+            MemoryStore(limit)
+            if kind == "memory"
+            else DiskStore(limit, default_folder() if folder is None else Path(folder))
+        )
+        self._fingerprints: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+        self._hits = self._misses = 0
+        self._epoch = _Epoch()
+        self._wrote: set[str] = set()
+        self._writing = True
+
+    @property
+    def stats(self) -> CacheStats:
+        """Hits, misses and bytes since the cache was made."""
+        return CacheStats(self._hits, self._misses, self._store.nbytes)
+
+    def embed(
+        self,
+        sam: Promptable,
+        images: Sequence[Tensor],
+        dtype: torch.dtype | None,
+        compute: Callable[[list[Tensor]], list[Any]],
+    ) -> list[Any]:
+        """Return an embedding for each image, computing only those that are not held.
+
+        Args:
+            sam: The model that ``compute`` asks.
+            images: (3, H, W) uint8 each.
+            dtype: Of the autocast that ``compute`` runs under; None for float32.
+            compute: Embeds images, all in one call.
+
+        Returns:
+            Embeddings on the model's device: a tensor or a tuple of tensors, as ``compute`` gives.
+        """
+        try:
+            model = self._fingerprint(sam)
+            keys = [_key(model, image, dtype, sam.device) for image in images]
+        except Exception as error:
+            self._give_up(error)
+            return compute(list(images))
+        found: dict[str, Any] = {}
+        for key in keys:
+            if key not in found and (embedding := self._get(key, sam.device)) is not None:
+                found[key] = embedding
+        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
+        misses = sum(key in missing for key in keys)
+        self._count(len(keys) - misses, misses)
+        computed = compute(list(missing.values())) if missing else []
+        for key, embedding in zip(missing, computed, strict=True):
+            found[key] = self._put(key, embedding, dtype)
+        return [found[key] for key in keys]
+
+    def end_epoch(self, stage: str) -> None:
+        """Close an epoch, so that a cache that never hits is noticed.
+
+        From the second epoch of a stage on, an epoch in which no image was found although an
+        earlier one was kept means that the images change, by random augmentation for example, or
+        that they do not fit. The cache then says so once and keeps no more.
+
+        Args:
+            stage: What tells evaluations of different images apart, such as ``"val"``.
+        """
+        epoch, self._epoch = self._epoch, _Epoch(evictions=self._store.evictions)
+        if stage in self._wrote and epoch.misses and not epoch.hits and self._writing:
+            self._writing = False
+            reason = (
+                "the images do not fit into cache_gb: each is removed before it is asked for again"
+                if self._store.evictions > epoch.evictions
+                else "the images change from epoch to epoch (random augmentation?)"
+            )
+            _warn(f"not one image was found in an epoch of {stage!r}: {reason}. No more are kept.")
+        if epoch.written:
+            self._wrote.add(stage)
+
+    def _get(self, key: str, device: torch.device) -> Any:
+        try:
+            entry = self._store.get(key)
+            return None if entry is None else _unpack(entry, device)
+        except Exception as error:
+            self._give_up(error)
+            return None
+
+    def _put(self, key: str, embedding: Any, dtype: torch.dtype | None) -> Any:
+        """Keep an embedding and return it as a hit would."""
+        try:
+            rounded, entry = _pack(embedding, dtype or torch.float32, keep=self._writing)
+        except Exception as error:
+            self._give_up(error)
+            return embedding
+        if entry is not None:
+            try:
+                self._store.put(key, entry)
+                self._epoch.written += 1
+            except Exception as error:
+                self._give_up(error)
+        return rounded
+
+    def _count(self, hits: int, misses: int) -> None:
+        self._hits += hits
+        self._misses += misses
+        self._epoch.hits += hits
+        self._epoch.misses += misses
+
+    def _give_up(self, error: Exception) -> None:
+        if self._writing:
+            self._writing = False
+            _warn(f"{type(error).__name__}: {error}. The run goes on; no more embeddings are kept.")
+
+    def _fingerprint(self, sam: Promptable) -> str:
+        """Hash what an embedding depends on besides the image; anew only after a change."""
+        weights = _weights(sam.module)
+        state = tuple((tensor.data_ptr(), _version(tensor)) for tensor in weights.values())
+        known = self._fingerprints.get(sam.module)
+        if known is None or known[0] != state:
+            digest = hashlib.blake2b(digest_size=20)
+            digest.update(repr((CODE_VERSION, sam.name, sam.image_size)).encode())
+            for name, tensor in weights.items():
+                digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+                digest.update(_bytes(tensor))
+            known = (state, digest.hexdigest())
+            self._fingerprints[sam.module] = known
+        return known[1]
+
+
+@dataclass
+class _Epoch:
+    """Counts of the running epoch; ``evictions`` as they stood at its start."""
+
+    hits: int = 0
+    misses: int = 0
+    written: int = 0
+    evictions: int = 0
+
+
+def default_folder() -> Path:
+    """Return ``embeddings`` in ``$SAMREFINE_HOME``, else in the user's cache folder.
+
+    The latter is ``$XDG_CACHE_HOME/lightning-samrefine``, ``~/.cache`` standing in.
+    """
+    home = os.environ.get("SAMREFINE_HOME")
+    if not home:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        home = Path(caches) / "lightning-samrefine"
+    return Path(home).expanduser() / "embeddings"
+
+
+def _key(model: str, image: Tensor, dtype: torch.dtype | None, device: torch.device) -> str:
+    digest = hashlib.blake2b(digest_size=20)
+    digest.update(repr((model, dtype, device.type, image.dtype, tuple(image.shape))).encode())
+    digest.update(_bytes(image))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """Return all that the encoder computes with, the model's own buffers (its mean) included."""
+    encoder = getattr(module, "image_encoder", module)
+    own = module.named_buffers(recurse=False)
+    return {
+        **{f"encoder.{name}": tensor for name, tensor in encoder.named_parameters()},
+        **{f"encoder.{name}": tensor for name, tensor in encoder.named_buffers()},
+        **dict(own),
+    }
+
+
+def _version(tensor: Tensor) -> int:
+    # Tensors made under inference_mode keep no count of their changes.
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _pack(embedding: Any, dtype: torch.dtype, keep: bool) -> tuple[Any, Entry | None]:
+    """Round an embedding; return it as it goes on being used, and as it is kept.
+
+    Raises:
+        TypeError: The embedding is neither a tensor nor a tuple of tensors.
+    """
+    tensors = (embedding,) if isinstance(embedding, Tensor) else embedding
+    if not isinstance(tensors, tuple) or not all(isinstance(t, Tensor) for t in tensors):
+        raise TypeError(f"embeddings of type {type(embedding).__name__} cannot be kept")
+    stored = tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+    rounded = tuple(s.to(t.dtype) for s, t in zip(stored, tensors, strict=True))
+    entry = None
+    if keep:
+        # Copies: a view would hold on to its whole batch, and a reader might write into it.
+        copies = tuple(
+            s.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for s in stored
+        )
+        names = [str(t.dtype).removeprefix("torch.") for t in tensors]
+        layout = "tensor" if isinstance(embedding, Tensor) else "tuple"
+        entry = Entry(copies, " ".join([layout, *names]))
+    return (rounded[0] if isinstance(embedding, Tensor) else rounded), entry
+
+
+def _unpack(entry: Entry, device: torch.device) -> Any:
+    layout, *names = entry.note.split()
+    tensors = tuple(
+        tensor.to(device, getattr(torch, name), copy=True)
+        for tensor, name in zip(entry.tensors, names, strict=True)
+    )
+    return tensors[0] if layout == "tensor" else tensors
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"Embedding cache: {message}", RuntimeWarning, stacklevel=2)

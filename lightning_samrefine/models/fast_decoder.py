@@ -1,0 +1,462 @@
+"""SAM's prompt encoder and mask decoder for many regions of one image, by exact algebra.
+
+The 4096 image tokens of SAM meet 8 prompt tokens, so a cross attention never needs the image
+tokens' own queries, keys and values: with X the image tokens and W_k the key weights of a head,
+q·(X W_k)ᵀ = (q W_kᵀ)·Xᵀ, and softmax(A)·(X W_v) = (softmax(A)·X) W_v; the other direction folds
+the same way. Each projection thereby moves to the side of 8 tokens. What is left per region are
+products of X with 8 tokens × heads.
+
+In the first layer X = E + M W + b, where E is the image's embedding and M the 16 channels of the
+class's mask prompt. There the projections of E are made once an image, and a region pays for 16
+channels instead of 256.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d, MLPBlock
+from segment_anything.modeling.mask_decoder import MLP
+from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
+from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
+from torch import Tensor, nn
+
+from lightning_samrefine.models.protocol import Prompts
+from lightning_samrefine.precision import autocast
+
+# Image tokens upscaled at once on a CPU: their 16 mask pixels × 32 channels stay in its cache.
+_CPU_TILE = 512
+
+
+@dataclass(frozen=True)
+class _ModelSide:
+    """What depends on the weights alone: T image tokens, H heads of d channels.
+
+    Attributes:
+        pe_keys: One (H, d, T) for each attention to the image after the first layer, the last
+            being the final attention: the positional encoding as keys.
+        pe_queries: One (H, d, T) for each attention from the image after the first layer: the
+            positional encoding as queries, with the queries' bias.
+        up1: (4 · C/4, C), the first transposed convolution as a matrix.
+        up1_bias: (4 · C/4,).
+        up2: (4 · C/8, C/4), the second one.
+        up2_bias: (4 · C/8,).
+    """
+
+    pe_keys: list[Tensor]
+    pe_queries: list[Tensor]
+    up1: Tensor
+    up1_bias: Tensor
+    up2: Tensor
+    up2_bias: Tensor
+
+
+@dataclass(frozen=True)
+class _ImageSide:
+    """What depends on the image as well; the bias of the mask prompt's last layer is in all.
+
+    Attributes:
+        tokens: (1, T, C), the embedding E.
+        keys: (H, d, T), with positional encoding, as the first layer's keys without bias.
+        values: (H, T, d), as its values with bias.
+        queries: (H, d, T), with positional encoding, as its queries with bias.
+    """
+
+    tokens: Tensor
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+
+
+_Side = TypeVar("_Side", _ModelSide, _ImageSide)
+
+
+class _Identity:
+    """Equal for one and the same tensor, alive and not written to since."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._version = _version(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Identity) or self._version != other._version:
+            return False
+        tensor = self._tensor()
+        return tensor is not None and tensor is other._tensor()
+
+    __hash__ = None
+
+
+@dataclass
+class _Memo:
+    """The constant sides of the latest call, and what they were made from."""
+
+    stamp: tuple[Any, ...]
+    model: _ModelSide
+    embedding: _Identity | None = None
+    image: _ImageSide | None = None
+    masks: _Identity | None = None
+    mask_channels: Tensor | None = None
+
+
+class FastMaskDecoder:
+    """Decodes box, point and mask prompts as segment-anything does, single-mask output.
+
+    Weights stay the module's own: what is derived from them is made at the first call, and made
+    again once they changed or moved. What belongs to an image is kept while calls bring the same
+    embedding tensor, and what belongs to its mask prompts while they bring the same ``masks``
+    (`Prompts.chunk` does). Under inference mode torch does not count in-place changes, so there a
+    caller must not write into either between calls.
+
+    Args:
+        sam: The model. `supports` must hold for it whenever the decoder is called.
+    """
+
+    def __init__(self, sam: Sam) -> None:
+        self._sam = sam
+        self._memo: _Memo | None = None
+
+    @property
+    def _prompt_encoder(self) -> PromptEncoder:
+        return self._sam.prompt_encoder
+
+    @property
+    def _mask_decoder(self) -> MaskDecoder:
+        return self._sam.mask_decoder
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memo": None}
+
+    @torch.no_grad()
+    def __call__(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Decode N ≥ 1 prompts on one image.
+
+        Matrix products follow a surrounding autocast; the prompts are encoded in float32.
+
+        Args:
+            embedding: (1, C, h, w) float32.
+            prompts: On the embedding's device.
+
+        Returns:
+            Low-resolution logits (N, 4h, 4w) float32 and predicted IoU (N,) float32.
+        """
+        decoder = self._mask_decoder
+        memo = self._recall(embedding, prompts.masks)
+        model, image = memo.model, memo.image
+        masks = memo.mask_channels[prompts.mask_index]  # (N, 16, T)
+        tokens = self._tokens(prompts)
+        layers = decoder.transformer.layers
+
+        queries, keys = self._first_layer(layers[0], tokens, image, masks)
+        for layer, pe_keys, pe_queries in zip(
+            layers[1:], model.pe_keys[:-1], model.pe_queries, strict=True
+        ):
+            queries, keys = _later_layer(layer, queries, tokens, keys, pe_keys, pe_queries)
+
+        # Of the final tokens only those of IoU and of the single mask are read.
+        queries = queries[:, :2]
+        attention = decoder.transformer.final_attn_token_to_image
+        queries = queries + _attend_to_image(
+            attention, queries + tokens[:, :2], keys, model.pe_keys[-1]
+        )
+        queries = decoder.transformer.norm_final_attn(queries)
+        pred_iou = decoder.iou_prediction_head(queries[:, 0])[:, 0]
+        mixing = decoder.output_hypernetworks_mlps[0](queries[:, 1])  # (N, C/8)
+        height, width = embedding.shape[-2:]
+        return self._upscale(keys, mixing, model, height, width).float(), pred_iou.float()
+
+    def _tokens(self, prompts: Prompts) -> Tensor:
+        """Return (N, P, C): the output tokens, the point, the box's corners."""
+        decoder, device = self._mask_decoder, prompts.boxes.device
+        # A reduced type would move points by pixels: the encoder multiplies coordinates by a
+        # random matrix before sin and cos.
+        with autocast(None, device):
+            sparse, _ = self._prompt_encoder(
+                points=(prompts.points[:, None], torch.ones(len(prompts), 1, device=device)),
+                boxes=prompts.boxes,
+                masks=None,
+            )
+        output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        return torch.cat([output.expand(len(prompts), -1, -1), sparse], dim=1)
+
+    def _first_layer(
+        self, layer: TwoWayAttentionBlock, tokens: Tensor, image: _ImageSide, masks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer whose image side is the embedding plus a class's mask prompt.
+
+        Args:
+            layer: The layer; its self attention has no positional encoding.
+            tokens: (N, P, C).
+            image: Products of the embedding.
+            masks: (N, 16, T), the mask prompts before their last 1×1 convolution.
+
+        Returns:
+            Tokens (N, P, C) and image tokens (N, T, C).
+        """
+        last = self._prompt_encoder.mask_downscaling[-1].weight[:, :, 0, 0]  # (C, 16)
+        queries = layer.norm1(layer.self_attn(q=tokens, k=tokens, v=tokens))
+
+        attention = layer.cross_attn_token_to_image
+        q = _project(attention.q_proj, queries + tokens, attention) * _scale(attention)
+        scores = torch.baddbmm(
+            _per_head(q, image.keys).flatten(1, 2),
+            _fold(q, attention.k_proj.weight @ last),
+            masks,
+        )
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+        heads = weights.unflatten(1, (attention.num_heads, -1))
+        from_embedding = _per_head(heads, image.values)
+        from_masks = (weights @ masks.mT).unflatten(1, (attention.num_heads, -1))
+        value = _unfold(from_masks, attention.v_proj.weight @ last) + from_embedding
+        queries = layer.norm2(queries + attention.out_proj(value.transpose(1, 2).flatten(2)))
+        queries = layer.norm3(queries + layer.mlp(queries))
+
+        attention = layer.cross_attn_image_to_token
+        k = _project(attention.k_proj, queries + tokens, attention) * _scale(attention)
+        scores = torch.baddbmm(
+            _per_head(k, image.queries).flatten(1, 2),
+            _fold(k, attention.q_proj.weight @ last),
+            masks,
+        )
+        weights = _softmax_over_tokens(scores, attention)
+        # The mask prompt's own share of X rides along as 16 more rows.
+        weights = torch.cat([weights, masks], dim=1)
+        outputs = _outputs(attention, queries)
+        outputs = torch.cat([outputs, last.T.to(outputs.dtype).expand(len(outputs), -1, -1)], dim=1)
+        keys = torch.baddbmm(image.tokens, weights.mT, outputs)
+        return queries, layer.norm4(keys)
+
+    def _upscale(
+        self, keys: Tensor, mixing: Tensor, model: _ModelSide, height: int, width: int
+    ) -> Tensor:
+        """Upscale image tokens fourfold and mix their channels into one mask.
+
+        A transposed convolution whose stride is its kernel's size is a matrix product a token.
+
+        Args:
+            keys: (N, T, C) image tokens.
+            mixing: (N, C/8) weights of the mask.
+            model: The convolutions as matrices.
+            height: h.
+            width: w, T = h · w.
+
+        Returns:
+            (N, 4h, 4w) logits.
+        """
+        _, norm, first_act, _, second_act = self._mask_decoder.output_upscaling
+        count = len(keys)
+        rows = _CPU_TILE if keys.device.type == "cpu" else height * width
+        masks = []
+        for n in range(count) if keys.device.type == "cpu" else (slice(None),):
+            for tile in keys[n].split(rows, dim=-2):
+                x = F.linear(tile, model.up1, model.up1_bias).unflatten(-1, (4, -1))
+                x = first_act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+                x = second_act(F.linear(x, model.up2, model.up2_bias))
+                x = x.unflatten(-1, (4, -1)).flatten(-4, -2)
+                masks.append(x @ mixing[n].unsqueeze(-1).to(x.dtype))
+        # Each token has 2×2 pixels, and each of these 2×2 again.
+        mask = torch.cat([m.flatten() for m in masks]).view(count, height, width, 2, 2, 2, 2)
+        return mask.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, 4 * height, 4 * width)
+
+    def _recall(self, embedding: Tensor, masks: Tensor) -> _Memo:
+        """Return the constant sides of this call, made anew where something changed."""
+        device = embedding.device
+        dtype = torch.float32
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        stamp = (dtype, _stamp(self._prompt_encoder, self._mask_decoder))
+        old = self._memo
+        with autocast(None, device):
+            if old is None or old.stamp != stamp:
+                old = _Memo(stamp, _cast(self._model_side(), dtype))
+            # A new memo instead of a changed one: another thread may be reading the old.
+            new = replace(old, embedding=_Identity(embedding), masks=_Identity(masks))
+            if old.image is None or old.embedding != new.embedding:
+                new.image = _cast(self._image_side(embedding), dtype)
+            if old.mask_channels is None or old.masks != new.masks:
+                channels = self._prompt_encoder.mask_downscaling[:-1](masks[:, None])
+                new.mask_channels = channels.flatten(2).to(dtype)
+        self._memo = new
+        return new
+
+    def _model_side(self) -> _ModelSide:
+        transformer = self._mask_decoder.transformer
+        pe = self._prompt_encoder.get_dense_pe()[0].flatten(1)  # (C, T)
+        later = transformer.layers[1:]
+        to_image = [layer.cross_attn_token_to_image for layer in later]
+        from_image = [layer.cross_attn_image_to_token for layer in later]
+        up1, _, _, up2, _ = self._mask_decoder.output_upscaling
+        return _ModelSide(
+            pe_keys=[
+                (a.k_proj.weight @ pe).unflatten(0, (a.num_heads, -1))
+                for a in (*to_image, transformer.final_attn_token_to_image)
+            ],
+            pe_queries=[
+                (a.q_proj.weight @ pe + a.q_proj.bias[:, None]).unflatten(0, (a.num_heads, -1))
+                for a in from_image
+            ],
+            up1=up1.weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous(),
+            up1_bias=up1.bias.repeat(4),
+            up2=up2.weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous(),
+            up2_bias=up2.bias.repeat(4),
+        )
+
+    def _image_side(self, embedding: Tensor) -> _ImageSide:
+        layer = self._mask_decoder.transformer.layers[0]
+        to_image, from_image = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
+        bias = self._prompt_encoder.mask_downscaling[-1].bias
+        x = embedding[0].flatten(1).float() + bias[:, None]  # (C, T)
+        with_pe = x + self._prompt_encoder.get_dense_pe()[0].flatten(1)
+        heads = (to_image.num_heads, -1)
+        v = F.linear(x.T, to_image.v_proj.weight, to_image.v_proj.bias)
+        q = from_image.q_proj.weight @ with_pe + from_image.q_proj.bias[:, None]
+        return _ImageSide(
+            tokens=x.T.contiguous()[None],
+            keys=(to_image.k_proj.weight @ with_pe).unflatten(0, heads),
+            values=v.unflatten(1, heads).transpose(0, 1).contiguous(),
+            queries=q.unflatten(0, heads),
+        )
+
+
+def _later_layer(
+    layer: TwoWayAttentionBlock,
+    queries: Tensor,
+    tokens: Tensor,
+    keys: Tensor,
+    pe_keys: Tensor,
+    pe_queries: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Run a layer after the first: tokens (N, P, C), image tokens (N, T, C), same shapes out."""
+    q = queries + tokens
+    queries = layer.norm1(queries + layer.self_attn(q=q, k=q, v=queries))
+    attention = layer.cross_attn_token_to_image
+    queries = layer.norm2(queries + _attend_to_image(attention, queries + tokens, keys, pe_keys))
+    queries = layer.norm3(queries + layer.mlp(queries))
+
+    attention = layer.cross_attn_image_to_token
+    k = _project(attention.k_proj, queries + tokens, attention) * _scale(attention)
+    scores = torch.baddbmm(
+        _per_head(k, pe_queries).flatten(1, 2), _fold(k, attention.q_proj.weight), keys.mT
+    )
+    weights = _softmax_over_tokens(scores, attention)
+    keys = torch.baddbmm(keys, weights.mT, _outputs(attention, queries))
+    return queries, layer.norm4(keys)
+
+
+def _attend_to_image(attention: Attention, q: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
+    """Attend from tokens to image tokens.
+
+    The bias of the keys adds the same to all scores of a query, so softmax removes it; that of
+    the values passes through, for softmax sums to 1.
+
+    Args:
+        attention: The weights.
+        q: (N, P, C) tokens with positional encoding.
+        keys: (N, T, C) image tokens without.
+        pe_keys: (H, d, T), their positional encoding as keys.
+
+    Returns:
+        (N, P, C).
+    """
+    q = _project(attention.q_proj, q, attention) * _scale(attention)
+    scores = torch.baddbmm(
+        _per_head(q, pe_keys).flatten(1, 2), _fold(q, attention.k_proj.weight), keys.mT
+    )
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+    mean = (weights @ keys).unflatten(1, (attention.num_heads, -1))
+    value = _unfold(mean, attention.v_proj.weight).transpose(1, 2).flatten(2)
+    return attention.out_proj(value + attention.v_proj.bias)
+
+
+def _softmax_over_tokens(scores: Tensor, attention: Attention) -> Tensor:
+    """Normalise (N, H · P, T) scores over the P tokens of a head."""
+    heads = scores.unflatten(1, (attention.num_heads, -1))
+    return heads.softmax(dim=2, dtype=torch.float32).to(scores.dtype).flatten(1, 2)
+
+
+def _outputs(attention: Attention, queries: Tensor) -> Tensor:
+    """Return (N, H · P, C), what each token gives to an image token that attends to it alone.
+
+    The bias of the output goes to the first head: there, too, the weights sum to 1.
+    """
+    v = _project(attention.v_proj, queries, attention)
+    outputs = _fold(v, attention.out_proj.weight.T).unflatten(1, (attention.num_heads, -1))
+    bias = torch.zeros_like(outputs[:1, :, :1])
+    bias[:, 0] = attention.out_proj.bias
+    return (outputs + bias).flatten(1, 2)
+
+
+def _scale(attention: Attention) -> float:
+    return 1 / math.sqrt(attention.internal_dim // attention.num_heads)
+
+
+def _project(linear: nn.Linear, tokens: Tensor, attention: Attention) -> Tensor:
+    """Project (N, P, C) tokens to (N, H, P, d)."""
+    return linear(tokens).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+
+
+def _fold(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply (N, H, P, d) by each head's (d, C) of a (H · d, C) matrix: (N, H · P, C)."""
+    return _per_head(x, weight.unflatten(0, (x.shape[1], -1))).flatten(1, 2)
+
+
+def _unfold(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply (N, H, P, C) by each head's (C, d) of a (H · d, C) matrix: (N, H, P, d)."""
+    return _per_head(x, weight.unflatten(0, (x.shape[1], -1)).mT)
+
+
+def _per_head(x: Tensor, matrices: Tensor) -> Tensor:
+    """Multiply (N, H, P, K) by (H, K, L), one matrix a head for all N: (N, H, P, L)."""
+    count, heads, tokens, _ = x.shape
+    product = x.transpose(0, 1).flatten(1, 2) @ matrices
+    return product.view(heads, count, tokens, -1).transpose(0, 1)
+
+
+_KNOWN = {PromptEncoder, PositionEmbeddingRandom, MaskDecoder, TwoWayTransformer}
+_KNOWN |= {TwoWayAttentionBlock, Attention, MLPBlock, MLP, LayerNorm2d}
+_KNOWN |= {nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.Embedding}
+_KNOWN |= {nn.ModuleList, nn.Sequential, nn.GELU, nn.ReLU}
+
+
+def supports(sam: Sam) -> bool:
+    """Return whether the algebra holds for a model's prompt encoder and mask decoder.
+
+    It does for segment-anything's own classes in float32. Subclasses, replaced layers (adapters,
+    quantisation) and hooks do things in a forward pass that this code would not.
+    """
+    parts = (sam.prompt_encoder, sam.mask_decoder)
+    for module in (module for part in parts for module in part.modules()):
+        if type(module) not in _KNOWN or module._forward_hooks or module._forward_pre_hooks:
+            return False
+    if any(tensor.dtype != torch.float32 for tensor in _weights(*parts)):
+        return False
+    layers = sam.mask_decoder.transformer.layers
+    return [layer.skip_first_layer_pe for layer in layers] == [True] + [False] * (len(layers) - 1)
+
+
+def _weights(*modules: nn.Module) -> list[Tensor]:
+    return [t for m in modules for t in (*m.parameters(), *m.buffers())]
+
+
+def _stamp(*modules: nn.Module) -> list[tuple[Any, ...]]:
+    """Return what changes when a weight is replaced, moved or written to."""
+    return [(t.data_ptr(), t.device, _version(t)) for t in _weights(*modules)]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _cast(side: _Side, dtype: torch.dtype) -> _Side:
+    """Return a side with its tensors in the type that the matrix products run in."""
+
+    def cast(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        return [v.to(dtype) for v in value] if isinstance(value, list) else value.to(dtype)
+
+    return type(side)(**{f.name: cast(getattr(side, f.name)) for f in fields(side)})
