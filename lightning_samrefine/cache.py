@@ -84,6 +84,7 @@ class EmbeddingCache:
         if kind == "memory" and folder is not None:
             raise ValueError("folder: got one for a cache in memory, accepted is None there")
         self.kind = kind
+        self._arguments = (kind, gb, folder)
         limit = int((_DEFAULT_GB[kind] if gb is None else gb) * 1e9)
         self._store: Store = (
             MemoryStore(limit)
@@ -95,6 +96,10 @@ class EmbeddingCache:
         self._epoch = _Epoch()
         self._wrote: set[str] = set()
         self._writing = True
+
+    def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[Any, ...]]:
+        # Copies, in another process say, begin empty.
+        return type(self), self._arguments
 
     @property
     def stats(self) -> CacheStats:
@@ -207,6 +212,28 @@ class EmbeddingCache:
             known = (state, digest.hexdigest())
             self._fingerprints[sam.module] = known
         return known[1]
+
+
+def make_cache(
+    cache: Literal["memory", "disk"] | EmbeddingCache | None, gb: float | None = None
+) -> EmbeddingCache | None:
+    """Make a cache of a kind; one that exists and None are handed back.
+
+    Raises:
+        TypeError: Neither a kind nor a cache, or a limit that is no number.
+        ValueError: An unknown kind, or a limit out of range or where none applies.
+    """
+    if isinstance(cache, str):
+        return EmbeddingCache(cache, gb)
+    if cache is not None and not isinstance(cache, EmbeddingCache):
+        raise TypeError(
+            f"cache: got {type(cache).__name__}, accepted are 'memory', 'disk', an EmbeddingCache "
+            "and None"
+        )
+    if gb is not None:
+        reason = "beside no cache" if cache is None else "beside an EmbeddingCache, which has one"
+        raise ValueError(f"cache_gb: got {gb} {reason}, accepted is None there")
+    return cache
 
 
 @dataclass

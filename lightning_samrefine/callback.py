@@ -25,6 +25,7 @@ from lightning_samrefine.arguments import (
     parse_refine,
 )
 from lightning_samrefine.batch_search import batch_size
+from lightning_samrefine.cache import EmbeddingCache, make_cache
 from lightning_samrefine.capture import ScoresCapture
 from lightning_samrefine.comparison import RefinementComparison
 from lightning_samrefine.config import RefineConfig
@@ -93,6 +94,11 @@ class SAMRefineCallback(Callback):
         refine: Thresholds: a `RefineConfig`, a preset's name, or a mapping of fields that replace
             those of ``"default"`` (or of the preset under the key ``"preset"``).
         precision: SAM's autocast, see `Refiner`; independent of the Trainer's precision.
+        cache: Where SAM's image embeddings are kept, so that the validation images of the next
+            epoch are not encoded again: ``"memory"`` (of each process, inside ``fit``),
+            ``"disk"`` (a folder that processes and later runs share, see `EmbeddingCache`), an
+            `EmbeddingCache` of yours, or None.
+        cache_gb: Its limit in 10⁹ bytes; None is 4 in memory and 20 on disk.
         every_n_epochs: Inside ``fit``, evaluate after every n-th epoch. Nothing is logged for the
             others, where `ModelCheckpoint` and the like would see the value of the last one.
         max_batches: Measure the first n batches of each loader (of each process), raw and refined
@@ -140,6 +146,8 @@ class SAMRefineCallback(Callback):
         class_names: Sequence[str] | None = None,
         refine: Mapping[str, Any] | RefineConfig | str = "default",
         precision: str = "auto",
+        cache: Literal["memory", "disk"] | EmbeddingCache | None = "memory",
+        cache_gb: float | None = None,
         every_n_epochs: int = 1,
         max_batches: int | None = None,
         trimap_width: int = 3,
@@ -164,6 +172,7 @@ class SAMRefineCallback(Callback):
             raise ValueError(
                 f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}"
             )
+        make_cache(cache, cache_gb)  # refuses what it cannot make
         check_count("every_n_epochs", every_n_epochs)
         check_count("trimap_width", trimap_width)
         check_count("panels", panels, least=0)
@@ -178,6 +187,8 @@ class SAMRefineCallback(Callback):
         self.ignore_index = ignore_index
         self.refine_config = parse_refine(refine)
         self.precision = precision
+        self.cache = cache
+        self.cache_gb = cache_gb
         self.every_n_epochs = every_n_epochs
         self.max_batches = max_batches
         self.trimap_width = trimap_width
@@ -211,7 +222,10 @@ class SAMRefineCallback(Callback):
                 sam = self.sam
                 self._run.home = sam.device
                 sam.module.to(device)
-            refiner = Refiner(sam, self.refine_config, self.precision)
+            # Without a second epoch nothing in memory would be asked for again.
+            once = self.cache == "memory" and stage != "fit"
+            cache = None if once else make_cache(self.cache, self.cache_gb)
+            refiner = Refiner(sam, self.refine_config, self.precision, cache)
         self._run.refiner = SafeRefiner(refiner, self._warn_once)
 
     @override
@@ -352,6 +366,8 @@ class SAMRefineCallback(Callback):
     def _report(self, trainer: Trainer, stage: str) -> None:
         """Log the figures of every loader, remember them, and draw the panels."""
         loaders = [] if self._run.evaluation is None else self._run.evaluation.loaders
+        if loaders and (cache := self._safe_refiner.refiner.cache) is not None:
+            cache.end_epoch(stage)
         for index, loader in enumerate(loaders):
             figures = loader.comparison.compute()
             suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_random_sam import build_random_sam
+from tiny_random_sam import OfficialSam, build_random_sam
 
 from lightning_samrefine.models.sam import SamPromptable
 
@@ -15,6 +15,12 @@ from lightning_samrefine.models.sam import SamPromptable
 def random_sam() -> SamPromptable:
     """A small random SAM whose predicted IoUs spread over (0, 1) and masks over both signs."""
     return SamPromptable(build_random_sam(), "random")
+
+
+@pytest.fixture(scope="session")
+def official_sam() -> OfficialSam:
+    """`random_sam`, its modules called as they are."""
+    return OfficialSam(build_random_sam(), "official")
 
 
 @pytest.fixture(scope="session")

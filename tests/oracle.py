@@ -62,6 +62,9 @@ class OracleResult:
         low_scores: How many components step 3 dropped for their score.
         mapped: (C, H, W) float32, L' as step 10 leaves it; None after an early return.
         failed: (H, W) bool, the union of step 11; None after an early return.
+        margin: (H, W) float32, how far the pixel is from another outcome of step 10: the smallest
+            of its logits' distances to 0 and of the lead of its best class; inf where no accepted
+            mask has a say, and after an early return.
     """
 
     labels: NDArray[np.int64]
@@ -74,6 +77,7 @@ class OracleResult:
     low_scores: int
     mapped: NDArray[np.float32] | None = None
     failed: NDArray[np.bool_] | None = None
+    margin: NDArray[np.float32] | None = None
 
 
 @torch.no_grad()
@@ -164,6 +168,7 @@ def algorithm4(
         classes=np.zeros(0, np.int64),
         regions=regions,
         low_scores=low_scores,
+        margin=np.full((height, width), np.inf, np.float32),
     )
     if not regions:
         return untouched
@@ -208,6 +213,7 @@ def algorithm4(
 
     # Steps 9 and 10
     mapped = np.zeros_like(raw_probs)
+    margin = np.full((height, width), np.inf, np.float32)
     for region, logits in zip(regions, low_res_logits, strict=True):
         if not region.accepted:
             continue
@@ -215,8 +221,12 @@ def algorithm4(
         c = region.class_index
         value = torch.sigmoid(full).numpy() * (full.numpy() > 0) * raw_probs[c]
         mapped[c] = np.maximum(mapped[c], value)
+        margin = np.where(raw_probs[c] > 0, np.minimum(margin, abs(full.numpy())), margin)
     covered = mapped.sum(axis=0) > 0
     new_labels = np.where(covered, mapped.argmax(axis=0), raw_labels)
+    if num_classes > 1:
+        second, best = np.sort(mapped, axis=0)[-2:]
+        margin = np.where(covered, np.minimum(margin, best - second), margin)
 
     # Step 11
     failed = np.zeros((height, width), bool)
@@ -239,6 +249,7 @@ def algorithm4(
         low_scores=low_scores,
         mapped=mapped,
         failed=failed,
+        margin=margin,
     )
 
 

@@ -547,5 +547,5 @@ def test_wrong_arguments_are_refused(sam):
         EmbeddingCache("memory", "4")
     with pytest.raises(ValueError, match="folder: got one for a cache in memory"):
         EmbeddingCache("memory", folder="somewhere")
-    with pytest.raises(ValueError, match="cache_gb: got one beside an EmbeddingCache"):
+    with pytest.raises(ValueError, match="cache_gb: got 1 beside an EmbeddingCache"):
         Refiner(sam, cache=EmbeddingCache("memory"), cache_gb=1)

@@ -10,7 +10,7 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
-from lightning_samrefine.models import fast_encoder
+from lightning_samrefine.models import fast_attention, fast_encoder
 from lightning_samrefine.models.fast_encoder import FastImageEncoder
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.models.tiny import TinyImageEncoder, build_tiny_sam
@@ -80,7 +80,7 @@ def test_vit_equals_segment_anything(window):
 @torch.no_grad()
 def test_slices_of_the_global_attention_do_not_matter(monkeypatch, scores, threads):
     """Slices of 1, 3 (which leaves 2) and 8 rows; 1 and 2 of 3 heads at a time."""
-    monkeypatch.setattr(fast_encoder, "_CPU_SCORES", scores)
+    monkeypatch.setattr(fast_attention, "_CPU_SCORES", scores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     encoder, batch = vit(window=5), images(128, batch=2)
     assert relative_error(FastImageEncoder(encoder)(batch), encoder(batch)) < 2e-6

@@ -13,6 +13,8 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
+from lightning_samrefine.models.sam import SamPromptable
+
 WEIGHT_GAIN = 2.0
 PRED_IOU_MEAN = 0.5
 PRED_IOU_STD = 0.2
@@ -35,6 +37,16 @@ class TinyImageEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class OfficialSam(SamPromptable):
+    """Computes as segment-anything's modules do, operation by operation: equal bits."""
+
+    def __init__(self, module: Sam, name: str) -> None:
+        super().__init__(module, name)
+        self._encode = module.image_encoder
+
+    decode = SamPromptable._decode_by_module
 
 
 def build_random_sam(seed: int = 0, image_size: int = 64, stride: int = 8, dim: int = 32) -> Sam:

@@ -13,7 +13,6 @@ channels instead of 256.
 
 from __future__ import annotations
 
-import math
 import weakref
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -27,6 +26,16 @@ from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor, nn
 
+from lightning_samrefine.models.folded_attention import (
+    attend_to_image,
+    fold,
+    per_head,
+    project,
+    query_scale,
+    softmax_over_tokens,
+    token_outputs,
+    unfold,
+)
 from lightning_samrefine.models.protocol import Prompts
 from lightning_samrefine.precision import autocast
 
@@ -162,7 +171,7 @@ class FastMaskDecoder:
         # Of the final tokens only those of IoU and of the single mask are read.
         queries = queries[:, :2]
         attention = decoder.transformer.final_attn_token_to_image
-        queries = queries + _attend_to_image(
+        queries = queries + attend_to_image(
             attention, queries + tokens[:, :2], keys, model.pe_keys[-1]
         )
         queries = decoder.transformer.norm_final_attn(queries)
@@ -203,31 +212,31 @@ class FastMaskDecoder:
         queries = layer.norm1(layer.self_attn(q=tokens, k=tokens, v=tokens))
 
         attention = layer.cross_attn_token_to_image
-        q = _project(attention.q_proj, queries + tokens, attention) * _scale(attention)
+        q = project(attention.q_proj, queries + tokens, attention) * query_scale(attention)
         scores = torch.baddbmm(
-            _per_head(q, image.keys).flatten(1, 2),
-            _fold(q, attention.k_proj.weight @ last),
+            per_head(q, image.keys).flatten(1, 2),
+            fold(q, attention.k_proj.weight @ last),
             masks,
         )
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
         heads = weights.unflatten(1, (attention.num_heads, -1))
-        from_embedding = _per_head(heads, image.values)
+        from_embedding = per_head(heads, image.values)
         from_masks = (weights @ masks.mT).unflatten(1, (attention.num_heads, -1))
-        value = _unfold(from_masks, attention.v_proj.weight @ last) + from_embedding
+        value = unfold(from_masks, attention.v_proj.weight @ last) + from_embedding
         queries = layer.norm2(queries + attention.out_proj(value.transpose(1, 2).flatten(2)))
         queries = layer.norm3(queries + layer.mlp(queries))
 
         attention = layer.cross_attn_image_to_token
-        k = _project(attention.k_proj, queries + tokens, attention) * _scale(attention)
+        k = project(attention.k_proj, queries + tokens, attention) * query_scale(attention)
         scores = torch.baddbmm(
-            _per_head(k, image.queries).flatten(1, 2),
-            _fold(k, attention.q_proj.weight @ last),
+            per_head(k, image.queries).flatten(1, 2),
+            fold(k, attention.q_proj.weight @ last),
             masks,
         )
-        weights = _softmax_over_tokens(scores, attention)
+        weights = softmax_over_tokens(scores, attention)
         # The mask prompt's own share of X rides along as 16 more rows.
         weights = torch.cat([weights, masks], dim=1)
-        outputs = _outputs(attention, queries)
+        outputs = token_outputs(attention, queries)
         outputs = torch.cat([outputs, last.T.to(outputs.dtype).expand(len(outputs), -1, -1)], dim=1)
         keys = torch.baddbmm(image.tokens, weights.mT, outputs)
         return queries, layer.norm4(keys)
@@ -336,86 +345,17 @@ def _later_layer(
     q = queries + tokens
     queries = layer.norm1(queries + layer.self_attn(q=q, k=q, v=queries))
     attention = layer.cross_attn_token_to_image
-    queries = layer.norm2(queries + _attend_to_image(attention, queries + tokens, keys, pe_keys))
+    queries = layer.norm2(queries + attend_to_image(attention, queries + tokens, keys, pe_keys))
     queries = layer.norm3(queries + layer.mlp(queries))
 
     attention = layer.cross_attn_image_to_token
-    k = _project(attention.k_proj, queries + tokens, attention) * _scale(attention)
+    k = project(attention.k_proj, queries + tokens, attention) * query_scale(attention)
     scores = torch.baddbmm(
-        _per_head(k, pe_queries).flatten(1, 2), _fold(k, attention.q_proj.weight), keys.mT
+        per_head(k, pe_queries).flatten(1, 2), fold(k, attention.q_proj.weight), keys.mT
     )
-    weights = _softmax_over_tokens(scores, attention)
-    keys = torch.baddbmm(keys, weights.mT, _outputs(attention, queries))
+    weights = softmax_over_tokens(scores, attention)
+    keys = torch.baddbmm(keys, weights.mT, token_outputs(attention, queries))
     return queries, layer.norm4(keys)
-
-
-def _attend_to_image(attention: Attention, q: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
-    """Attend from tokens to image tokens.
-
-    The bias of the keys adds the same to all scores of a query, so softmax removes it; that of
-    the values passes through, for softmax sums to 1.
-
-    Args:
-        attention: The weights.
-        q: (N, P, C) tokens with positional encoding.
-        keys: (N, T, C) image tokens without.
-        pe_keys: (H, d, T), their positional encoding as keys.
-
-    Returns:
-        (N, P, C).
-    """
-    q = _project(attention.q_proj, q, attention) * _scale(attention)
-    scores = torch.baddbmm(
-        _per_head(q, pe_keys).flatten(1, 2), _fold(q, attention.k_proj.weight), keys.mT
-    )
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
-    mean = (weights @ keys).unflatten(1, (attention.num_heads, -1))
-    value = _unfold(mean, attention.v_proj.weight).transpose(1, 2).flatten(2)
-    return attention.out_proj(value + attention.v_proj.bias)
-
-
-def _softmax_over_tokens(scores: Tensor, attention: Attention) -> Tensor:
-    """Normalise (N, H · P, T) scores over the P tokens of a head."""
-    heads = scores.unflatten(1, (attention.num_heads, -1))
-    return heads.softmax(dim=2, dtype=torch.float32).to(scores.dtype).flatten(1, 2)
-
-
-def _outputs(attention: Attention, queries: Tensor) -> Tensor:
-    """Return (N, H · P, C), what each token gives to an image token that attends to it alone.
-
-    The bias of the output goes to the first head: there, too, the weights sum to 1.
-    """
-    v = _project(attention.v_proj, queries, attention)
-    outputs = _fold(v, attention.out_proj.weight.T).unflatten(1, (attention.num_heads, -1))
-    bias = torch.zeros_like(outputs[:1, :, :1])
-    bias[:, 0] = attention.out_proj.bias
-    return (outputs + bias).flatten(1, 2)
-
-
-def _scale(attention: Attention) -> float:
-    return 1 / math.sqrt(attention.internal_dim // attention.num_heads)
-
-
-def _project(linear: nn.Linear, tokens: Tensor, attention: Attention) -> Tensor:
-    """Project (N, P, C) tokens to (N, H, P, d)."""
-    return linear(tokens).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-
-
-def _fold(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply (N, H, P, d) by each head's (d, C) of a (H · d, C) matrix: (N, H · P, C)."""
-    return _per_head(x, weight.unflatten(0, (x.shape[1], -1))).flatten(1, 2)
-
-
-def _unfold(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply (N, H, P, C) by each head's (C, d) of a (H · d, C) matrix: (N, H, P, d)."""
-    return _per_head(x, weight.unflatten(0, (x.shape[1], -1)).mT)
-
-
-def _per_head(x: Tensor, matrices: Tensor) -> Tensor:
-    """Multiply (N, H, P, K) by (H, K, L), one matrix a head for all N: (N, H, P, L)."""
-    count, heads, tokens, _ = x.shape
-    product = x.transpose(0, 1).flatten(1, 2) @ matrices
-    return product.view(heads, count, tokens, -1).transpose(0, 1)
 
 
 _KNOWN = {PromptEncoder, PositionEmbeddingRandom, MaskDecoder, TwoWayTransformer}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from itertools import pairwise, product
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +13,17 @@ from timm.models.tiny_vit import ConvNorm, MBConv, PatchMerging, TinyVitBlock
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from lightning_samrefine.models.fast_attention import (
+    global_attention,
+    relative_positions,
+    window_attention,
+)
 from lightning_samrefine.models.tiny import TinyImageEncoder
 from lightning_samrefine.models.tiny_vit import TinyVitEncoder
 
-# Attention scores of one head at a time: 16 MiB stay in a CPU's last-level cache. A GPU takes
-# a whole 64×64 grid in one kernel.
-_CPU_SCORES = 2**22
-_GPU_SCORES = 2**24
 # Elements of an intermediate on the CPU. Larger blocks come from the system anew every time
 # (glibc's mmap threshold ends at 32 MiB), and their page faults cost as much as the arithmetic.
 _CPU_ELEMENTS = 2**22
-
-_Bias = Callable[[Tensor, int, int], Tensor | None]
 
 
 class FastImageEncoder:
@@ -127,133 +125,17 @@ def _vit_attention(block: Block, x: Tensor) -> Tensor:
             get_rel_pos(sides[1], sides[1], attn.rel_pos_w),
         )
     if window == 0:
-        return _global_attention(qkv, rel_pos)
+        return global_attention(qkv, rel_pos)
 
     def bias(query: Tensor, rows: int, columns: int) -> Tensor | None:
         if rel_pos is None:
             return None
-        by_row, by_column = _relative_positions(query.unflatten(2, (rows, columns)), *rel_pos)
+        by_row, by_column = relative_positions(query.unflatten(2, (rows, columns)), *rel_pos)
         return (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
 
     # The windows are padded with zeros after the norm, and such tokens are keys all the same.
     padding = attn.qkv(x.new_zeros(1, x.shape[-1])).view(3, attn.num_heads, -1)
-    return _window_attention(qkv, padding, window, bias)
-
-
-def _relative_positions(query: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the decomposed relative positions' terms of the scores (arXiv 2112.01526, eq. 4).
-
-    Args:
-        query: (N, heads, h, w, d), not scaled.
-        rel_h: (≥ h, K_h, d), the embedding between a query's row and a key's.
-        rel_w: (≥ w, K_w, d).
-
-    Returns:
-        (N, heads, h, w, K_h) and (N, heads, h, w, K_w).
-    """
-    height, width = query.shape[2:4]
-    by_row = torch.einsum("nshwd,hkd->nshwk", query, rel_h[:height])
-    by_column = torch.einsum("nshwd,wkd->nshwk", query, rel_w[:width])
-    return by_row, by_column
-
-
-def _global_attention(qkv: Tensor, rel_pos: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Attend over the whole grid, a slice of the scores at a time.
-
-    Relative positions can also be folded into the head dimension (queries [q·s, q·R_h, q·R_w],
-    keys [k, one-hot row, one-hot column]), which needs no bias at all. On a CPU in float32 that
-    took 2.2 times as long as this: it triples the products' depth, while adding to a slice that
-    is in the cache costs next to nothing.
-
-    Args:
-        qkv: (B, h, w, 3, heads, d).
-        rel_pos: (h, h, d) and (w, w, d), or None.
-
-    Returns:
-        (B, h, w, heads·d).
-    """
-    batch, height, width, _, heads, depth = qkv.shape
-    query, key, value = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4)
-    if rel_pos is None:
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return attended.transpose(1, 2).reshape(batch, height, width, heads * depth)
-
-    on_cpu = qkv.device.type == "cpu"
-    group = min(heads, torch.get_num_threads()) if on_cpu else heads
-    keys = height * width
-    rows = max(1, (_CPU_SCORES if on_cpu else _GPU_SCORES) // (width * keys))
-    out = qkv.new_empty(batch, height, width, heads, depth)
-    for image in range(batch):
-        by_row, by_column = _relative_positions(
-            query[image, None].unflatten(2, (height, width)), *rel_pos
-        )
-        for head, row in product(range(0, heads, group), range(0, height, rows)):
-            part = (slice(None), slice(head, head + group), slice(row, row + rows))
-            bias = by_row[part][..., :, None] + by_column[part][..., None, :]
-            chosen = (slice(image, image + 1), slice(head, head + group))
-            attended = F.scaled_dot_product_attention(
-                query[(*chosen, slice(row * width, (row + rows) * width))],
-                key[chosen],
-                value[chosen],
-                attn_mask=bias.flatten(4).flatten(2, 3),
-            )
-            out[image, row : row + rows, :, head : head + group] = (
-                attended[0].permute(1, 0, 2).unflatten(0, (-1, width))
-            )
-    return out.flatten(3)
-
-
-def _window_attention(qkv: Tensor, padding: Tensor, window: int, bias: _Bias) -> Tensor:
-    """Attend inside windows; those at the right and bottom edge may be partly padding.
-
-    Padding takes part as keys and values, as in the reference, but not as queries.
-
-    Args:
-        qkv: (B, h, w, 3, heads, d), real tokens only.
-        padding: (3, heads, d), what a padded token gives.
-        window: Side of a window.
-        bias: Maps queries (N, heads, rows·columns, d) of the top left rows × columns of their
-            windows to an addition to the scores, (N or 1, heads, rows·columns, window²).
-
-    Returns:
-        (B, h, w, heads·d).
-    """
-    batch, height, width, _, heads, depth = qkv.shape
-    out = qkv.new_empty(batch, height, width, heads, depth)
-    for (top, down, rows), (left, across, columns) in product(
-        _bands(height, window), _bands(width, window)
-    ):
-        area = (
-            slice(None),
-            slice(top, top + down * rows),
-            slice(left, left + across * columns),
-        )
-        tokens = qkv[area].unflatten(2, (across, columns)).unflatten(1, (down, rows))
-        tokens = tokens.permute(5, 0, 1, 3, 6, 2, 4, 7)
-        query = tokens[0].reshape(-1, heads, rows * columns, depth)
-        key_value = tokens[1:]
-        if rows < window or columns < window:
-            key_value = padding[1:, None, None, None, :, None, None].expand(
-                2, batch, down, across, heads, window, window, depth
-            )
-            key_value = key_value.clone()
-            key_value[..., :rows, :columns, :] = tokens[1:]
-        key, value = key_value.reshape(2, -1, heads, window * window, depth)
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias(query, rows, columns)
-        )
-        target = out[area].unflatten(2, (across, columns)).unflatten(1, (down, rows))
-        target.permute(0, 1, 3, 5, 2, 4, 6).copy_(
-            attended.view(batch, down, across, heads, rows, columns, depth)
-        )
-    return out.flatten(3)
-
-
-def _bands(size: int, window: int) -> list[tuple[int, int, int]]:
-    """Split a side into (start, number of windows, their real extent): whole ones, then a rest."""
-    whole, rest = divmod(size, window)
-    bands = [(0, whole, window), (whole * window, 1, rest)]
-    return [band for band in bands if band[1] > 0 and band[2] > 0]
+    return window_attention(qkv, padding, window, bias)
 
 
 def _add_mlp(x: Tensor, norm: nn.Module, first: nn.Linear, act: nn.Module, last: nn.Linear) -> None:
@@ -345,9 +227,9 @@ def _tiny_vit_block(block: TinyVitBlock, x: Tensor) -> Tensor:
     biases = attn.get_attention_biases(x.device)[None].unflatten(2, (window, window))
 
     def bias(query: Tensor, rows: int, columns: int) -> Tensor:
-        return biases[:, :, :rows, :columns].flatten(2, 3).to(query.dtype)
+        return biases[:, :, :rows, :columns].flatten(2, 3).to(query.dtype, copy=True)
 
-    attended = _window_attention(qkv.transpose(3, 4), padding.transpose(0, 1), window, bias)
+    attended = window_attention(qkv.transpose(3, 4), padding.transpose(0, 1), window, bias)
     x = _convolve(block.local_conv, attn.proj(attended).add_(x)).contiguous()
     mlp = block.mlp
     _add_mlp(x, mlp.norm, mlp.fc1, mlp.act, mlp.fc2)
