@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,27 @@ from lightning_samrefine.upscaling import WindowedUpscale, extents
 _CPU_PROMPTS = 4
 _BYTES_PER_PROMPT = 3e9  # the seed's b_size: one prompt for every 3·10⁹ bytes that are free
 _MAX_PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What SAM says about the regions of one image, before any of it is accepted.
+
+    Attributes:
+        probs: (C, H, W) float32, the raw L.
+        labels: (H, W) int64, the raw S.
+        regions: N regions on the working grid.
+        low_res_logits: N maps (m, m) float32.
+        pred_iou: (N,) float32 on the CPU.
+        extents: (N, 2, m) bool, see `lightning_samrefine.upscaling.extents`; None on a GPU.
+    """
+
+    probs: Tensor
+    labels: Tensor
+    regions: GridRegions
+    low_res_logits: list[Tensor]
+    pred_iou: Tensor
+    extents: np.ndarray | None
 
 
 class Refiner:
@@ -113,6 +135,29 @@ class Refiner:
             TypeError: A wrong type or dtype.
             ValueError: A wrong count, shape, device or range.
         """
+        return [self.fuse(answers) for answers in self.ask(images, probs, labels)]
+
+    @torch.no_grad()
+    def ask(
+        self,
+        images: Sequence[Tensor] | Tensor,
+        probs: Sequence[Tensor] | Tensor,
+        labels: Sequence[Tensor] | Tensor | None = None,
+    ) -> Iterator[Answers]:
+        """Ask SAM about every region of several images (steps 0 to 7).
+
+        Args:
+            images: As for `refine_batch`.
+            probs: As for `refine_batch`.
+            labels: As for `refine_batch`.
+
+        Returns:
+            B answers in order; an image is decoded when its turn comes.
+
+        Raises:
+            TypeError: A wrong type or dtype.
+            ValueError: A wrong count, shape, device or range.
+        """
         if len(probs) != len(images) or (labels is not None and len(labels) != len(images)):
             raise ValueError(
                 f"images, probs, labels: got {len(images)}, {len(probs)} and "
@@ -143,12 +188,10 @@ class Refiner:
         # An image without a region asks SAM nothing, so it is not embedded either (step 4).
         prompted = [index for index, found in enumerate(regions) if len(found) > 0]
         embeddings = dict(zip(prompted, self._embed([images[i] for i in prompted]), strict=True))
-        return [
-            self._refine(embeddings[index], *raw[index], regions[index])
-            if index in embeddings
-            else self._nothing_to_do(*raw[index], regions[index])
+        return (
+            self._answers(embeddings.get(index), *raw[index], regions[index])
             for index in range(len(images))
-        ]
+        )
 
     def _embed(self, images: list[Tensor]) -> list[Any]:
         if not images:
@@ -164,34 +207,44 @@ class Refiner:
             return compute(images)
         return self.cache.embed(self.sam, images, dtype, compute)
 
-    def _nothing_to_do(self, probs: Tensor, labels: Tensor, regions: GridRegions) -> Refinement:
-        """Step 4: not one region."""
-        nothing = np.empty(0, dtype=bool)
-        table = _table(regions, torch.empty(0), nothing, self.config.stride, labels.shape)
-        return _untouched(probs, labels, table)
-
-    def _refine(
+    @torch.no_grad()
+    def _answers(
         self, embedding: Any, probs: Tensor, labels: Tensor, regions: GridRegions
-    ) -> Refinement:
-        """Steps 5 to 12 for one image with at least one region."""
+    ) -> Answers:
+        """Steps 5 to 7 for one image; without a region SAM is not asked (step 4)."""
+        if len(regions) == 0:
+            return Answers(probs, labels, regions, [], torch.empty(0), None)
         config, image_hw = self.config, (labels.shape[0], labels.shape[1])
         prompts = build_prompts(
             regions, self.sam, image_hw, config.score_thresh, config.mask_prompt_scale
         )
-        low_res_logits, pred_iou, mask_extents = self._decode(embedding, prompts)
-        accepted = pred_iou.numpy() > np.float32(config.pred_iou_thresh)
-        table = _table(regions, pred_iou, accepted, config.stride, image_hw)
+        return Answers(probs, labels, regions, *self._decode(embedding, prompts))
+
+    @torch.no_grad()
+    def fuse(self, answers: Answers) -> Refinement:
+        """Accept or reject SAM's answers and fuse them into maps (steps 8 to 12).
+
+        `ask` and this make a refinement together; answers can be fused again by a refiner of the
+        same model whose ``pred_iou_thresh`` is another, at the cost of the fusion alone.
+
+        Args:
+            answers: From `ask`; they are not changed.
+        """
+        config, probs, labels = self.config, answers.probs, answers.labels
+        regions, image_hw = answers.regions, (labels.shape[0], labels.shape[1])
+        accepted = answers.pred_iou.numpy() > np.float32(config.pred_iou_thresh)
+        table = _table(regions, answers.pred_iou, accepted, config.stride, image_hw)
         if not accepted.any():
             return _untouched(probs, labels, table)
 
         fused = MapRefinement(probs, labels)
-        windowed = None if mask_extents is None else WindowedUpscale.of(self.sam, image_hw)
+        windowed = None if answers.extents is None else WindowedUpscale.of(self.sam, image_hw)
         for index in np.flatnonzero(accepted):
-            c, mask = int(regions.classes[index]), low_res_logits[index]
+            c, mask = int(regions.classes[index]), answers.low_res_logits[index]
             if windowed is None:
                 fused.add(self.sam.upscale(mask[None], image_hw)[0], c)
             else:
-                logits, window = windowed(mask, mask_extents[index])
+                logits, window = windowed(mask, answers.extents[index])
                 if window:
                     fused.add(logits, c, window)
         if accepted.all():
