@@ -139,13 +139,13 @@ def _download(file: RemoteFile, path: Path) -> None:
 
 def _complete(file: RemoteFile, path: Path, part: Path) -> None:
     """Bring the partial file to its full size."""
-    pauses = iter(_PAUSES_S)
+    pauses, furthest = iter(_PAUSES_S), _size(part)
     # disable=None: no bar where standard error is no terminal, such as a job's log.
     with tqdm(total=file.size, unit="B", unit_scale=True, desc=file.name, disable=None) as bar:
-        while (before := _size(part)) < file.size:
-            bar.update(before - bar.n)
+        while _size(part) < file.size:
+            bar.update(_size(part) - bar.n)
             try:
-                _receive(file, part, bar)
+                _receive(file, path, part, bar)
                 reason = "the server ended the connection"
             except urllib.error.HTTPError as error:
                 reason = f"the server answered {error.code} {error.reason}"
@@ -156,12 +156,13 @@ def _complete(file: RemoteFile, path: Path, part: Path) -> None:
             except _BROKEN as error:
                 reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
             arrived = _size(part)
-            if arrived > before:
-                pauses = iter(_PAUSES_S)
+            # Further than ever: a short file that is started over again and again is no progress.
+            if arrived > furthest:
+                pauses, furthest = iter(_PAUSES_S), arrived
                 continue
             pause = next(pauses, None)
             if pause is None:
-                raise _failure(file, path, f"{reason} ({arrived} of {file.size} bytes arrived)")
+                raise _failure(file, path, f"{reason} ({furthest} of {file.size} bytes arrived)")
             _log.warning("%s: %s; trying again in %.0f s", file.url, reason, pause)
             time.sleep(pause)
     if _size(part) > file.size:
@@ -169,7 +170,7 @@ def _complete(file: RemoteFile, path: Path, part: Path) -> None:
         raise _failure(file, path, f"more than {file.size} bytes arrived")
 
 
-def _receive(file: RemoteFile, part: Path, bar: Any) -> None:
+def _receive(file: RemoteFile, path: Path, part: Path, bar: Any) -> None:
     """Append what the server sends until it ends the connection."""
     start = _size(part)
     headers = {"User-Agent": "lightning-samrefine", "Accept-Encoding": "identity"}
@@ -179,7 +180,12 @@ def _receive(file: RemoteFile, part: Path, bar: Any) -> None:
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
         continues = start > 0 and _continues(response.status, response.headers, start)
         if not continues:
+            start = 0
             bar.update(-bar.n)
+        rest = response.headers.get("Content-Length", "")
+        if rest.isdigit() and start + int(rest) != file.size:
+            offered = f"the server's file has {start + int(rest)} bytes instead of {file.size}"
+            raise _failure(file, path, offered)
         with part.open("ab" if continues else "wb") as target:
             while chunk := response.read(_CHUNK):
                 target.write(chunk)
