@@ -97,6 +97,7 @@ def explain(error: Exception) -> str | None:
         isinstance(error, SetupError | ValueError | FileNotFoundError | OmegaConfBaseException)
         or _is_misconfiguration(error)
         or str(error).startswith("Error(s) in loading state_dict")  # a RuntimeError of torch
+        or (isinstance(error, ImportError) and "pip install" in str(error))  # an extra is absent
     )
     if not is_setup:
         return None

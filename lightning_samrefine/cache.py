@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_samrefine.cache_store import DiskStore, Entry, MemoryStore, Store
+from lightning_samrefine.home import home
 from lightning_samrefine.models.protocol import Promptable
 
 # Raise this when an encoder's output changes by more than rounding: older entries never hit again.
@@ -247,15 +247,8 @@ class _Epoch:
 
 
 def default_folder() -> Path:
-    """Return ``embeddings`` in ``$SAMREFINE_HOME``, else in the user's cache folder.
-
-    The latter is ``$XDG_CACHE_HOME/lightning-samrefine``, ``~/.cache`` standing in.
-    """
-    home = os.environ.get("SAMREFINE_HOME")
-    if not home:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        home = Path(caches) / "lightning-samrefine"
-    return Path(home).expanduser() / "embeddings"
+    """Return ``embeddings`` in the package's `home`."""
+    return home() / "embeddings"
 
 
 def _key(model: str, image: Tensor, dtype: torch.dtype | None, device: torch.device) -> str:

@@ -32,6 +32,7 @@ from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.evaluation import LoaderEvaluation
 from lightning_samrefine.images import RgbConverter
 from lightning_samrefine.models import Promptable, load_sam
+from lightning_samrefine.models.protocol import accepts_masks
 from lightning_samrefine.precision import PRECISIONS
 from lightning_samrefine.refiner import Refiner
 from lightning_samrefine.safety import SafeRefiner, isolated_rng
@@ -86,7 +87,8 @@ class SAMRefineCallback(Callback):
     Args:
         sam: A name for `load_sam`, or a `Promptable`. SAM is moved to the Trainer's device for
             the run and freed (a `Promptable` of yours: moved back) after it.
-        checkpoint: The weights' file, see `load_sam`.
+        checkpoint: The weights: a file, None for those that are published (downloaded once), or
+            the hub id or folder of ``"hf"``, see `load_sam`.
         num_classes: C ≥ 2; a one-channel binary model has 2. None takes it from ``class_names``,
             ``pl_module.num_classes`` or ``pl_module.hparams.num_classes`` (where 1 means binary).
         ignore_index: Target value that is not counted, or None. Targets outside [0, C) never are.
@@ -127,7 +129,8 @@ class SAMRefineCallback(Callback):
         MisconfigurationException: No number of classes, or one that contradicts ``class_names``.
         TypeError: An argument of a wrong type.
         ValueError: An argument outside its range, or a batch in which something is missing.
-        FileNotFoundError: No checkpoint at that path, in ``setup``.
+        FileNotFoundError: No checkpoint at that path, or none that could be downloaded, in
+            ``setup``.
 
     Example::
 
@@ -306,8 +309,9 @@ class SAMRefineCallback(Callback):
             num_classes = self.num_classes or num_classes_of(pl_module)
             sam = self._safe_refiner.refiner.sam
             self._run.adapter = replace(self.adapter, num_classes=num_classes, device=sam.device)
+            masks = "" if accepts_masks(sam) else ", which takes no mask prompts,"
             rank_zero_info(
-                f"SAMRefineCallback: SAM {sam.name} on {sam.device} refines {num_classes} classes "
+                f"SAMRefineCallback: SAM {sam.name}{masks} on {sam.device} refines {num_classes} classes "
                 f"(ignore_index={self.ignore_index}) with {self.refine_config}"
             )
         return self._run.adapter

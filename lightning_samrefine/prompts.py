@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_samrefine.models.protocol import Promptable, Prompts
+from lightning_samrefine.models.protocol import Promptable, Prompts, accepts_masks
 from lightning_samrefine.regions import GridRegions
 
 
@@ -18,7 +18,7 @@ def build_prompts(
     score_thresh: float,
     mask_prompt_scale: float,
 ) -> Prompts:
-    """Build box, point and mask prompts for all regions of one image.
+    """Build box, point and (where the model takes them) mask prompts for one image's regions.
 
     Args:
         regions: N ≥ 1 regions on the working grid.
@@ -31,10 +31,14 @@ def build_prompts(
     grid_h, grid_w = regions.components.shape
     in_h, in_w = sam.input_hw(image_hw)
     scale = np.array([in_w / grid_w, in_h / grid_h])
+    boxes = _to_device(regions.boxes * np.tile(scale, 2), device)
+    points = _to_device(regions.points * scale, device)
+    if not accepts_masks(sam):
+        return Prompts(boxes, points, masks=None, mask_index=None)
     used, mask_index = np.unique(regions.classes, return_inverse=True)
     return Prompts(
-        boxes=_to_device(regions.boxes * np.tile(scale, 2), device),
-        points=_to_device(regions.points * scale, device),
+        boxes=boxes,
+        points=points,
         masks=mask_prompts(
             regions.probs[torch.from_numpy(used).to(device)],
             sam.mask_hw(image_hw),

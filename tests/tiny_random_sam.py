@@ -9,10 +9,11 @@ mask logits over both signs.
 from __future__ import annotations
 
 import torch
-from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
+from lightning_samrefine.models.layout import build_sam
 from lightning_samrefine.models.sam import SamPromptable
 
 WEIGHT_GAIN = 2.0
@@ -58,28 +59,27 @@ def build_random_sam(seed: int = 0, image_size: int = 64, stride: int = 8, dim: 
         stride: Input pixels per embedding pixel; mask prompts have side 4 * image_size / stride.
         dim: Width of the embeddings, a multiple of 16.
     """
-    side = image_size // stride
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        sam = Sam(
-            image_encoder=TinyImageEncoder(image_size, stride, dim),
-            prompt_encoder=PromptEncoder(
-                embed_dim=dim,
-                image_embedding_size=(side, side),
-                input_image_size=(image_size, image_size),
-                mask_in_chans=16,
-            ),
-            mask_decoder=MaskDecoder(
-                transformer_dim=dim,
-                transformer=TwoWayTransformer(
-                    depth=2, embedding_dim=dim, mlp_dim=2 * dim, num_heads=2
-                ),
-                iou_head_hidden_dim=dim,
-            ),
-        ).eval()
-        sam.requires_grad_(False)
-        _spread_answers(sam)
+        encoder = TinyImageEncoder(image_size, stride, dim)
+        sam = small_sam_around(encoder, image_size, stride, dim)
+        spread_answers(sam)
     return sam
+
+
+def small_sam_around(encoder: nn.Module, image_size: int, stride: int, dim: int) -> Sam:
+    """Build a frozen `Sam` in eval mode, its sizes in proportion to ``dim``."""
+    sam = build_sam(
+        encoder,
+        image_size=image_size,
+        stride=stride,
+        dim=dim,
+        mask_channels=16,
+        mlp_dim=2 * dim,
+        num_heads=2,
+        iou_head_dim=dim,
+    )
+    return sam.eval().requires_grad_(False)
 
 
 def _random_prompts(sam: Sam, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +91,7 @@ def _random_prompts(sam: Sam, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([low, high], dim=1), ((low + high) / 2)[:, None], 8 * masks
 
 
-def _spread_answers(sam: Sam, prompts: int = 128) -> None:
+def spread_answers(sam: Sam, prompts: int = 128) -> None:
     """Make the answers depend on the prompts, then fit their scale and offset in place."""
     decoder = sam.mask_decoder
     for module in decoder.modules():

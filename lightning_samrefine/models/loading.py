@@ -16,10 +16,14 @@ from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_s
 from segment_anything.modeling import Sam
 from torch import Tensor
 
+from lightning_samrefine.models.download import RemoteFile, fetch
+from lightning_samrefine.models.hf import load_hf
+from lightning_samrefine.models.protocol import Promptable
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.models.tiny import build_tiny_sam
 from lightning_samrefine.models.tiny_vit import build_sam_vit_t, mobile_sam_keys
 
+HF = "hf"
 RANDOM = "random"
 _RANDOM_SEED = 0
 
@@ -33,28 +37,71 @@ class _Architecture:
     build: Callable[[], Sam]
     to_module_keys: Callable[[StateDict], StateDict] = lambda state_dict: state_dict
     shipped: str | None = None
+    published: RemoteFile | None = None
 
+
+# The digits in the names of segment-anything's files begin their MD5, not their SHA-256.
+_SEGMENT_ANYTHING = "https://dl.fbaipublicfiles.com/segment_anything"
+# A commit instead of a branch, whose file may change.
+_MOBILE_SAM = (
+    "https://github.com/ChaoningZhang/MobileSAM/raw/f706ad9c4eb7f219c00d9050e46328518ffb65d2"
+)
 
 _ARCHITECTURES: Mapping[str, _Architecture] = {
     "tiny": _Architecture(build_tiny_sam, shipped="weights/tiny_sam.safetensors"),
-    "vit_t": _Architecture(build_sam_vit_t, mobile_sam_keys),
-    "vit_b": _Architecture(build_sam_vit_b),
-    "vit_l": _Architecture(build_sam_vit_l),
-    "vit_h": _Architecture(build_sam_vit_h),
+    "vit_t": _Architecture(
+        build_sam_vit_t,
+        mobile_sam_keys,
+        published=RemoteFile(
+            f"{_MOBILE_SAM}/weights/mobile_sam.pt",
+            "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+            40_728_226,
+        ),
+    ),
+    "vit_b": _Architecture(
+        build_sam_vit_b,
+        published=RemoteFile(
+            f"{_SEGMENT_ANYTHING}/sam_vit_b_01ec64.pth",
+            "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+            375_042_383,
+        ),
+    ),
+    "vit_l": _Architecture(
+        build_sam_vit_l,
+        published=RemoteFile(
+            f"{_SEGMENT_ANYTHING}/sam_vit_l_0b3195.pth",
+            "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+            1_249_524_607,
+        ),
+    ),
+    "vit_h": _Architecture(
+        build_sam_vit_h,
+        published=RemoteFile(
+            f"{_SEGMENT_ANYTHING}/sam_vit_h_4b8939.pth",
+            "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+            2_564_550_879,
+        ),
+    ),
 }
 
 
 def load_sam(
     name: str, checkpoint: str | Path | None = None, device: str | torch.device = "cpu"
-) -> SamPromptable:
+) -> Promptable:
     """Build a SAM and load its weights.
+
+    Published weights are downloaded once, into ``$SAMREFINE_HOME/weights`` or, without it,
+    ``lightning-samrefine/weights`` in the user's cache folder; ``SAMREFINE_OFFLINE=1`` forbids it.
+    Of several processes one downloads and the others wait.
 
     Args:
         name: ``"tiny"`` (ours, shipped, for demonstrations), ``"vit_t"`` (MobileSAM's TinyViT),
-            ``"vit_b"``, ``"vit_l"`` or ``"vit_h"`` (segment-anything).
-        checkpoint: A ``.pt``/``.pth`` state dict or a ``.safetensors`` file; None for weights
-            that are shipped; ``"random"`` for seeded random weights, in tests and benchmarks.
-            Pickled code in a file is never executed.
+            ``"vit_b"``, ``"vit_l"`` or ``"vit_h"`` (segment-anything), or ``"hf"`` for a model of
+            transformers: SAM, SAM-HQ, SAM 2 and 2.1, EdgeTAM, SAM 3's tracker.
+        checkpoint: A ``.pt``/``.pth`` state dict or a ``.safetensors`` file; None for the weights
+            that are shipped or published; ``"random"`` for seeded random weights, in tests and
+            benchmarks. With ``"hf"`` a hub id, such as ``"facebook/sam2.1-hiera-small"``, or a
+            folder that ``save_pretrained`` wrote. Pickled code in a file is never executed.
         device: Where the weights go.
 
     Returns:
@@ -63,10 +110,21 @@ def load_sam(
     Raises:
         ValueError: An unknown name, no checkpoint where one is needed, or weights of another
             model.
-        FileNotFoundError: No file at ``checkpoint``.
+        FileNotFoundError: No file at ``checkpoint``, or published weights that could not be
+            downloaded.
+        ImportError: ``"hf"`` without the extra ``[hf]``.
     """
+    if name == HF:
+        if checkpoint is None:
+            raise ValueError(
+                "checkpoint: got None, accepted for SAM hf is a hub id, such as "
+                "'facebook/sam2.1-hiera-small', or a folder that save_pretrained wrote"
+            )
+        return load_hf(checkpoint, device)
     if name not in _ARCHITECTURES:
-        raise ValueError(f"name: got {name!r}, accepted are {', '.join(map(repr, _ARCHITECTURES))}")
+        raise ValueError(
+            f"name: got {name!r}, accepted are {', '.join(map(repr, (*_ARCHITECTURES, HF)))}"
+        )
     architecture = _ARCHITECTURES[name]
     if checkpoint == RANDOM:
         warnings.warn(
@@ -94,10 +152,7 @@ def _path(name: str, architecture: _Architecture, checkpoint: str | Path | None)
     if checkpoint is None and architecture.shipped is not None:
         return Path(str(resources.files("lightning_samrefine.models") / architecture.shipped))
     if checkpoint is None:
-        raise ValueError(
-            f"checkpoint: got None, accepted for SAM {name} is the path of its weights "
-            f"(or {RANDOM!r} for random ones)"
-        )
+        return fetch(architecture.published)
     path = Path(checkpoint).expanduser()
     if not path.is_file():
         raise FileNotFoundError(

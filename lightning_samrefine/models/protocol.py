@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +14,45 @@ from torch import Tensor, nn
 class Prompts:
     """N prompts for one image, in the model's own frames (ALGORITHM.md steps 5 and 6).
 
+    Of ``boxes`` and ``points`` at least one is given.
+
     Attributes:
-        boxes: (N, 4) float32 XYXY in the frame of the resized image.
-        points: (N, 2) float32 XY in the same frame, one positive click each.
-        masks: (K, m, m) float32 mask-prompt logits, one for each class that has a region.
-        mask_index: (N,) int64 in [0, K), the row of ``masks`` that each prompt uses.
+        boxes: (N, 4) float32 XYXY in the frame of the resized image; None prompts no box.
+        points: (N, 2) float32 XY in the same frame, one positive click each; None prompts none.
+        masks: (K, m, m) float32 mask-prompt logits, one for each class that has a region; None
+            prompts no mask.
+        mask_index: (N,) int64 in [0, K), the row of ``masks`` that each prompt uses; None with it.
     """
 
-    boxes: Tensor
-    points: Tensor
-    masks: Tensor
-    mask_index: Tensor
+    boxes: Tensor | None
+    points: Tensor | None
+    masks: Tensor | None
+    mask_index: Tensor | None
 
     def __len__(self) -> int:
-        return self.boxes.shape[0]
+        given = self.points if self.boxes is None else self.boxes
+        return 0 if given is None else given.shape[0]
 
     def chunk(self, start: int, stop: int) -> Prompts:
         """Return prompts start to stop; they keep all K masks."""
-        return Prompts(
-            self.boxes[start:stop], self.points[start:stop], self.masks, self.mask_index[start:stop]
+        boxes, points, mask_index = (
+            None if part is None else part[start:stop]
+            for part in (self.boxes, self.points, self.mask_index)
         )
+        return Prompts(boxes, points, self.masks, mask_index)
 
 
 @runtime_checkable
 class Promptable(Protocol):
     """A model that turns an image and prompts into masks and predicted IoUs.
+
+    Two members are optional. ``accepts_masks = False`` says that the model takes no mask prompts:
+    it then gets `Prompts` without masks, and the log says so. ``decode_multimask(embedding,
+    prompts)`` returns SAM's three masks, (N, 3, m, m) float32 logits, with their predicted IoU,
+    (N, 3) float32.
+
+    Frames differ between models, hence `input_hw`, `mask_hw` and `upscale`; the two in use are in
+    `lightning_samrefine.models.frames`. `lightning_samrefine.testing` checks a model of yours.
 
     Attributes:
         name: Short name for logs, such as ``"vit_t"``.
@@ -65,15 +79,16 @@ class Promptable(Protocol):
         """Return (h_n, w_n), the part of a mask prompt that an image of size (H, W) fills."""
         ...
 
-    def embed(self, images: Sequence[Tensor]) -> list[Tensor]:
+    def embed(self, images: Sequence[Tensor]) -> list[Any]:
         """Embed images, each uint8 (3, H, W) RGB of its own size (step 0).
 
         Returns:
-            One embedding an image, opaque to the caller.
+            One embedding an image, opaque to the caller. An `EmbeddingCache` keeps tensors and
+            tuples of tensors.
         """
         ...
 
-    def decode(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def decode(self, embedding: Any, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Decode N ≥ 1 prompts on one image, all in one batch (step 7).
 
         Returns:
@@ -84,3 +99,8 @@ class Promptable(Protocol):
     def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
         """Bring (N, m, m) logits to (N, H, W) float32 (step 9)."""
         ...
+
+
+def accepts_masks(sam: Promptable) -> bool:
+    """Say whether a model takes mask prompts; one that does not say so does."""
+    return bool(getattr(sam, "accepts_masks", True))

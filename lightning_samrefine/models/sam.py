@@ -65,28 +65,30 @@ class SamPromptable:
         """Decode N ≥ 1 prompts on one image, single-mask output (step 7).
 
         Segment-anything's own parts are decoded by `FastMaskDecoder`; any others, those with
-        hooks and an embedding that wants a gradient by the module's forward pass.
+        hooks, prompts that lack a kind, and an embedding that wants a gradient by the module's
+        forward pass.
 
         Returns:
             Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32.
         """
         wants_gradient = torch.is_grad_enabled() and embedding.requires_grad
-        if supports(self.module) and not wants_gradient:
+        complete = all(p is not None for p in (prompts.boxes, prompts.points, prompts.masks))
+        if complete and supports(self.module) and not wants_gradient:
             return self._fast_decoder(embedding, prompts)
         return self._decode_by_module(embedding, prompts)
 
     def _decode_by_module(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         encoder = self.module.prompt_encoder
+        points, masks = prompts.points, prompts.masks
         # A reduced type would move points by pixels: the encoder multiplies coordinates by a
         # random matrix before sin and cos.
         with autocast(None, embedding.device):
             sparse, dense = encoder(
-                points=(
-                    prompts.points[:, None],
-                    torch.ones(len(prompts), 1, device=embedding.device),
-                ),
+                points=None
+                if points is None
+                else (points[:, None], points.new_ones(len(prompts), 1)),
                 boxes=prompts.boxes,
-                masks=prompts.masks[prompts.mask_index][:, None],
+                masks=None if masks is None else masks[prompts.mask_index][:, None],
             )
             image_pe = encoder.get_dense_pe()
         low_res_logits, pred_iou = self.module.mask_decoder(

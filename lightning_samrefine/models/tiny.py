@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_samrefine.models.layout import build_sam
 
 IMAGE_SIZE = 256
 EMBED_STRIDE = 8
@@ -126,24 +128,13 @@ def build_tiny_sam() -> Sam:
         The model, in training mode as every new module is: call `.eval()` before predicting,
         because the encoder has batch normalisation.
     """
-    grid = IMAGE_SIZE // EMBED_STRIDE
-    return Sam(
-        image_encoder=TinyImageEncoder(),
-        prompt_encoder=PromptEncoder(
-            embed_dim=EMBED_DIM,
-            image_embedding_size=(grid, grid),
-            input_image_size=(IMAGE_SIZE, IMAGE_SIZE),
-            mask_in_chans=32,
-        ),
-        mask_decoder=MaskDecoder(
-            num_multimask_outputs=3,
-            transformer=TwoWayTransformer(
-                depth=2, embedding_dim=EMBED_DIM, mlp_dim=256, num_heads=4
-            ),
-            transformer_dim=EMBED_DIM,
-            iou_head_depth=3,
-            iou_head_hidden_dim=128,
-        ),
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
+    return build_sam(
+        TinyImageEncoder(),
+        image_size=IMAGE_SIZE,
+        stride=EMBED_STRIDE,
+        dim=EMBED_DIM,
+        mask_channels=32,
+        mlp_dim=256,
+        num_heads=4,
+        iou_head_dim=128,
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
-from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
 from timm.models.tiny_vit import TinyVit
 from torch import Tensor, nn
+
+from lightning_samrefine.models.layout import build_sam
 
 _WIDTHS = (64, 128, 160, 320)
 _EMBED_DIM = 256
@@ -49,26 +51,15 @@ class TinyVitEncoder(nn.Module):
 
 def build_sam_vit_t() -> Sam:
     """Build the model with PyTorch's initial weights."""
-    side = _IMAGE_SIZE // _STRIDE
-    return Sam(
-        image_encoder=TinyVitEncoder(),
-        prompt_encoder=PromptEncoder(
-            embed_dim=_EMBED_DIM,
-            image_embedding_size=(side, side),
-            input_image_size=(_IMAGE_SIZE, _IMAGE_SIZE),
-            mask_in_chans=16,
-        ),
-        mask_decoder=MaskDecoder(
-            num_multimask_outputs=3,
-            transformer=TwoWayTransformer(
-                depth=2, embedding_dim=_EMBED_DIM, mlp_dim=2048, num_heads=8
-            ),
-            transformer_dim=_EMBED_DIM,
-            iou_head_depth=3,
-            iou_head_hidden_dim=256,
-        ),
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
+    return build_sam(
+        TinyVitEncoder(),
+        image_size=_IMAGE_SIZE,
+        stride=_STRIDE,
+        dim=_EMBED_DIM,
+        mask_channels=16,
+        mlp_dim=2048,
+        num_heads=8,
+        iou_head_dim=256,
     )
 
 

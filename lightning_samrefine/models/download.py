@@ -1,0 +1,221 @@
+"""Published weights, fetched once into a folder that runs, ranks and jobs share."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
+from tqdm import tqdm
+
+from lightning_samrefine.home import home
+
+_log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+_TIMEOUT_S = 30.0  # without a byte
+_PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # before each further attempt that follows one without progress
+_OFFLINE = ("SAMREFINE_OFFLINE", "HF_HUB_OFFLINE")
+_BROKEN = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+    ssl.SSLError,
+)
+_LASTING = (400, 401, 403, 404, 410, 451)  # answers that a further attempt will not change
+
+
+class DownloadError(FileNotFoundError):
+    """Weights that are not in the folder and could not be fetched."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file whose content is known before it is fetched.
+
+    Attributes:
+        url: Where it is.
+        sha256: Of its content, 64 lower-case hexadecimal digits.
+        size: In bytes.
+    """
+
+    url: str
+    sha256: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        """The URL's last part, under which the file is kept."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+def weights_folder() -> Path:
+    """Return ``weights`` in the package's `home`."""
+    return home() / "weights"
+
+
+def fetch(file: RemoteFile, folder: Path | None = None) -> Path:
+    """Return the path of a file, downloading it if it is not there yet.
+
+    One process downloads and the others wait for it. What arrived before an interruption is kept
+    in ``<name>.part`` and continued. The file gets its name only after its sha256 was checked, so
+    a file of that name is complete; of one that was put there by hand the size is checked.
+
+    Args:
+        file: What to fetch.
+        folder: Where to keep it; `weights_folder` where None.
+
+    Raises:
+        DownloadError: It cannot be fetched, or is not what was expected. The message names the
+            URL, the folder and the sha256.
+    """
+    path = (weights_folder() if folder is None else folder) / file.name
+    if _is_there(file, path):
+        return path
+    offline = [key for key in _OFFLINE if os.environ.get(key, "").lower() in ("1", "true", "yes")]
+    if offline:
+        raise _failure(file, path, f"{offline[0]} is set, so it is not downloaded")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_process(path):
+            if not _is_there(file, path):
+                _download(file, path)
+    except DownloadError:
+        raise
+    except OSError as error:  # a folder that cannot be written, a full disk
+        raise _failure(file, path, f"{type(error).__name__}: {error}") from error
+    return path
+
+
+def _is_there(file: RemoteFile, path: Path) -> bool:
+    if not path.is_file():
+        return False
+    if path.stat().st_size == file.size:
+        return True
+    reason = f"the file there has {path.stat().st_size} bytes instead of {file.size}; remove it"
+    raise _failure(file, path, reason)
+
+
+def _only_process(path: Path) -> AcquireReturnProxy:
+    """Return a held lock that other processes wait for; the system frees that of a dead one."""
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        _log.info("Waiting for another process that downloads %s", path)
+        return lock.acquire()
+
+
+def _download(file: RemoteFile, path: Path) -> None:
+    """Fetch into ``<name>.part`` with as many attempts as it takes, check, and rename."""
+    part = path.with_name(f"{path.name}.part")
+    _log.info("Downloading %s to %s (%.0f MB)", file.url, path.parent, file.size / 1e6)
+    if _size(part) > file.size:
+        part.unlink()
+    resumed = _size(part) > 0
+    while True:
+        _complete(file, path, part)
+        found = _sha256(part)
+        if found == file.sha256:
+            part.replace(path)
+            return
+        part.unlink()
+        if not resumed:
+            raise _failure(file, path, f"what arrived has the sha256 {found}")
+        # What an earlier run left need not be the start of this file.
+        resumed = False
+
+
+def _complete(file: RemoteFile, path: Path, part: Path) -> None:
+    """Bring the partial file to its full size."""
+    pauses, furthest = iter(_PAUSES_S), _size(part)
+    # disable=None: no bar where standard error is no terminal, such as a job's log.
+    with tqdm(total=file.size, unit="B", unit_scale=True, desc=file.name, disable=None) as bar:
+        while _size(part) < file.size:
+            bar.update(_size(part) - bar.n)
+            try:
+                _receive(file, path, part, bar)
+                reason = "the server ended the connection"
+            except urllib.error.HTTPError as error:
+                reason = f"the server answered {error.code} {error.reason}"
+                if error.code in _LASTING:
+                    raise _failure(file, path, reason) from error
+                if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    part.unlink()
+            except _BROKEN as error:
+                reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+            arrived = _size(part)
+            # Further than ever: a short file that is started over again and again is no progress.
+            if arrived > furthest:
+                pauses, furthest = iter(_PAUSES_S), arrived
+                continue
+            pause = next(pauses, None)
+            if pause is None:
+                raise _failure(file, path, f"{reason} ({furthest} of {file.size} bytes arrived)")
+            _log.warning("%s: %s; trying again in %.0f s", file.url, reason, pause)
+            time.sleep(pause)
+    if _size(part) > file.size:
+        part.unlink()
+        raise _failure(file, path, f"more than {file.size} bytes arrived")
+
+
+def _receive(file: RemoteFile, path: Path, part: Path, bar: Any) -> None:
+    """Append what the server sends until it ends the connection."""
+    start = _size(part)
+    headers = {"User-Agent": "lightning-samrefine", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    request = urllib.request.Request(file.url, headers=headers)
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+        continues = start > 0 and _continues(response.status, response.headers, start)
+        if not continues:
+            start = 0
+            bar.update(-bar.n)
+        rest = response.headers.get("Content-Length", "")
+        if rest.isdigit() and start + int(rest) != file.size:
+            offered = f"the server's file has {start + int(rest)} bytes instead of {file.size}"
+            raise _failure(file, path, offered)
+        with part.open("ab" if continues else "wb") as target:
+            while chunk := response.read(_CHUNK):
+                target.write(chunk)
+                bar.update(len(chunk))
+                if target.tell() > file.size:
+                    return
+
+
+def _continues(status: int, headers: Mapping[str, str], start: int) -> bool:
+    """Say whether a server sends the rest; one that knows no ranges sends all."""
+    return status == http.HTTPStatus.PARTIAL_CONTENT and headers.get(
+        "Content-Range", ""
+    ).startswith(f"bytes {start}-")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _failure(file: RemoteFile, path: Path, reason: str) -> DownloadError:
+    return DownloadError(
+        f"{path.name} could not be fetched: {reason}. URL: {file.url}; folder: {path.parent} "
+        f"(SAMREFINE_HOME moves it); sha256: {file.sha256}. Try again, or put the file there "
+        "yourself, or give the path of your copy as checkpoint."
+    )

@@ -1,0 +1,169 @@
+"""The conformance suite: every backend passes, and every kind of mistake is found."""
+
+import pytest
+import torch
+from tiny_hf import FAMILIES, build_tiny_hf
+from tiny_random_sam import build_random_sam
+
+from lightning_samrefine import Refiner, load_sam
+from lightning_samrefine.models.frames import SquashedFrame
+from lightning_samrefine.models.protocol import Prompts
+from lightning_samrefine.models.sam import SamPromptable
+from lightning_samrefine.testing import CHECKS, check_promptable
+
+
+class BoxesOnly(SamPromptable):
+    """A model that takes no masks and would crash on one."""
+
+    accepts_masks = False
+
+    def decode(self, embedding, prompts):
+        assert prompts.masks is None
+        assert prompts.mask_index is None
+        return super().decode(embedding, prompts)
+
+
+def small(cls=SamPromptable):
+    return cls(build_random_sam(), "small")
+
+
+@pytest.fixture(scope="module", params=["random", "tiny", "boxes only", *FAMILIES])
+def backend(request):
+    if request.param in FAMILIES:
+        pytest.importorskip("transformers")
+        return build_tiny_hf(request.param)
+    if request.param == "tiny":
+        return load_sam("tiny")
+    return small(BoxesOnly if request.param == "boxes only" else SamPromptable)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_every_backend_conforms(backend, check):
+    check(backend)
+
+
+class Training(SamPromptable):
+    def __init__(self, module, name):
+        super().__init__(module, name)
+        self.module.train()
+
+
+class Learning(SamPromptable):
+    def __init__(self, module, name):
+        super().__init__(module, name)
+        self.module.mask_decoder.requires_grad_(True)
+
+
+class Nameless(SamPromptable):
+    def __init__(self, module, name):
+        super().__init__(module, "")
+
+
+class WrongFrame(SamPromptable):
+    """Pads images and says it squashes its masks."""
+
+    def mask_hw(self, image_hw):
+        return SquashedFrame(self.image_size, self.mask_size).mask_hw(image_hw)
+
+
+class TooLarge(SamPromptable):
+    def input_hw(self, image_hw):
+        return tuple(2 * side for side in super().input_hw(image_hw))
+
+    def embed(self, images):
+        return [torch.zeros(1, 32, 8, 8) for _ in images]
+
+
+class Mixing(SamPromptable):
+    """Centres embeddings over the batch."""
+
+    def embed(self, images):
+        embeddings = super().embed(images)
+        return [e - torch.stack(embeddings).mean(dim=0) for e in embeddings]
+
+
+class Painting(SamPromptable):
+    def embed(self, images):
+        for image in images:
+            image.fill_(0)
+        return super().embed(images)
+
+
+class MaskBlind(SamPromptable):
+    def decode(self, embedding, prompts):
+        return super().decode(embedding, Prompts(prompts.boxes, prompts.points, None, None))
+
+
+class NoPoints(SamPromptable):
+    def decode(self, embedding, prompts):
+        boxes = prompts.boxes.clone()  # raises without boxes
+        return super().decode(embedding, Prompts(boxes, None, prompts.masks, prompts.mask_index))
+
+
+class FirstPrompt(SamPromptable):
+    """Answers all prompts of a batch as the first."""
+
+    def decode(self, embedding, prompts):
+        logits, iou = super().decode(embedding, prompts.chunk(0, 1))
+        return logits.expand(len(prompts), -1, -1), iou.expand(len(prompts))
+
+
+class KeepsChannel(SamPromptable):
+    def decode(self, embedding, prompts):
+        logits, iou = super().decode(embedding, prompts)
+        return logits[:, None], iou
+
+
+class Half(SamPromptable):
+    def decode(self, embedding, prompts):
+        logits, iou = super().decode(embedding, prompts)
+        return logits.to(torch.get_autocast_dtype("cpu")) if _autocasting() else logits, iou
+
+
+def _autocasting():
+    return torch.is_autocast_enabled("cpu")
+
+
+class TwoMasks(SamPromptable):
+    def decode_multimask(self, embedding, prompts):
+        logits, iou = self.decode(embedding, prompts)
+        return torch.stack([logits, logits], dim=1), torch.stack([iou, iou], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "check", "message"),
+    [
+        (Nameless, "check_members", "name is ''"),
+        (Training, "check_frozen", r"in training mode: module, .* call module\.eval\(\)"),
+        (Learning, "check_frozen", "want gradients: mask_decoder"),
+        (TooLarge, "check_frames", r"input_hw\(\(48, 48\)\) is \(128, 128\), not two ints in"),
+        (Mixing, "check_embed", "with other images and alone"),
+        (Painting, "check_embed", "embed writes into its images"),
+        (NoPoints, "check_decode", "'NoneType' object has no attribute 'clone'"),
+        (FirstPrompt, "check_prompts_matter", "two boxes, points and masks give one answer"),
+        (FirstPrompt, "check_decode", "logits of prompt 1 of .* alone: .* apart"),
+        (KeepsChannel, "check_decode", r"logits of .*: got \(3, 1, 32, 32\), accepted"),
+        (MaskBlind, "check_prompts_matter", "mask prompts change nothing"),
+        (TwoMasks, "check_multimask", r"got \(3, 2, 32, 32\)"),
+        (WrongFrame, "check_upscale", r"which mask_hw \(32, 32\) does not explain"),
+        (Half, "check_autocast", r"got torch\.bfloat16, accepted is float32"),
+    ],
+)
+def test_every_mistake_is_found_and_named(cls, check, message):
+    with pytest.raises(AssertionError, match=rf"(?s)checks? failed\n.*{check}: .*{message}"):
+        check_promptable(small(cls))
+
+
+def test_something_else_lacks_what_the_protocol_asks_for():
+    with pytest.raises(AssertionError, match="check_members: AssertionError: lacks name, module"):
+        check_promptable(object())
+
+
+def test_a_model_without_masks_refines_by_boxes_and_points():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8, generator=generator)
+    probs = torch.rand(3, 5, 7, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    refined = Refiner(small(BoxesOnly), precision="32")(image, probs)
+    assert refined.covered.any()
+    with_masks = Refiner(small(), precision="32")(image, probs)
+    assert not torch.equal(refined.regions.pred_iou, with_masks.regions.pred_iou)
