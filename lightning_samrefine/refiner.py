@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -181,6 +182,9 @@ class Refiner:
         low_res_logits, pred_iou, mask_extents = self._decode(embedding, prompts)
         accepted = pred_iou.numpy() > np.float32(config.pred_iou_thresh)
         table = _table(regions, pred_iou, accepted, config.stride, image_hw)
+        rows, columns = self.sam.mask_hw(image_hw)
+        masks = torch.stack([logits[:rows, :columns] > 0 for logits in low_res_logits])
+        table = replace(table, masks=masks)
         if not accepted.any():
             return _untouched(probs, labels, table)
 
