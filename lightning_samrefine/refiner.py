@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -234,6 +234,10 @@ class Refiner:
         regions, image_hw = answers.regions, (labels.shape[0], labels.shape[1])
         accepted = answers.pred_iou.numpy() > np.float32(config.pred_iou_thresh)
         table = _table(regions, answers.pred_iou, accepted, config.stride, image_hw)
+        if answers.low_res_logits:
+            rows, columns = self.sam.mask_hw(image_hw)
+            masks = [logits[:rows, :columns] > 0 for logits in answers.low_res_logits]
+            table = replace(table, masks=torch.stack(masks))
         if not accepted.any():
             return _untouched(probs, labels, table)
 
