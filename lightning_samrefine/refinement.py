@@ -41,6 +41,7 @@ class Regions:
         scores: (N,) float32 in [0, 1], mean raw probability over the region.
         pred_iou: (N,) float32, SAM's predicted IoU.
         accepted: (N,) bool, ``pred_iou`` above the threshold.
+        left_out: How many more regions there were, which ``max_regions`` kept from being prompted.
     """
 
     classes: Tensor
@@ -49,6 +50,7 @@ class Regions:
     scores: Tensor
     pred_iou: Tensor
     accepted: Tensor
+    left_out: int = 0
 
     def __len__(self) -> int:
         return self.classes.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,12 +13,15 @@ from torch import Tensor
 from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fusion import MapRefinement
+from lightning_samrefine.memory import ChunkSize
 from lightning_samrefine.models.protocol import Promptable, Prompts
 from lightning_samrefine.precision import autocast, autocast_dtype
 from lightning_samrefine.prompts import build_prompts
 from lightning_samrefine.refinement import Refinement, Regions
 from lightning_samrefine.regions import GridRegions, split_regions
 from lightning_samrefine.upscaling import WindowedUpscale, extents
+
+_log = logging.getLogger(__name__)
 
 # Two prompts at once fit a core's cache and beat both one and forty (measured, FP32 and BF16).
 _CPU_PROMPTS = 2
@@ -75,6 +79,8 @@ class Refiner:
         self.config = config if config is not None else RefineConfig.preset("default")
         self.precision = precision
         self.cache = _cache(cache, cache_gb)
+        self._prompts_at_once, self._images_at_once = ChunkSize(), ChunkSize()
+        self._told_of_left_out = False
 
     def __call__(self, image: Tensor, probs: Tensor, labels: Tensor | None = None) -> Refinement:
         """Refine one image's prediction.
@@ -137,9 +143,11 @@ class Refiner:
                 config.score_thresh,
                 config.stride,
                 config.min_region_area,
+                config.max_regions,
             )
             for image_probs, image_labels in raw
         ]
+        self._tell_of_left_out(regions)
         # An image without a region asks SAM nothing, so it is not embedded either (step 4).
         prompted = [index for index, found in enumerate(regions) if len(found) > 0]
         embeddings = dict(zip(prompted, self._embed([images[i] for i in prompted]), strict=True))
@@ -150,15 +158,33 @@ class Refiner:
             for index in range(len(images))
         ]
 
+    def _tell_of_left_out(self, regions: Sequence[GridRegions]) -> None:
+        worst = max(regions, key=lambda found: found.left_out, default=None)
+        if worst is None or worst.left_out == 0 or self._told_of_left_out:
+            return
+        self._told_of_left_out = True
+        _log.warning(
+            "An image has %d regions; the largest %d are prompted (max_regions), the others keep "
+            "their raw prediction. Further such images are not reported.",
+            len(worst) + worst.left_out,
+            len(worst),
+        )
+
     def _embed(self, images: list[Tensor]) -> list[Any]:
         if not images:
             return []
         device = self.sam.device
         dtype = autocast_dtype(self.precision, device)
 
-        def compute(chosen: list[Tensor]) -> list[Any]:
+        def embed(chosen: list[Tensor]) -> list[Any]:
             with autocast(dtype, device):
                 return self.sam.embed(chosen)
+
+        def compute(chosen: list[Tensor]) -> list[Any]:
+            chunks = self._images_at_once.run(
+                len(chosen), len(chosen), lambda start, stop: embed(chosen[start:stop])
+            )
+            return [embedding for _, _, embeddings in chunks for embedding in embeddings]
 
         if self.cache is None:
             return compute(images)
@@ -223,16 +249,23 @@ class Refiner:
         logits, ious, masks_extents = [], [], []
         size = self.config.max_prompts_per_batch or _prompts_per_batch(device)
         with autocast(autocast_dtype(self.precision, device), device):
-            for start in range(0, len(prompts), size):
-                chunk_logits, chunk_iou = self.sam.decode(
-                    embedding, prompts.chunk(start, start + size)
-                )
+            for _, _, (chunk_logits, chunk_iou) in self._prompts_at_once.run(
+                len(prompts),
+                size,
+                lambda start, stop: self.sam.decode(embedding, prompts.chunk(start, stop)),
+            ):
                 logits.extend(chunk_logits.float())
                 ious.append(chunk_iou.float())
                 if device.type == "cpu":
                     masks_extents.append(extents(chunk_logits))
         on_cpu = torch.cat(masks_extents).numpy() if masks_extents else None
-        return logits, torch.cat(ious).cpu(), on_cpu
+        pred_iou = torch.cat(ious).cpu()
+        if not bool(pred_iou.isfinite().all()):
+            raise FloatingPointError(
+                f"SAM {self.sam.name} predicted an IoU of NaN or infinity under "
+                f"precision={self.precision!r}; with precision='32' half precision cannot overflow"
+            )
+        return logits, pred_iou, on_cpu
 
 
 def _cache(cache: str | EmbeddingCache | None, cache_gb: float | None) -> EmbeddingCache | None:
@@ -289,6 +322,7 @@ def _table(
         scores=torch.from_numpy(regions.scores),
         pred_iou=pred_iou,
         accepted=torch.from_numpy(accepted),
+        left_out=regions.left_out,
     )
 
 
