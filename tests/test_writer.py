@@ -58,7 +58,7 @@ def predict(folder, loaders=None, module=None, sam=None, trainer=None, **kwargs)
         folder, sam, **{"num_classes": NUM_CLASSES, "refine": REFINE, **kwargs}
     )
     Trainer(**SILENT, **(trainer or {}), callbacks=[writer]).predict(
-        module or Predicting(), loaders or named(), return_predictions=False
+        module or Predicting(), named() if loaders is None else loaders, return_predictions=False
     )
     return writer, sam.embedded
 
@@ -422,8 +422,12 @@ class TestBackground:
             raise OSError("full")
 
         writer = BackgroundWriter(1)
-        with pytest.raises(OSError, match="full"):
+
+        def produce():
             for _ in range(100):
                 writer.put(fail)
+
+        with pytest.raises(OSError, match="full"):
+            produce()
         with pytest.raises(OSError, match="full"):
             writer.close()
