@@ -17,14 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 try:
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 except ModuleNotFoundError as error:
-    raise MisconfigurationException(
+    raise ModuleNotFoundError(
         "SAMRefineWriter: its manifest needs pyarrow, which is not installed; "
         "pip install 'lightning-samrefine[predict]'"
     ) from error

@@ -126,8 +126,9 @@ class SAMRefineWriter(BasePredictionWriter):
         counts: What this process did, of type `PredictCounts`.
 
     Raises:
-        MisconfigurationException: No number of classes, a folder that holds something else or
-            results of other settings, or no pyarrow.
+        MisconfigurationException: No number of classes, or a folder that holds something
+            else or results of other settings.
+        ModuleNotFoundError: pyarrow is missing; the extra ``predict`` brings it.
         TypeError: An argument of a wrong type.
         ValueError: An argument outside its range, a batch in which something is missing, or one
             name for different images.
