@@ -15,11 +15,20 @@ if TYPE_CHECKING:
     from lightning_samrefine.models import load_sam
     from lightning_samrefine.refinement import Refinement
     from lightning_samrefine.refiner import Refiner
+    from lightning_samrefine.writer import SAMRefineWriter
 
-__all__ = ["RefineConfig", "Refinement", "Refiner", "SAMRefineCallback", "load_sam"]
+__all__ = [
+    "RefineConfig",
+    "Refinement",
+    "Refiner",
+    "SAMRefineCallback",
+    "SAMRefineWriter",
+    "load_sam",
+]
 
 _HOME = {
     "SAMRefineCallback": "callback",
+    "SAMRefineWriter": "writer",
     "RefineConfig": "config",
     "Refinement": "refinement",
     "Refiner": "refiner",

@@ -64,6 +64,13 @@ class RefineInputs:
         targets = None if self.targets is None else self.targets[:count]
         return RefineInputs(self.images[:count], self.probs[:count], self.labels[:count], targets)
 
+    def take(self, indices: Sequence[int]) -> RefineInputs:
+        """Return the samples of these indices, in their order, as lists."""
+        return RefineInputs(
+            *([samples[i] for i in indices] for samples in (self.images, self.probs, self.labels)),
+            None if self.targets is None else [self.targets[i] for i in indices],
+        )
+
 
 AdapterFunction = Callable[[Any, Any, Tensor | None], RefineInputs | Mapping[str, Any]]
 """``adapter(batch, outputs, captured)``: the batch, what the step returned, and the scores that a
@@ -88,7 +95,8 @@ class BatchAdapter:
         scores_kind: What the scores are, see `to_probs`.
         rgb: Undoes the image's normalisation.
         function: Replaces the search, see `AdapterFunction`.
-        needs_target: Whether a batch without a target is an error.
+        needs_target: Whether targets are wanted, and a batch without one is an error; otherwise
+            none is looked for.
         device: Where to convert, for steps that return CPU tensors from a GPU run; None leaves
             everything where it is.
 
@@ -149,6 +157,7 @@ class BatchAdapter:
             if isinstance(found, RefineInputs):
                 return self._checked(found)
             image, target, scores, kind = _unpack(found)
+            target = target if self.needs_target else None
         else:
             image = self._find_image(batch, outputs)
             target = self._find_target(batch, outputs)
@@ -166,11 +175,14 @@ class BatchAdapter:
         if self.image_key is not None:
             return _first(at_key(batch, self.image_key), at_key(outputs, self.image_key))
         return _first(
+            batch if isinstance(batch, Tensor) else None,
             _in_batch(batch, 0, IMAGE_NAMES, _is_image),
             find_named(outputs, IMAGE_NAMES, _is_image),
         )
 
     def _find_target(self, batch: Any, outputs: Any) -> Samples | None:
+        if not self.needs_target:
+            return None
         if self.target_key is not None:
             return _first(at_key(batch, self.target_key), at_key(outputs, self.target_key))
         return _first(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # torch and Lightning are imported where they are needed: `samrefine --help` answers without them.
 
-TASKS = ("validate", "test", "fit")
+TASKS = ("validate", "test", "fit", "predict")
 
 # What the data module knows better than the command line, where the config leaves it null.
 INHERITED = ("num_classes", "class_names", "ignore_index", "image_mean", "image_std", "image_range")
@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> float | None:
 
     Writes ``metrics.json`` and ``config.yaml``, resolved but for the output folder, to
     ``cfg.output_dir``, ``curve.png`` too where more than one epoch was validated, and prints the
-    table.
+    table. ``task=predict`` writes predictions instead, see `SAMRefineWriter`.
 
     Args:
         cfg: ``configs/samrefine.yaml`` with its groups. Values that the data module supplies are
@@ -56,7 +56,7 @@ def run(cfg: DictConfig) -> float | None:
 
     Returns:
         Refined mIoU in [0, 1], for sweepers: that of the validation set, or of the test set with
-        ``task=test``. ``None`` where refinement was skipped.
+        ``task=test``. ``None`` where refinement was skipped, and with ``task=predict``.
 
     Raises:
         SetupError: The config cannot be built.
@@ -73,7 +73,7 @@ def run(cfg: DictConfig) -> float | None:
     if cfg.seed is not None:
         seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = _build(cfg, "data")
-    for key in ("segmenter", "callback"):
+    for key in ("segmenter", "callback", "writer"):
         _inherit(cfg[key], datamodule)
     segmenter = _build(cfg, "segmenter")
     trainer = _build_trainer(cfg, refine)
@@ -82,6 +82,11 @@ def run(cfg: DictConfig) -> float | None:
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         _save_config(cfg, folder / "config.yaml")
+    if cfg.task == "predict":
+        trainer.predict(
+            segmenter, datamodule=datamodule, ckpt_path=cfg.ckpt_path, return_predictions=False
+        )
+        return None
     metrics = _execute(cfg.task, trainer, segmenter, datamodule, cfg.ckpt_path)
     if trainer.is_global_zero:
         write_metrics(metrics, folder / "metrics.json")
@@ -196,7 +201,8 @@ def _build_trainer(cfg: DictConfig, refine: RefineConfig) -> Trainer:
         sam = {"sam": _build(cfg, "sam"), "checkpoint": None}
     else:
         sam = {"sam": cfg.sam.name, "checkpoint": cfg.sam.checkpoint}
-    callbacks: list[Callback] = [_build(cfg, "callback", refine=refine, **sam)]
+    key = "writer" if cfg.task == "predict" else "callback"
+    callbacks: list[Callback] = [_build(cfg, key, refine=refine, **sam)]
     callbacks += [_build(cfg, f"extra_callbacks.{name}") for name in cfg.extra_callbacks]
     if cfg.trainer.get("enable_progress_bar", True) and not any(
         isinstance(callback, ProgressBar) for callback in callbacks

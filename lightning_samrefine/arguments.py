@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.models import Promptable
+from lightning_samrefine.precision import PRECISIONS
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -23,6 +25,25 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, {accepted}")
     if value < least:
         raise ValueError(f"{name}: got {value!r}, {accepted}")
+
+
+def check_sam(sam: Any, checkpoint: Any, precision: Any) -> None:
+    """Refuse what is no SAM, a checkpoint for a loaded one, and an unknown precision.
+
+    Raises:
+        TypeError: Neither a name nor a `Promptable`.
+        ValueError: A checkpoint beside a loaded model, or an unknown precision.
+    """
+    if not isinstance(sam, str | Promptable):
+        raise TypeError(
+            f"sam: got {type(sam).__name__}, accepted is a name for load_sam or a Promptable"
+        )
+    if not isinstance(sam, str) and checkpoint is not None:
+        raise ValueError("checkpoint: got one beside a loaded model, accepted is None there")
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}"
+        )
 
 
 def parse_refine(refine: RefineConfig | Mapping[str, Any] | str) -> RefineConfig:

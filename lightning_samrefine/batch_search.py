@@ -34,7 +34,7 @@ def leaves(container: Any, path: tuple[str | int, ...] = ()) -> Iterator[Leaf]:
     elif path and _is_sample_list(container):
         yield Leaf(path, list(container))
     elif len(path) < MAX_DEPTH:
-        for key, value in _entries(container):
+        for key, value in entries(container):
             yield from leaves(value, (*path, key))
 
 
@@ -85,16 +85,17 @@ def describe(value: Any, depth: int = MAX_DEPTH) -> str:
         return f"{dtype} {tuple(value.shape)}" if value.ndim else f"{dtype} scalar"
     if isinstance(value, str | bytes | int | float) or value is None:
         return "None" if value is None else type(value).__name__
-    entries = _entries(value)
-    if not entries or depth == 0:
+    held = entries(value)
+    if not held or depth == 0:
         return type(value).__name__
-    shown = entries[:12]
+    shown = held[:12]
     inner = ", ".join(f"{key!r}: {describe(entry, depth - 1)}" for key, entry in shown)
-    more = f", and {len(entries) - len(shown)} more" if len(entries) > len(shown) else ""
+    more = f", and {len(held) - len(shown)} more" if len(held) > len(shown) else ""
     return f"{type(value).__name__} of {{{inner}{more}}}"
 
 
-def _entries(container: Any) -> list[tuple[str | int, Any]]:
+def entries(container: Any) -> list[tuple[str | int, Any]]:
+    """Return a container's keys or indices with what is under them; none where it is none."""
     if isinstance(container, Mapping):
         return [(key if isinstance(key, int) else str(key), container[key]) for key in container]
     if is_dataclass(container) and not isinstance(container, type):

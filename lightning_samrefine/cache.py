@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -204,12 +204,8 @@ class EmbeddingCache:
         state = tuple((tensor.data_ptr(), _version(tensor)) for tensor in weights.values())
         known = self._fingerprints.get(sam.module)
         if known is None or known[0] != state:
-            digest = hashlib.blake2b(digest_size=20)
-            digest.update(repr((CODE_VERSION, sam.name, sam.image_size)).encode())
-            for name, tensor in weights.items():
-                digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-                digest.update(_bytes(tensor))
-            known = (state, digest.hexdigest())
+            about = (CODE_VERSION, sam.name, sam.image_size)
+            known = (state, weights_fingerprint(weights.items(), about))
             self._fingerprints[sam.module] = known
         return known[1]
 
@@ -249,6 +245,24 @@ class _Epoch:
 def default_folder() -> Path:
     """Return ``embeddings`` in the package's `home`."""
     return home() / "embeddings"
+
+
+def weights_fingerprint(weights: Iterable[tuple[str, Tensor]], about: tuple[Any, ...] = ()) -> str:
+    """Hash tensors with their names, dtypes and shapes, in their order.
+
+    Args:
+        weights: Names and tensors on any device.
+        about: What else the hash depends on.
+
+    Returns:
+        40 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=20)
+    digest.update(repr(about).encode())
+    for name, tensor in weights:
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _key(model: str, image: Tensor, dtype: torch.dtype | None, device: torch.device) -> str:

@@ -130,7 +130,8 @@ class SAMRefineCallback(Callback):
             and one of ``logits``, ``probs`` and ``labels``.
 
     Attributes:
-        history: What was logged, one dict an evaluation and loader: ``stage``, ``epoch``,
+        history: What was logged (under ``Trainer(barebones=True)``, which forbids logging, what
+            would have been), one dict an evaluation and loader: ``stage``, ``epoch``,
             ``dataloader_idx``, and the names above without their prefix; also what is not logged,
             see `lightning_samrefine.comparison.ComparisonResult.details`.
 
@@ -238,6 +239,11 @@ class SAMRefineCallback(Callback):
         if stage not in _STAGES:
             return
         self._release()
+        if trainer.barebones:
+            rank_zero_warn(
+                "SAMRefineCallback: Trainer(barebones=True) logs nothing; the figures are in the "
+                "callback's history alone"
+            )
         device = trainer.strategy.root_device
         with isolated_rng(device):
             if isinstance(self.sam, str):
@@ -401,14 +407,15 @@ class SAMRefineCallback(Callback):
             result = loader.comparison.result()
             figures = result.figures()
             suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""
-            self.log_dict(
-                {f"{stage}/{key}{suffix}": value for key, value in figures.items()},
-                add_dataloader_idx=False,
-                # The processes hold equal values already, of which the maximum changes no bit;
-                # without sync_dist Lightning warns, key by key, that they might differ.
-                sync_dist=True,
-                reduce_fx="max",
-            )
+            if not trainer.barebones:  # which forbids to log, see `setup`
+                self.log_dict(
+                    {f"{stage}/{key}{suffix}": value for key, value in figures.items()},
+                    add_dataloader_idx=False,
+                    # The processes hold equal values already, of which the maximum changes no bit;
+                    # without sync_dist Lightning warns, key by key, that they might differ.
+                    sync_dist=True,
+                    reduce_fx="max",
+                )
             where = {"stage": stage, "epoch": trainer.current_epoch, "dataloader_idx": index}
             self.history.append({**where, **figures, **result.details()})
             curve = [

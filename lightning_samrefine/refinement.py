@@ -46,6 +46,7 @@ class Regions:
         masks: (N, h, w) bool on SAM's device, the mask that SAM answered with at its own low
             resolution, cropped to the part of the frame that the image fills. None where SAM was
             not asked, or the masks were let go.
+        left_out: How many more regions there were, which ``max_regions`` kept from being prompted.
     """
 
     classes: Tensor
@@ -55,6 +56,7 @@ class Regions:
     pred_iou: Tensor
     accepted: Tensor
     masks: Tensor | None = None
+    left_out: int = 0
 
     def __len__(self) -> int:
         return self.classes.shape[0]

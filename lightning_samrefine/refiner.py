@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,12 +14,16 @@ from torch import Tensor
 from lightning_samrefine.cache import EmbeddingCache, make_cache
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fusion import MapRefinement
+from lightning_samrefine.inputs import check_image_and_probs, checked_labels, first_argmax
+from lightning_samrefine.memory import ChunkSize
 from lightning_samrefine.models.protocol import Promptable, Prompts
 from lightning_samrefine.precision import autocast, autocast_dtype
 from lightning_samrefine.prompts import build_prompts
 from lightning_samrefine.refinement import Refinement, Regions
 from lightning_samrefine.regions import GridRegions, split_regions
 from lightning_samrefine.upscaling import WindowedUpscale, extents
+
+_log = logging.getLogger(__name__)
 
 # Four prompts at once fit a core's cache and beat one, eight and forty (measured, FP32 and BF16).
 _CPU_PROMPTS = 4
@@ -97,6 +102,8 @@ class Refiner:
         self.config = config if config is not None else RefineConfig.preset("default")
         self.precision = precision
         self.cache = make_cache(cache, cache_gb)
+        self._prompts_at_once, self._images_at_once = ChunkSize(), ChunkSize()
+        self._told_of_left_out = False
 
     def __call__(self, image: Tensor, probs: Tensor, labels: Tensor | None = None) -> Refinement:
         """Refine one image's prediction.
@@ -165,12 +172,12 @@ class Refiner:
             )
         raw = []
         for index in range(len(images)):
-            _check(images[index], probs[index], self.sam.device)
+            check_image_and_probs(images[index], probs[index], self.sam.device)
             image_probs = probs[index].float()
             image_labels = (
-                _argmax(image_probs)
+                first_argmax(image_probs)
                 if labels is None
-                else _checked_labels(labels[index], image_probs)
+                else checked_labels(labels[index], image_probs)
             )
             raw.append((image_probs, image_labels))
 
@@ -182,9 +189,11 @@ class Refiner:
                 config.score_thresh,
                 config.stride,
                 config.min_region_area,
+                config.max_regions,
             )
             for image_probs, image_labels in raw
         ]
+        self._tell_of_left_out(regions)
         # An image without a region asks SAM nothing, so it is not embedded either (step 4).
         prompted = [index for index, found in enumerate(regions) if len(found) > 0]
         embeddings = dict(zip(prompted, self._embed([images[i] for i in prompted]), strict=True))
@@ -193,15 +202,33 @@ class Refiner:
             for index in range(len(images))
         )
 
+    def _tell_of_left_out(self, regions: Sequence[GridRegions]) -> None:
+        worst = max(regions, key=lambda found: found.left_out, default=None)
+        if worst is None or worst.left_out == 0 or self._told_of_left_out:
+            return
+        self._told_of_left_out = True
+        _log.warning(
+            "An image has %d regions; the largest %d are prompted (max_regions), the others keep "
+            "their raw prediction. Further such images are not reported.",
+            len(worst) + worst.left_out,
+            len(worst),
+        )
+
     def _embed(self, images: list[Tensor]) -> list[Any]:
         if not images:
             return []
         device = self.sam.device
         dtype = autocast_dtype(self.precision, device)
 
-        def compute(chosen: list[Tensor]) -> list[Any]:
+        def embed(chosen: list[Tensor]) -> list[Any]:
             with autocast(dtype, device):
                 return self.sam.embed(chosen)
+
+        def compute(chosen: list[Tensor]) -> list[Any]:
+            chunks = self._images_at_once.run(
+                len(chosen), len(chosen), lambda start, stop: embed(chosen[start:stop])
+            )
+            return [embedding for _, _, embeddings in chunks for embedding in embeddings]
 
         if self.cache is None:
             return compute(images)
@@ -280,29 +307,23 @@ class Refiner:
         logits, ious, masks_extents = [], [], []
         size = self.config.max_prompts_per_batch or _prompts_per_batch(device)
         with autocast(autocast_dtype(self.precision, device), device):
-            for start in range(0, len(prompts), size):
-                chunk_logits, chunk_iou = self.sam.decode(
-                    embedding, prompts.chunk(start, start + size)
-                )
+            for _, _, (chunk_logits, chunk_iou) in self._prompts_at_once.run(
+                len(prompts),
+                size,
+                lambda start, stop: self.sam.decode(embedding, prompts.chunk(start, stop)),
+            ):
                 logits.extend(chunk_logits.float())
                 ious.append(chunk_iou.float())
                 if device.type == "cpu":
                     masks_extents.append(extents(chunk_logits))
         on_cpu = torch.cat(masks_extents).numpy() if masks_extents else None
-        return logits, torch.cat(ious).cpu(), on_cpu
-
-
-def _argmax(probs: Tensor) -> Tensor:
-    """Return the (H, W) int64 first class of the largest of (C, H, W) probabilities, no NaN."""
-    if probs.device.type != "cpu":
-        return probs.argmax(dim=0)
-    # torch's own walks across the planes, which takes several times as long on a CPU.
-    best = probs[0].clone()
-    labels = torch.zeros(best.shape, dtype=torch.int64)
-    for c in range(1, len(probs)):
-        labels.masked_fill_(probs[c] > best, c)
-        torch.maximum(best, probs[c], out=best)
-    return labels
+        pred_iou = torch.cat(ious).cpu()
+        if not bool(pred_iou.isfinite().all()):
+            raise FloatingPointError(
+                f"SAM {self.sam.name} predicted an IoU of NaN or infinity under "
+                f"precision={self.precision!r}; with precision='32' half precision cannot overflow"
+            )
+        return logits, pred_iou, on_cpu
 
 
 def _prompts_per_batch(device: torch.device) -> int:
@@ -331,6 +352,7 @@ def _table(
         scores=torch.from_numpy(regions.scores),
         pred_iou=pred_iou,
         accepted=torch.from_numpy(accepted),
+        left_out=regions.left_out,
     )
 
 
@@ -346,44 +368,3 @@ def _untouched(probs: Tensor, labels: Tensor, table: Regions) -> Refinement:
         classes=torch.empty(0, dtype=torch.int64, device=device),
         regions=table,
     )
-
-
-def _check(image: Tensor, probs: Tensor, device: torch.device) -> None:
-    """Refuse an image or probabilities that the algorithm is not defined for."""
-    for name, value in (("image", image), ("probs", probs)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, accepted is a torch tensor")
-    if image.dtype != torch.uint8:
-        raise TypeError(f"image: got dtype {image.dtype}, accepted is uint8 (RGB, 0 to 255)")
-    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise ValueError(f"image: got shape {tuple(image.shape)}, accepted is (3, H, W)")
-    if not probs.is_floating_point():
-        raise TypeError(f"probs: got dtype {probs.dtype}, accepted is a floating-point type")
-    if probs.ndim != 3 or probs.shape[1:] != image.shape[1:] or probs.shape[0] == 0:
-        raise ValueError(
-            f"probs: got shape {tuple(probs.shape)}, accepted is (C, H, W) with the image's "
-            f"(H, W) = {tuple(image.shape[1:])}"
-        )
-    if probs.device != device:
-        raise ValueError(f"probs: got device {probs.device}, accepted is SAM's, {device}")
-    # One download: each would make the CPU wait for the GPU.
-    low, high = torch.stack(torch.aminmax(probs)).tolist()
-    # NaN fails both comparisons; float16 softmax may exceed 1 by its last bit.
-    if not (low >= 0 and high <= 1 + 1e-3):
-        raise ValueError(
-            f"probs: got values from {low:.4g} to {high:.4g}, accepted are probabilities in "
-            "[0, 1] without NaN (apply softmax to logits)"
-        )
-
-
-def _checked_labels(labels: Tensor, probs: Tensor) -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: got {type(labels).__name__}, accepted is a torch tensor")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels: got dtype {labels.dtype}, accepted is an integer type")
-    if labels.shape != probs.shape[1:]:
-        raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, accepted is (H, W) = "
-            f"{tuple(probs.shape[1:])}, that of the probabilities"
-        )
-    return labels.to(device=probs.device, dtype=torch.int64)

@@ -28,6 +28,7 @@ class GridRegions:
         component_ids: (N,) int64, the id of each region in ``components``. Components that were
             dropped have ids of their own and no region.
         probs: (C, h_d, w_d) float32, L_d, on the device of the prediction.
+        left_out: How many regions ``max_regions`` left out.
     """
 
     classes: np.ndarray
@@ -37,6 +38,7 @@ class GridRegions:
     components: np.ndarray
     component_ids: np.ndarray
     probs: Tensor
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -56,7 +58,12 @@ class GridRegions:
 
 
 def split_regions(
-    labels: Tensor, probs: Tensor, score_thresh: float, stride: int, min_region_area: int
+    labels: Tensor,
+    probs: Tensor,
+    score_thresh: float,
+    stride: int,
+    min_region_area: int,
+    max_regions: int | None = None,
 ) -> GridRegions:
     """Find the regions of a raw prediction (ALGORITHM.md steps 1 to 3).
 
@@ -70,6 +77,8 @@ def split_regions(
         score_thresh: τ_c in [0, 1).
         stride: r ≥ 1.
         min_region_area: Smallest area in grid pixels that is kept.
+        max_regions: So many regions are kept at most, those of the largest area; of equal ones
+            those whose first pixel comes first in row-major order. None keeps all.
     """
     num_classes = probs.shape[0]
     labels_d, probs_d = _downsample(labels, probs, stride)
@@ -88,6 +97,9 @@ def split_regions(
     scores = (sums / np.maximum(area, 1)).astype(np.float32)
     large = (area >= min_region_area) & (scores > np.float32(score_thresh))
     ids = 1 + np.flatnonzero(large[1:])
+    found = len(ids)
+    if max_regions is not None and found > max_regions:
+        ids = ids[np.lexsort((first[ids], -area[ids]))[:max_regions]]
     ids = ids[np.lexsort((first[ids], grid.ravel()[first[ids]]))]
     return GridRegions(
         classes=grid.ravel()[first[ids]].astype(np.int64) - 1,
@@ -97,6 +109,7 @@ def split_regions(
         components=components,
         component_ids=ids,
         probs=probs_d,
+        left_out=found - len(ids),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, TypeAlias
 
 import torch
@@ -10,11 +11,6 @@ from torch.nn import functional as nnf
 
 SCORES_KINDS = ("auto", "logits", "probs", "labels")
 ScoresKind: TypeAlias = Literal["auto", "logits", "probs", "labels"]
-
-# Probability of all the classes that a label map does not name. At exactly 0, Algorithm 4 could
-# never give a pixel another class (step 10 multiplies by it); above 0 the raw class still wins
-# wherever its own mask covers the pixel.
-_OTHER_CLASSES = 1e-3
 
 _SUM_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _DEFAULT_SUM_TOLERANCE = 1e-3
@@ -42,7 +38,8 @@ def to_probs(
     ``"auto"`` decides so: integers are labels. Images of C channels whose values lie in [0, 1]
     and sum to 1 within 1e-3 (bf16: 2e-2) are probabilities, others logits, for a softmax. A batch
     of one-channel maps that lies in [0, 1] as a whole holds probabilities of class 1, any other
-    holds logits, for a sigmoid.
+    holds logits, for a sigmoid. Probabilities that are named so need not sum to 1: Algorithm 4
+    looks at each class by itself.
 
     Args:
         scores: (B, C, h, w) float; (B, 1, h, w) or (B, h, w) float of a binary model; (B, h, w)
@@ -74,6 +71,8 @@ def to_probs(
             f"{accepted}"
         )
     is_probs = _are_probs(maps) if kind == "auto" else torch.tensor(kind == "probs")
+    if kind == "auto" and not bool(is_probs.all()):
+        _warn_of_sums(maps)
     if kind == "probs":
         _check_probs(maps)
     maps = _enlarge(maps.float(), image_hw, "bilinear")
@@ -123,6 +122,23 @@ def _are_probs(maps: Tensor) -> Tensor:
     total = maps.float().sum(dim=1)
     strange = outside.any(dim=1) | ((total - 1).abs() > tolerance)
     return ~(strange & ~total.isnan()).flatten(1).any(dim=1)
+
+
+def _warn_of_sums(maps: Tensor) -> None:
+    """Say so where maps taken for logits look like a sigmoid for each class."""
+    if maps.shape[1] == 1:
+        return
+    # Logits of a network that has learnt nothing are small, too, but none stands out.
+    low, high = torch.stack(torch.aminmax(maps.float())).tolist()
+    if low >= 0 and 0.5 < high <= 1:
+        total = maps.float().sum(dim=1)
+        warnings.warn(
+            f"scores: got values from {low:.4g} to {high:.4g} that sum to {float(total.min()):.4g} "
+            f"up to {float(total.max()):.4g} over the classes, and took them for logits. Set "
+            "scores_kind='probs' if they are a sigmoid for each class, 'logits' if they are not",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _check_probs(maps: Tensor) -> None:

@@ -177,6 +177,35 @@ def test_a_run_measures_what_the_files_say(folder, tmp_path, capsys, task):
     assert f"Logs, metrics.json and config.yaml: {tmp_path}\n" in printed
 
 
+def test_predict_writes_what_the_refiner_gives_and_goes_on(folder, tmp_path):
+    values = overrides(folder, "task=predict", "refine=algorithm4", "writer.probs=uint8")
+    values += [
+        f"data.predict.images={folder / 'images'}",
+        f"data.predict.predictions={folder / 'predictions'}",
+    ]
+    assert run(composed(tmp_path, *values)) is None
+    refiner = Refiner(small_sam(), RefineConfig())
+    for path in sorted((folder / "predictions").iterdir()):
+        probs = torch.from_numpy(np.load(path)["probs"])
+        image = torch.from_numpy(np.array(Image.open(folder / "images" / f"{path.stem}.png")))
+        labels = refiner(image.permute(2, 0, 1), probs).labels
+        written = Image.open(tmp_path / "predictions" / "labels" / f"{path.stem}.png")
+        assert np.array_equal(np.array(written), labels.numpy())
+    manifest = tmp_path / "predictions" / "manifest.parquet"
+    before = manifest.read_bytes()
+    run(composed(tmp_path, *values))
+    assert manifest.read_bytes() == before
+    with pytest.raises(MisconfigurationException, match=r"refine\.pred_iou_thresh"):
+        run(composed(tmp_path, *values, "refine.pred_iou_thresh=0.9"))
+
+
+def test_predict_needs_images(folder, tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"data\.predict: not set"):
+        run(composed(tmp_path, *overrides(folder, "task=predict")))
+    with pytest.raises(SetupError, match=r"predict: images not set, though predictions is"):
+        run(composed(tmp_path, *overrides(folder, "data.predict.predictions=x")))
+
+
 def test_thresholds_reach_the_refiner_and_the_saved_config(folder, tmp_path):
     values = overrides(folder, "refine.pred_iou_thresh=1.0", "refine.stride=4")
     result, metrics = execute(tmp_path, *values)

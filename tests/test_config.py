@@ -29,6 +29,8 @@ def test_algorithm4_is_the_seed_and_overrides_replace_fields():
         ("stride", 0, ValueError),
         ("stride", 2.0, TypeError),
         ("min_region_area", 0, ValueError),
+        ("max_regions", 0, ValueError),
+        ("max_regions", 1.5, TypeError),
         ("max_prompts_per_batch", 0, ValueError),
         ("max_prompts_per_batch", 1.5, TypeError),
     ],

@@ -34,7 +34,16 @@ GROUPS = sorted(path.name for path in config_dir().iterdir() if path.is_dir())
 
 
 def test_there_are_the_promised_groups():
-    assert GROUPS == ["callback", "data", "logger", "refine", "sam", "segmenter", "trainer"]
+    assert GROUPS == [
+        "callback",
+        "data",
+        "logger",
+        "refine",
+        "sam",
+        "segmenter",
+        "trainer",
+        "writer",
+    ]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -68,6 +77,16 @@ def test_the_callback_config_holds_the_callbacks_own_defaults():
     assert {key for key in node if not key.startswith("_")} == set(parameters) - from_groups
     # The command draws panels unasked; a callback in somebody's Trainer does not.
     for key in set(parameters) - from_groups - set(INHERITED) - {"panels"}:
+        assert node[key] == parameters[key].default, key
+
+
+def test_the_writer_config_holds_the_writers_own_defaults():
+    node = composed("task=predict").writer
+    parameters = inspect.signature(get_class(node._target_)).parameters
+    from_groups = {"sam", "checkpoint", "refine"}
+    assert {key for key in node if not key.startswith("_")} == set(parameters) - from_groups
+    assert node.folder == "OUT/predictions"
+    for key in set(parameters) - from_groups - set(INHERITED) - {"folder"}:
         assert node[key] == parameters[key].default, key
 
 

@@ -29,9 +29,14 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LABEL_SUFFIXES = (".png",)
 PREDICTION_SUFFIXES = (".png", ".npz")
 
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test", "predict")
 # The first split of a stage is the one that it cannot do without.
-_STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+_STAGE_SPLITS = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
 _SHOWN_NAMES = 5
 
 
@@ -42,6 +47,7 @@ class FolderSplit:
     Attributes:
         images: Folder of 8-bit images (png, jpg, webp, bmp, tif).
         labels: Folder of label maps: png of one channel, uint8, uint16 or palette indices.
+            ``None`` for images that are to be predicted only.
         predictions: Folder of stored predictions, or ``None``: label maps (png; a value outside
             [0, C) means "unknown") or npz files with ``probs`` or ``logits``, (C, H, W).
         stems: Text file with one stem a line, or ``None`` for every image in the folder.
@@ -53,12 +59,22 @@ class FolderSplit:
     stems: str | Path | None = None
 
     @classmethod
-    def parse(cls, name: str, value: FolderSplit | Mapping[str, Any] | None) -> FolderSplit | None:
+    def parse(
+        cls,
+        name: str,
+        value: FolderSplit | Mapping[str, Any] | None,
+        needed: Sequence[str] = ("images", "labels"),
+    ) -> FolderSplit | None:
         """Read a split's setting; one whose values are all ``None`` is no split.
+
+        Args:
+            name: What an error calls it.
+            value: The setting.
+            needed: The folders that it cannot do without.
 
         Raises:
             TypeError: Neither a mapping nor a `FolderSplit`, or an unknown key.
-            ValueError: Images without labels, or the other way round.
+            ValueError: A needed folder is not set although another one is.
         """
         if value is None:
             return None
@@ -70,11 +86,11 @@ class FolderSplit:
         given = {field.name for field in fields(cls) if getattr(value, field.name) is not None}
         if not given:
             return None
-        missing = [key for key in ("images", "labels") if key not in given]
+        missing = [key for key in needed if key not in given]
         if missing:
             raise ValueError(
                 f"{name}: {' and '.join(missing)} not set, though {', '.join(sorted(given))} is; "
-                "a split needs both images and labels"
+                f"this split needs {' and '.join(needed)}"
             )
         return value
 
@@ -83,7 +99,7 @@ class FolderSplit:
 class _Files:
     stem: str
     image: Path
-    labels: Path
+    labels: Path | None
     prediction: Path | None
 
 
@@ -121,9 +137,10 @@ class FolderDataset(Dataset[Sample]):
         files = self._files[index]
         with Image.open(files.image) as image:
             sample: Sample = {"image": image_to_tensor(image, str(files.image)), "name": files.stem}
-        with Image.open(files.labels) as labels:
-            sample["mask"] = label_map_to_tensor(labels, str(files.labels))
-        check_labels(sample["mask"], self.num_classes, self.ignore_index, str(files.labels))
+        if files.labels is not None:
+            with Image.open(files.labels) as labels:
+                sample["mask"] = label_map_to_tensor(labels, str(files.labels))
+            check_labels(sample["mask"], self.num_classes, self.ignore_index, str(files.labels))
         if files.prediction is None:
             return sample
         if files.prediction.suffix == ".npz":
@@ -165,6 +182,7 @@ class FolderDataModule(LightningDataModule):
         train: Shuffled; needed to fit only.
         val: Validation split.
         test: Test split.
+        predict: Images to predict, no labels needed.
         batch_size: 1 unless all images of a split have one size.
         num_workers: Processes that load samples; 0 loads in the main one.
 
@@ -188,6 +206,7 @@ class FolderDataModule(LightningDataModule):
         train: FolderSplit | Mapping[str, Any] | None = None,
         val: FolderSplit | Mapping[str, Any] | None = None,
         test: FolderSplit | Mapping[str, Any] | None = None,
+        predict: FolderSplit | Mapping[str, Any] | None = None,
         batch_size: int = 1,
         num_workers: int = 0,
     ) -> None:
@@ -210,12 +229,13 @@ class FolderDataModule(LightningDataModule):
         self.num_workers = num_workers
         self._splits = {
             name: FolderSplit.parse(name, value)
-            for name, value in zip(SPLITS, (train, val, test), strict=True)
+            for name, value in {"train": train, "val": val, "test": test}.items()
         }
+        self._splits["predict"] = FolderSplit.parse("predict", predict, needed=("images",))
         self._datasets: dict[str, FolderDataset] = {}
 
     def has_split(self, name: str) -> bool:
-        """Whether ``"train"``, ``"val"`` or ``"test"`` is set."""
+        """Whether ``"train"``, ``"val"``, ``"test"`` or ``"predict"`` is set."""
         return self._splits[name] is not None
 
     def setup(self, stage: str) -> None:
@@ -229,8 +249,9 @@ class FolderDataModule(LightningDataModule):
         """
         names = _STAGE_SPLITS.get(stage, ())
         if names and not self.has_split(names[0]):
+            needed = "images" if stage == "predict" else "images and labels"
             raise MisconfigurationException(
-                f"data.{names[0]}: not set, though this run needs its images and labels "
+                f"data.{names[0]}: not set, though this run needs its {needed} "
                 f"(set are: {', '.join(filter(self.has_split, SPLITS)) or 'none'})"
             )
         for name in names:
@@ -252,6 +273,10 @@ class FolderDataModule(LightningDataModule):
         """Batches of the test split."""
         return self._loader("test")
 
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the images to predict."""
+        return self._loader("predict")
+
     def _loader(self, name: str, shuffle: bool = False) -> DataLoader[Sample]:
         return DataLoader(
             self._datasets[name],
@@ -264,7 +289,9 @@ class FolderDataModule(LightningDataModule):
 
 def _pair_files(split: FolderSplit) -> list[_Files]:
     images = _by_stem(Path(split.images or ""), "images", IMAGE_SUFFIXES)
-    labels = _by_stem(Path(split.labels or ""), "labels", LABEL_SUFFIXES)
+    labels = (
+        _by_stem(Path(split.labels), "labels", LABEL_SUFFIXES) if split.labels is not None else None
+    )
     stored = (
         _by_stem(Path(split.predictions), "predictions", PREDICTION_SUFFIXES)
         if split.predictions is not None
@@ -282,7 +309,13 @@ def _pair_files(split: FolderSplit) -> list[_Files]:
                 f"{folder}: no {what} for {_some(missing)} ({len(missing)} of {len(stems)} stems)"
             )
     return [
-        _Files(s, images[s], labels[s], stored[s] if stored is not None else None) for s in stems
+        _Files(
+            stem,
+            images[stem],
+            labels[stem] if labels is not None else None,
+            stored[stem] if stored is not None else None,
+        )
+        for stem in stems
     ]
 
 

@@ -134,6 +134,10 @@ class TorchvisionDataModule(LightningDataModule):
         """Batches of the test split."""
         return self._loader("test")
 
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """The same images as for testing."""
+        return self.test_dataloader()
+
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Sample]:
         return DataLoader(
             self._dataset(split),

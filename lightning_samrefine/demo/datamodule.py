@@ -75,6 +75,10 @@ class ScenesDataModule(lit.LightningDataModule):
         """Test scenes in order."""
         return DataLoader(self._scenes["test"], self.batch_size)
 
+    def predict_dataloader(self) -> DataLoader:
+        """The test scenes."""
+        return self.test_dataloader()
+
 
 class _InMemory(Dataset[dict[str, Tensor]]):
     """Keeps what it was asked for: rendering a scene takes longer than training on it."""

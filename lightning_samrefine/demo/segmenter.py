@@ -59,6 +59,10 @@ class SmallSegmenter(lit.LightningModule):
         """Return the logits, where the callback finds them."""
         return {"logits": self(batch["image"])}
 
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Return the logits, where the writer finds them."""
+        return {"logits": self(batch["image"])}
+
     def configure_optimizers(self) -> dict:
         """AdamW under a one-cycle schedule of as many steps as the run has."""
         optimizer = torch.optim.AdamW(

@@ -34,6 +34,12 @@ class StoredPredictions(LightningModule):
         """Do as `validation_step`."""
         return self._stored(batch)
 
+    def predict_step(
+        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Do as `validation_step`."""
+        return self._stored(batch)
+
     @staticmethod
     def _stored(batch: dict[str, Any]) -> dict[str, Tensor]:
         found = {key: batch[key] for key in STORED_KEYS if key in batch}

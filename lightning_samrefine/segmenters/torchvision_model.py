@@ -107,6 +107,12 @@ class TorchvisionSegmenter(LightningModule):
         """Return ``"logits"`` and ``"loss"``, and log ``test/loss``."""
         return self._evaluate(batch, "test")
 
+    def predict_step(
+        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Return ``"logits"``; no target is needed."""
+        return {"logits": self(batch["image"])}
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over all parameters."""
         return torch.optim.AdamW(self.parameters(), lr=self.lr)

@@ -1,0 +1,70 @@
+"""Running out of memory: ask the model for less at a time, and remember how much it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+
+Answer = TypeVar("Answer")
+
+# What torch's allocators and CUDA's libraries say where they raise a plain RuntimeError.
+_MESSAGES = (
+    "out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _MESSAGES)
+
+
+class ChunkSize:
+    """How many items a model takes at once: halved whenever memory runs out, and never raised.
+
+    Attributes:
+        limit: The largest size that memory allowed so far, None before it ran out.
+    """
+
+    def __init__(self) -> None:
+        self.limit: int | None = None
+
+    def run(
+        self, count: int, size: int, ask: Callable[[int, int], Answer]
+    ) -> Iterator[tuple[int, int, Answer]]:
+        """Ask for items 0 to ``count`` in chunks.
+
+        Args:
+            count: How many items there are.
+            size: How many to ask for at once, where memory allows it.
+            ask: Called with the start and the end of a chunk.
+
+        Yields:
+            The start and the end of a chunk, and the answer.
+
+        Raises:
+            Exception: Whatever ``ask`` raises, running out of memory over one item included.
+        """
+        start = 0
+        while start < count:
+            stop = min(count, start + min(size, self.limit or size))
+            try:
+                answer = ask(start, stop)
+            except Exception as error:
+                if stop - start == 1 or not is_out_of_memory(error):
+                    raise
+                self.limit = (stop - start) // 2
+            else:
+                yield start, stop, answer
+                start = stop
+                continue
+            # Out of the handler, so that the error's frames have released their tensors.
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
