@@ -200,7 +200,8 @@ def _build_trainer(cfg: DictConfig, refine: RefineConfig) -> Trainer:
     if "_target_" in cfg.sam:
         sam = {"sam": _build(cfg, "sam"), "checkpoint": None}
     else:
-        sam = {"sam": cfg.sam.name, "checkpoint": cfg.sam.checkpoint}
+        checkpoint = cfg.sam.model if "model" in cfg.sam else cfg.sam.checkpoint
+        sam = {"sam": cfg.sam.name, "checkpoint": checkpoint}
     key = "writer" if cfg.task == "predict" else "callback"
     callbacks: list[Callback] = [_build(cfg, key, refine=refine, **sam)]
     callbacks += [_build(cfg, f"extra_callbacks.{name}") for name in cfg.extra_callbacks]

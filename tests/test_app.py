@@ -287,11 +287,10 @@ def test_fit_without_a_test_set_reports_the_validation(folder, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            ["sam=vit_t"],
-            r"^No value for sam\.checkpoint; give it as in: samrefine sam\.checkpoint=",
-        ),
-        (["sam=vit_b", "segmenter=custom"], r"No value for sam\.checkpoint, segmenter\._target_"),
+        (["sam=hf"], r"^No value for sam\.model; give it as in: samrefine sam\.model="),
+        (["sam=hf", "segmenter=custom"], r"No value for sam\.model, segmenter\._target_"),
+        (["sam=hf", "sam.model=/no/folder"], r"^checkpoint: got '/no/folder', where there is no f"),
+        (["sam=vit_t"], r"^mobile_sam\.pt could not be fetched: SAMREFINE_OFFLINE is set, so it is"),
         (["task=train"], r"^task: got 'train', accepted are validate, test, fit"),
         (["ckpt_path=/no/such.ckpt"], r"^ckpt_path: no file /no/such\.ckpt"),
         (["refine.pred_iou_thresh=2"], r"^refine: pred_iou_thresh: got 2, accepted is a number in"),
@@ -308,7 +307,9 @@ def test_fit_without_a_test_set_reports_the_validation(folder, tmp_path, capsys)
         (["sam=vit_t", "sam.checkpoint=/no/sam.pt"], r"^checkpoint: got '/no/sam\.pt', where"),
     ],
 )
-def test_a_wrong_setup_is_one_sentence(folder, tmp_path, values, message):
+def test_a_wrong_setup_is_one_sentence(folder, tmp_path, values, message, monkeypatch):
+    monkeypatch.setenv("SAMREFINE_OFFLINE", "1")
+    monkeypatch.setenv("SAMREFINE_HOME", str(tmp_path))
     with pytest.raises(Exception) as info:  # noqa: PT011 - its type and text are checked below
         execute(tmp_path, *overrides(folder, *values, sam=[] if "sam" in values[0] else SAM))
     sentence = explain(info.value)
@@ -386,13 +387,36 @@ def test_the_command_refuses_typos_and_helps_without_torch(tmp_path):
     typo = command(tmp_path, "refine.pred_iou_tresh=0.7")
     assert typo.returncode == 1
     assert "Key 'pred_iou_tresh' is not in struct" in typo.stderr
-    missing = command(tmp_path, "sam=vit_t")
+    missing = command(tmp_path, "sam=hf")
     assert missing.returncode == 1
-    assert missing.stderr.startswith("samrefine: No value for sam.checkpoint;")
+    assert missing.stderr.startswith("samrefine: No value for sam.model;")
     shown = command(tmp_path, "--help")
     assert shown.returncode == 0
     assert "refine: algorithm4, default" in shown.stdout
     assert "pred_iou_thresh: 0.5" in shown.stdout
+
+
+def test_a_model_of_transformers_in_a_folder_runs(folder, tmp_path):
+    pytest.importorskip("transformers")
+    from tiny_hf import build_tiny_hf
+
+    build_tiny_hf("sam2").module.save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match="says nothing of how images are normalised"):
+        _, metrics = execute(
+            tmp_path / "run",
+            *overrides(folder, sam=["sam=hf", f"sam.model={tmp_path / 'model'}"]),
+        )
+    assert metrics["val/refine_failed_images"] == 0
+    assert metrics["val/refine_regions_per_image"] > 0
+
+
+def test_an_absent_extra_is_one_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    values = ["sam=hf", "sam.model=facebook/sam2.1-hiera-small"]
+    with pytest.raises(ImportError) as info:
+        execute(tmp_path, *overrides(folder, sam=values))
+    assert 'pip install "lightning-samrefine[hf]"' in explain(info.value)
+    assert explain(ImportError("No module named nowhere")) is None
 
 
 # --- the summary ---------------------------------------------------------------------------------

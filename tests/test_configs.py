@@ -91,10 +91,16 @@ def test_the_writer_config_holds_the_writers_own_defaults():
 
 
 @pytest.mark.parametrize("name", ["vit_t", "vit_b", "vit_l", "vit_h"])
-def test_sams_need_a_checkpoint(name):
+def test_published_sams_need_no_checkpoint(name):
     cfg = composed(f"sam={name}")
-    assert cfg.sam.name == name
-    assert OmegaConf.missing_keys(cfg) == {"sam.checkpoint"}
+    assert (cfg.sam.name, cfg.sam.checkpoint) == (name, None)
+    assert OmegaConf.missing_keys(cfg) == set()
+
+
+def test_a_model_of_transformers_needs_an_id_or_a_folder():
+    cfg = composed("sam=hf")
+    assert cfg.sam.name == "hf"
+    assert OmegaConf.missing_keys(cfg) == {"sam.model"}
 
 
 def test_both_loggers_keep_apart_in_the_output_folder():

@@ -1,0 +1,30 @@
+"""What importing costs: nothing for the package, no model of transformers before one is asked for."""
+
+import subprocess
+import sys
+
+LOADED = """
+import sys
+{statement}
+print(*sys.modules)
+"""
+
+
+def loaded_by(statement: str) -> set[str]:
+    command = [sys.executable, "-c", LOADED.format(statement=statement)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_package_alone_loads_no_backend_nor_torch():
+    names = loaded_by("import lightning_samrefine")
+    assert "lightning_samrefine" in names
+    heavy = {"torch", "lightning", "segment_anything", "timm", "transformers", "cc3d", "numpy"}
+    assert names.isdisjoint(heavy)
+
+
+def test_the_callback_loads_no_model_of_transformers():
+    """transformers itself may come with torchmetrics, which uses it where it is installed."""
+    names = loaded_by("from lightning_samrefine import SAMRefineCallback")
+    assert {"lightning", "segment_anything"} <= names
+    assert not any(name.startswith(("transformers.models.sam", "sam2")) for name in names)
