@@ -30,7 +30,7 @@ def draw_class_bars(result: ComparisonResult, title: str = "IoU by class") -> Fi
         for index in range(len(result.class_names))
         if not all(np.isnan(iou[side][index]) for side in SIDES)
     ]
-    figure = Figure(figsize=(8, 0.9 + 0.36 * max(len(shown), 1)), layout="constrained")
+    figure = Figure(figsize=(5.4, 1.4 + 0.33 * max(len(shown), 1)), layout="constrained")
     axes = figure.subplots()
     rows = np.arange(len(shown))
     for side, shift in zip(SIDES, (-0.2, 0.2), strict=True):
@@ -42,12 +42,12 @@ def draw_class_bars(result: ComparisonResult, title: str = "IoU by class") -> Fi
             continue
         end = max(iou[side][index] for side in SIDES)
         colour = SIDE_COLOURS["refined"] if gain >= 0 else _LOSS
-        axes.text(end + 1, row, f"{gain:+.1f}", va="center", fontsize=8, color=colour)
+        axes.text(end + 1, row, f"{gain:+.1f}", va="center", fontsize=9, color=colour)
     axes.set_yticks(rows, [result.class_names[index] for index in shown])
     axes.invert_yaxis()
-    axes.set_xlim(0, 108)
+    axes.set_xlim(0, 115)
     axes.set_xlabel("IoU, %")
-    axes.set_title(title)
+    axes.set_title(title, fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2)
@@ -67,10 +67,11 @@ def draw_reliability(calibration: Calibration, title: str = "SAM's predicted IoU
     figure = Figure(figsize=(5.4, 5), layout="constrained")
     curve, counts = figure.subplots(2, height_ratios=(3, 1), sharex=True)
     curve.plot([0, 1], [0, 1], color="#8a8f98", linestyle="--", linewidth=1, label="calibrated")
-    some = calibration.bin_regions > 0
+    regions = calibration.bin_regions.numpy()
+    some = regions > 0
     curve.plot(
-        calibration.bin_pred_iou[some],
-        calibration.bin_true_iou[some],
+        calibration.bin_pred_iou.numpy()[some],
+        calibration.bin_true_iou.numpy()[some],
         "o-",
         color=SIDE_COLOURS["refined"],
         label="regions",
@@ -80,7 +81,7 @@ def draw_reliability(calibration: Calibration, title: str = "SAM's predicted IoU
     curve.set_title(f"{title}: {_in_words(calibration)}", fontsize=10)
     curve.legend(loc="upper left")
     centres = (np.arange(BINS) + 0.5) / BINS
-    counts.bar(centres, calibration.bin_regions, width=0.9 / BINS, color=SIDE_COLOURS["refined"])
+    counts.bar(centres, regions, width=0.9 / BINS, color=SIDE_COLOURS["refined"])
     counts.set_xlim(0, 1)
     counts.set_xlabel("predicted IoU")
     counts.set_ylabel("regions")
@@ -107,7 +108,7 @@ def draw_trimaps(result: ComparisonResult, title: str = "mIoU near borders") -> 
     axes.set_xticks(result.widths)
     axes.set_xlabel("width of the band, px")
     axes.set_ylabel("trimap mIoU, %")
-    axes.set_title(title)
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -14,11 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 SIDES = ("raw", "refined")
-MEAN_ROWS = {"mIoU": "miou", "trimap mIoU": "trimap_miou"}
+MEAN_ROWS = {"mIoU": "miou", "trimap mIoU": "trimap_miou", "Boundary IoU": "boundary_iou"}
 _FACTS = {
     "refine_accept_rate": "{:.1%} of regions accepted",
     "refine_regions_per_image": "{:.1f} regions an image",
     "refine_ms_per_image": "{:.0f} ms an image",
+    "refine_fixed_px": "{:.0f} pixels fixed",
+    "refine_broken_px": "{:.0f} broken",
 }
 
 
@@ -75,6 +77,10 @@ def summary(metrics: Mapping[str, float], folder: Path) -> RenderableType:
                 for key, text in _FACTS.items()
                 if f"{stage}/{key}{loader}" in metrics
             ]
+            low, high = (f"{stage}/miou_gain_{end}{loader}" for end in ("low", "high"))
+            if low in metrics:
+                bounds = f"{_per_cent(metrics[low], '+')} to {_per_cent(metrics[high], '+')}"
+                facts.insert(0, f"gain in mIoU within {bounds} (95%)")
             failed = metrics.get(f"{stage}/refine_failed_images{loader}", 0)
             if failed:
                 facts.append(f"{failed:.0f} images could not be refined and kept their prediction")
@@ -82,15 +88,16 @@ def summary(metrics: Mapping[str, float], folder: Path) -> RenderableType:
     if not parts:
         parts.append(Text("No refinement was logged: every image or epoch was skipped."))
     parts.append(Text(f"Logs, metrics.json and config.yaml: {folder}"))
-    parts += [Text(f"  {picture}") for picture in _pictures(folder)]
+    parts += [Text(f"  {path}") for path in _to_look_at(folder)]
     return Group(*parts)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """Return the curve and each stage's last panels; those of earlier epochs lie beside them."""
+def _to_look_at(folder: Path) -> list[Path]:
+    """Return the report, the curve and each stage's last panels; earlier ones lie beside them."""
     drawn = sorted(folder.glob("**/panels/*.png"))
     panels = {re.sub(r"_epoch_\d+", "", path.stem): path for path in drawn}
-    return [path for path in (folder / "curve.png", *panels.values()) if path.exists()]
+    found = (folder / "report.html", folder / "curve.png", *panels.values())
+    return [path for path in found if path.exists()]
 
 
 def print_summary(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning_stubs import NUM_CLASSES, REFINE, Segmenter, loader
+from PIL import Image
 
 from lightning_samrefine import SAMRefineCallback
 
@@ -60,6 +64,45 @@ def test_every_dataloader_has_its_own_panels(random_sam, tmp_path):
         "test_dataloader_idx_1.png",
     }
     assert [entry["dataloader_idx"] for entry in callback.history] == [0, 1]
+
+
+def test_panels_are_drawn_as_often_and_as_large_as_asked(random_sam, tmp_path):
+    run(random_sam, tmp_path, panels=1, panels_every_n_epochs=2, panels_width=500)
+    (drawn,) = tmp_path.rglob("*.png")
+    assert drawn.name == "val_epoch_001.png"
+    assert Image.open(drawn).width == 500
+
+
+def test_a_report_holds_every_stage(random_sam, tmp_path):
+    trainer, callback = run(random_sam, tmp_path, report=True)
+    path = Path(trainer.log_dir) / "report.html"
+    text = path.read_text(encoding="utf-8")
+    assert "<h2>val, epoch 1</h2>" in text
+    assert text.count("batch 0, image 0") >= 1
+    assert "mIoU and trimap mIoU over epochs" in text
+    trainer.test(Segmenter(), loader(), verbose=False)
+    text = path.read_text(encoding="utf-8")
+    assert "<h2>val, epoch 1</h2>" in text
+    assert "<h2>test</h2>" in text
+    assert f"{100 * callback.history[-1]['miou_refined']:.2f} %" in text
+    pickle.loads(pickle.dumps(callback))
+
+
+def test_a_report_goes_where_it_should(random_sam, tmp_path):
+    run(random_sam, tmp_path, "validate", report=tmp_path / "here.html")
+    assert (tmp_path / "here.html").exists()
+    assert not list(tmp_path.rglob("report.html"))
+    with pytest.raises(TypeError, match="report: got 3, accepted is True, False or a path"):
+        SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, report=3)
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(random_sam, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(UserWarning, match="no report was written to .*file"):
+        _, callback = run(
+            random_sam, tmp_path, "validate", report=str(tmp_path / "file" / "report.html")
+        )
+    assert callback.history[0]["miou_refined"] > 0
 
 
 def test_no_panels_unless_asked(random_sam, tmp_path):

@@ -160,15 +160,19 @@ def test_the_command_runs_the_benchmark_by_its_experiment():
 def test_the_page_shows_gains_in_points():
     metrics = {
         f"test/{kind}_{side}": value
-        for kind in ("miou", "trimap_miou")
+        for kind in ("miou", "trimap_miou", "boundary_iou")
         for side, value in (("raw", 0.5), ("refined", 0.5125))
     }
     metrics |= {"test/iou_raw/Sky": 0.9, "test/iou_refined/Sky": 0.85}
     metrics |= {"test/refine_accept_rate": 0.25, "test/refine_regions_per_image": 31.5}
+    metrics |= {"test/miou_gain_low": -0.002, "test/miou_gain_high": 0.0275}
+    metrics |= {"test/refine_fixed_px": 1500.0, "test/refine_broken_px": 1000.0}
+    metrics |= {"test/refine_fixed_broken_ratio": 1.5}
     checks = [Verification(key, 117, 1.0, 1.0, 0.57, True) for key in RESOLUTIONS]
     page = results_page(dict.fromkeys(RESOLUTIONS, metrics), checks, RefineConfig(), "command")
     mious = "50.00 | 51.25 | +1.25"
-    assert f"| 480x360 | {mious} | {mious} | 25.00 | 31.5 |" in page
+    row = f"{mious} | -0.20 to +2.75 | {mious} | {mious} | 1500 | 1000 | 1.50 | 25.00 | 31.5"
+    assert f"| 480x360 | {row} |" in page
     assert "| Sky | 90.00 | 85.00 | -5.00 | 90.00 | 85.00 | -5.00 |" in page
     assert "| Pole | n/a | n/a | n/a |" in page
 

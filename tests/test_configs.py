@@ -75,8 +75,8 @@ def test_the_callback_config_holds_the_callbacks_own_defaults():
     parameters = inspect.signature(get_class(node._target_)).parameters
     from_groups = {"sam", "checkpoint", "refine"}
     assert {key for key in node if not key.startswith("_")} == set(parameters) - from_groups
-    # The command draws panels unasked; a callback in somebody's Trainer does not.
-    for key in set(parameters) - from_groups - set(INHERITED) - {"panels"}:
+    # The command draws panels and a report unasked; a callback in somebody's Trainer does not.
+    for key in set(parameters) - from_groups - set(INHERITED) - {"panels", "report"}:
         assert node[key] == parameters[key].default, key
 
 
@@ -142,6 +142,8 @@ def test_the_wheel_holds_the_configs_where_the_app_looks(tmp_path):
             f"lightning_samrefine/configs/{path.relative_to(config_dir()).as_posix()}"
             for path in config_dir().rglob("*.yaml")
         }
+        page = {"lightning_samrefine/report/template.html", "lightning_samrefine/report/report.js"}
+        assert page <= set(archive.namelist())
         archive.extractall(tmp_path / "site")
     # Out of the checkout, without torch: where the unpacked package finds its configs.
     find = "from lightning_samrefine.app import config_dir; print(config_dir())"

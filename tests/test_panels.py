@@ -8,6 +8,7 @@ from PIL import Image
 from lightning_samrefine.curves import draw_curve
 from lightning_samrefine.panels import (
     PanelPicker,
+    change_kinds,
     class_colours,
     colourise,
     draw_panels,
@@ -57,6 +58,22 @@ def test_one_panel_is_the_best_one_and_none_is_none():
     assert none.panels() == []
 
 
+def test_pickers_of_several_processes_make_one():
+    whole, parts = PanelPicker(3), [PanelPicker(3), PanelPicker(3)]
+    for index, gain in enumerate((1, 7, -3, 4, -9, 0)):
+        for picker in (whole, parts[index % 2]):
+            offer(picker, str(gain), fixed=max(gain, 0), broken=max(-gain, 0))
+    parts[0].merge(parts[1].panels())
+    assert [panel.name for panel in parts[0].panels()] == ["7", "4", "-9"]
+    assert [panel.name for panel in whole.panels()] == ["7", "4", "-9"]
+
+
+def test_changed_pixels_are_fixed_broken_or_swapped():
+    raw, refined, target = torch.tensor([[0, 1, 1, 2, 0], [1, 1, 2, 0, 1], [1, 0, 1, 1, 255]])
+    kinds = change_kinds(raw[None], refined[None], target[None], (target < 3)[None])
+    assert kinds.tolist() == [[1, 0, 2, 3, 0]]
+
+
 def test_colours_differ_and_unknown_is_black():
     colours = class_colours(40).astype(int)
     distances = np.abs(colours[:, None] - colours[None]).sum(axis=2) + 1000 * np.eye(40, dtype=int)
@@ -79,8 +96,11 @@ def test_a_figure_shows_labels_where_they_are(tmp_path):
     assert (shown[3:] == class_colours(2)[0]).all()
     assert {text.get_text() for text in figure.legends[0].get_texts()} >= {"sky", "road"}
     assert [text.get_text() for text in figure.axes[0].texts] == ["0.95", "0.30"]
+    changed = np.asarray(figure.axes[4].images[0].get_array())
+    assert (changed[:3] == (25, 195, 125)).all(), "fixed pixels are green"
+    assert not changed[3:].any()
     save_figure(figure, tmp_path / "new" / "panels.png")
-    assert Image.open(tmp_path / "new" / "panels.png").size[0] == 1300
+    assert Image.open(tmp_path / "new" / "panels.png").size[0] == 1600
     with pytest.raises(ValueError, match="panels: got none"):
         draw_panels([], ["sky"], "")
 

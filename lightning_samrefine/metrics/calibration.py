@@ -182,10 +182,10 @@ def _windows(masks: Tensor, height: int, width: int) -> Tensor:
     """Return the (N, 4) float32 boxes of (N, h, w) masks in image pixels, one cell wider."""
     sides = []
     for axis, size in ((1, width), (2, height)):  # columns that hold any of the mask, then rows
-        used = masks.any(dim=axis).cpu().to(torch.uint8)
+        used = masks.any(dim=axis).cpu()
         cells = used.shape[1]
-        first = used.argmax(dim=1)
-        last = cells - used.flip(1).argmax(dim=1)
+        first = used.to(torch.uint8).argmax(dim=1)
+        last = cells - used.flip(1).to(torch.uint8).argmax(dim=1)
         some = used.any(dim=1)
         sides.append(
             (torch.where(some, first - 1, 0), torch.where(some, last + 1, 0), size / cells)

@@ -116,7 +116,7 @@ function show(gallery, index) {
   const photo = element("span", {className: "tile"},
     element("img", {src: image.tiles.image, alt: image.name}), boxes(image));
   document.getElementById("viewer-tiles").replaceChildren(
-    figure("image and regions, labelled by predicted IoU", photo),
+    figure("image; regions by predicted IoU, rejected ones dashed", photo),
     figure("raw", flat(image, "raw")), figure("refined", flat(image, "refined")),
     figure("truth", flat(image, "truth")), figure("changed pixels", changes(image)));
   const {names, colours} = gallery.classes;
