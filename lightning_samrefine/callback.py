@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from lightning.fabric.utilities.rank_zero import rank_prefixed_message
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_samrefine.adapter import BatchAdapter, RefineInputs
+from lightning_samrefine.adapter import BatchAdapter
 from lightning_samrefine.arguments import (
     check_count,
-    num_classes_of,
+    check_sam,
     parse_class_names,
     parse_num_classes,
     parse_refine,
 )
+from lightning_samrefine.attachment import Attachment
 from lightning_samrefine.batch_search import batch_size
 from lightning_samrefine.capture import ScoresCapture
 from lightning_samrefine.comparison import RefinementComparison
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.evaluation import LoaderEvaluation
 from lightning_samrefine.images import RgbConverter
-from lightning_samrefine.models import Promptable, load_sam
-from lightning_samrefine.precision import PRECISIONS
-from lightning_samrefine.refiner import Refiner
-from lightning_samrefine.safety import SafeRefiner, isolated_rng
+from lightning_samrefine.models import Promptable
 from lightning_samrefine.sampling import evaluation_dataloaders
 
 _STAGES = ("fit", "validate", "test")
@@ -45,27 +40,6 @@ class _Evaluation:
 
     capture: ScoresCapture
     loaders: list[LoaderEvaluation]
-
-
-@dataclass
-class _Run:
-    """What lives from setup to teardown, and is never pickled.
-
-    Attributes:
-        refiner: Holds SAM.
-        adapter: The callback's, with the number of classes settled.
-        evaluation: Between the start and the end of an epoch that is measured.
-        home: Where a user's own `Promptable` was before setup.
-        understood: Loaders of which a batch was read: what fails there later is no set-up error.
-        warned: Whether a failure was reported.
-    """
-
-    refiner: SafeRefiner | None = None
-    adapter: BatchAdapter | None = None
-    evaluation: _Evaluation | None = None
-    home: torch.device | None = None
-    understood: set[int] = field(default_factory=set)
-    warned: bool = False
 
 
 class SAMRefineCallback(Callback):
@@ -155,16 +129,7 @@ class SAMRefineCallback(Callback):
         adapter: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(sam, str | Promptable):
-            raise TypeError(
-                f"sam: got {type(sam).__name__}, accepted is a name for load_sam or a Promptable"
-            )
-        if not isinstance(sam, str) and checkpoint is not None:
-            raise ValueError("checkpoint: got one beside a loaded model, accepted is None there")
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}"
-            )
+        check_sam(sam, checkpoint, precision)
         check_count("every_n_epochs", every_n_epochs)
         check_count("trimap_width", trimap_width)
         check_count("panels", panels, least=0)
@@ -192,12 +157,13 @@ class SAMRefineCallback(Callback):
             rgb=RgbConverter(image_mean, image_std, image_range),
             function=adapter,
         )
-        self._run = _Run()
+        self._attached: Attachment | None = None
+        self._evaluation: _Evaluation | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning binds the module's log to the callback: pickling it would drag the module along.
         state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {**state, "_run": _Run()}
+        return {**state, "_attached": None, "_evaluation": None}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -209,20 +175,19 @@ class SAMRefineCallback(Callback):
                 "SAMRefineCallback: Trainer(barebones=True) logs nothing; the figures are in the "
                 "callback's history alone"
             )
-        device = trainer.strategy.root_device
-        with isolated_rng(device):
-            if isinstance(self.sam, str):
-                sam = load_sam(self.sam, self.checkpoint, device)
-            else:
-                sam = self.sam
-                self._run.home = sam.device
-                sam.module.to(device)
-            refiner = Refiner(sam, self.refine_config, self.precision)
-        self._run.refiner = SafeRefiner(refiner, self._warn_once)
+        self._attached = Attachment.load(
+            type(self).__name__,
+            "refine_failed_images",
+            self.sam,
+            self.checkpoint,
+            self.refine_config,
+            self.precision,
+            trainer.strategy.root_device,
+        )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bind(pl_module)
+        self._attachment.bind(self.adapter, self.num_classes, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -240,8 +205,8 @@ class SAMRefineCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._run.evaluation is not None and self._is_measured(batch_idx):
-            self._run.evaluation.capture.arm()
+        if self._evaluation is not None and self._is_measured(batch_idx):
+            self._evaluation.capture.arm()
 
     @override
     def on_validation_batch_end(
@@ -253,10 +218,10 @@ class SAMRefineCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        evaluation = self._run.evaluation
+        evaluation = self._evaluation
         if evaluation is None or not self._is_measured(batch_idx):
             return
-        inputs = self._read(outputs, batch, evaluation.capture, dataloader_idx)
+        inputs = self._attachment.read(batch, outputs, evaluation.capture, dataloader_idx)
         if trainer.sanity_checking:
             return
         loader = evaluation.loaders[dataloader_idx]
@@ -265,7 +230,7 @@ class SAMRefineCallback(Callback):
             return
         inputs = loader.real(inputs)
         if len(inputs) > 0:
-            loader.add(inputs, *self._safe_refiner(inputs), batch_idx)
+            loader.add(inputs, *self._attachment.refiner(inputs), batch_idx)
 
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
@@ -292,26 +257,14 @@ class SAMRefineCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
 
-    def _bind(self, pl_module: LightningModule) -> BatchAdapter:
-        """Settle the number of classes, after the module's own setup and before any batch."""
-        if self._run.adapter is None:
-            num_classes = self.num_classes or num_classes_of(pl_module)
-            sam = self._safe_refiner.refiner.sam
-            self._run.adapter = replace(self.adapter, num_classes=num_classes, device=sam.device)
-            rank_zero_info(
-                f"SAMRefineCallback: SAM {sam.name} on {sam.device} refines {num_classes} classes "
-                f"(ignore_index={self.ignore_index}) with {self.refine_config}"
-            )
-        return self._run.adapter
-
     @property
-    def _safe_refiner(self) -> SafeRefiner:
-        if self._run.refiner is None:
+    def _attachment(self) -> Attachment:
+        if self._attached is None:
             raise MisconfigurationException(
                 "SAMRefineCallback: SAM is not loaded; the Trainer calls setup before any "
                 "evaluation, and so must whoever calls the hooks without one"
             )
-        return self._run.refiner
+        return self._attached
 
     def _is_due(self, trainer: Trainer) -> bool:
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -321,9 +274,10 @@ class SAMRefineCallback(Callback):
         return self.max_batches is None or batch_idx < self.max_batches
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        num_classes = self._bind(pl_module).num_classes
+        adapter = self._attachment.bind(self.adapter, self.num_classes, pl_module)
+        num_classes = adapter.num_classes
         device = trainer.strategy.root_device
-        self._run.evaluation = _Evaluation(
+        self._evaluation = _Evaluation(
             ScoresCapture(pl_module, num_classes),
             # New ones each time: metric states from an epoch under inference_mode could not be
             # updated in a later one under no_grad.
@@ -339,25 +293,9 @@ class SAMRefineCallback(Callback):
             ],
         )
 
-    @torch.no_grad()
-    def _read(
-        self, outputs: Any, batch: Any, capture: ScoresCapture, dataloader_idx: int
-    ) -> RefineInputs | None:
-        """Read a batch; None for one that cannot be read although others of its loader could."""
-        try:
-            inputs = self._run.adapter(batch, outputs, *capture.take())
-        except Exception as error:
-            if dataloader_idx not in self._run.understood:
-                raise
-            reason = f"{type(error).__name__}: {error}"
-            self._warn_once(f"a batch could not be read and is left out ({reason})")
-            return None
-        self._run.understood.add(dataloader_idx)
-        return inputs
-
     def _report(self, trainer: Trainer, stage: str) -> None:
         """Log the figures of every loader, remember them, and draw the panels."""
-        loaders = [] if self._run.evaluation is None else self._run.evaluation.loaders
+        loaders = [] if self._evaluation is None else self._evaluation.loaders
         for index, loader in enumerate(loaders):
             figures = loader.comparison.compute()
             suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""
@@ -386,26 +324,13 @@ class SAMRefineCallback(Callback):
         except OSError as error:  # a full disk must not end the run
             rank_zero_warn(f"SAMRefineCallback: no panels were written to {folder} ({error})")
 
-    def _warn_once(self, reason: str) -> None:
-        if self._run.warned:
-            return
-        self._run.warned = True
-        message = (
-            f"SAMRefineCallback: {reason}. Further failures are counted in refine_failed_images "
-            "without a warning."
-        )
-        # On every process that has reason to: the failing one need not be rank zero.
-        warnings.warn(
-            rank_prefixed_message(message, rank_zero_only.rank), RuntimeWarning, stacklevel=2
-        )
-
     def _end_evaluation(self) -> None:
-        if self._run.evaluation is not None:
-            self._run.evaluation.capture.remove()
-            self._run.evaluation = None
+        if self._evaluation is not None:
+            self._evaluation.capture.remove()
+            self._evaluation = None
 
     def _release(self) -> None:
         self._end_evaluation()
-        if self._run.home is not None and not isinstance(self.sam, str):
-            self.sam.module.to(self._run.home)
-        self._run = _Run()
+        if self._attached is not None:
+            self._attached.release()
+            self._attached = None
