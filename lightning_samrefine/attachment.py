@@ -14,9 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_samrefine.adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.arguments import num_classes_of
+from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.capture import ScoresCapture
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models import Promptable, load_sam
+from lightning_samrefine.models.protocol import accepts_masks
 from lightning_samrefine.refiner import Refiner
 from lightning_samrefine.safety import SafeRefiner, isolated_rng
 
@@ -55,6 +57,7 @@ class Attachment:
         config: RefineConfig,
         precision: str,
         device: torch.device,
+        cache: EmbeddingCache | None = None,
     ) -> Attachment:
         """Load SAM, or move a loaded one, without a trace in the global random states.
 
@@ -68,7 +71,7 @@ class Attachment:
                 sam = load_sam(sam, checkpoint, device)
             else:
                 sam.module.to(device)
-            refiner = Refiner(sam, config, precision)
+            refiner = Refiner(sam, config, precision, cache)
         attachment = cls(owner, SafeRefiner(refiner, lambda _: None), counted_in)
         attachment.refiner = SafeRefiner(refiner, attachment.warn_once)
         attachment.own_sam, attachment.home = own, home
@@ -86,8 +89,9 @@ class Attachment:
             num_classes = num_classes or num_classes_of(pl_module)
             refiner = self.refiner.refiner
             self.adapter = replace(adapter, num_classes=num_classes, device=refiner.sam.device)
+            masks = "" if accepts_masks(refiner.sam) else ", which takes no mask prompts,"
             rank_zero_info(
-                f"{self.owner}: SAM {refiner.sam.name} on {refiner.sam.device} refines "
+                f"{self.owner}: SAM {refiner.sam.name}{masks} on {refiner.sam.device} refines "
                 f"{num_classes} classes with {refiner.config}"
             )
         return self.adapter

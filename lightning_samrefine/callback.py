@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from lightning.fabric.utilities.rank_zero import rank_prefixed_message
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_samrefine.adapter import BatchAdapter, RefineInputs
+from lightning_samrefine.adapter import BatchAdapter
 from lightning_samrefine.arguments import (
     check_count,
-    num_classes_of,
+    check_sam,
     parse_class_names,
     parse_num_classes,
     parse_refine,
 )
+from lightning_samrefine.attachment import Attachment
 from lightning_samrefine.batch_search import batch_size
 from lightning_samrefine.cache import EmbeddingCache, make_cache
 from lightning_samrefine.capture import ScoresCapture
@@ -32,12 +30,8 @@ from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.dashboards import safe_names
 from lightning_samrefine.evaluation import LoaderEvaluation
 from lightning_samrefine.images import RgbConverter
-from lightning_samrefine.models import Promptable, load_sam
-from lightning_samrefine.models.protocol import accepts_masks
-from lightning_samrefine.precision import PRECISIONS
+from lightning_samrefine.models import Promptable
 from lightning_samrefine.presentation import Evaluated, Presenter, batch_label, sample_names
-from lightning_samrefine.refiner import Refiner
-from lightning_samrefine.safety import SafeRefiner, isolated_rng
 from lightning_samrefine.sampling import evaluation_dataloaders
 
 _STAGES = ("fit", "validate", "test")
@@ -49,27 +43,6 @@ class _Evaluation:
 
     capture: ScoresCapture
     loaders: list[LoaderEvaluation]
-
-
-@dataclass
-class _Run:
-    """What lives from setup to teardown, and is never pickled.
-
-    Attributes:
-        refiner: Holds SAM.
-        adapter: The callback's, with the number of classes settled.
-        evaluation: Between the start and the end of an epoch that is measured.
-        home: Where a user's own `Promptable` was before setup.
-        understood: Loaders of which a batch was read: what fails there later is no set-up error.
-        warned: Whether a failure was reported.
-    """
-
-    refiner: SafeRefiner | None = None
-    adapter: BatchAdapter | None = None
-    evaluation: _Evaluation | None = None
-    home: torch.device | None = None
-    understood: set[int] = field(default_factory=set)
-    warned: bool = False
 
 
 class SAMRefineCallback(Callback):
@@ -178,16 +151,7 @@ class SAMRefineCallback(Callback):
         adapter: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(sam, str | Promptable):
-            raise TypeError(
-                f"sam: got {type(sam).__name__}, accepted is a name for load_sam or a Promptable"
-            )
-        if not isinstance(sam, str) and checkpoint is not None:
-            raise ValueError("checkpoint: got one beside a loaded model, accepted is None there")
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}"
-            )
+        check_sam(sam, checkpoint, precision)
         make_cache(cache, cache_gb)  # refuses what it cannot make
         check_count("every_n_epochs", every_n_epochs)
         check_count("trimap_width", trimap_width)
@@ -227,12 +191,18 @@ class SAMRefineCallback(Callback):
             rgb=RgbConverter(image_mean, image_std, image_range),
             function=adapter,
         )
-        self._run = _Run()
+        self._attached: Attachment | None = None
+        self._evaluation: _Evaluation | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning binds the module's log to the callback: pickling it would drag the module along.
         state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {**state, "_run": _Run(), "presenter": self.presenter.emptied()}
+        return {
+            **state,
+            "_attached": None,
+            "_evaluation": None,
+            "presenter": self.presenter.emptied(),
+        }
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -244,23 +214,22 @@ class SAMRefineCallback(Callback):
                 "SAMRefineCallback: Trainer(barebones=True) logs nothing; the figures are in the "
                 "callback's history alone"
             )
-        device = trainer.strategy.root_device
-        with isolated_rng(device):
-            if isinstance(self.sam, str):
-                sam = load_sam(self.sam, self.checkpoint, device)
-            else:
-                sam = self.sam
-                self._run.home = sam.device
-                sam.module.to(device)
-            # Without a second epoch nothing in memory would be asked for again.
-            once = self.cache == "memory" and stage != "fit"
-            cache = None if once else make_cache(self.cache, self.cache_gb)
-            refiner = Refiner(sam, self.refine_config, self.precision, cache)
-        self._run.refiner = SafeRefiner(refiner, self._warn_once)
+        # Without a second epoch nothing in memory would be asked for again.
+        once = self.cache == "memory" and stage != "fit"
+        self._attached = Attachment.load(
+            type(self).__name__,
+            "refine_failed_images",
+            self.sam,
+            self.checkpoint,
+            self.refine_config,
+            self.precision,
+            trainer.strategy.root_device,
+            None if once else make_cache(self.cache, self.cache_gb),
+        )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bind(pl_module)
+        self._attachment.bind(self.adapter, self.num_classes, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -278,8 +247,8 @@ class SAMRefineCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._run.evaluation is not None and self._is_measured(batch_idx):
-            self._run.evaluation.capture.arm()
+        if self._evaluation is not None and self._is_measured(batch_idx):
+            self._evaluation.capture.arm()
 
     @override
     def on_validation_batch_end(
@@ -291,10 +260,10 @@ class SAMRefineCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        evaluation = self._run.evaluation
+        evaluation = self._evaluation
         if evaluation is None or not self._is_measured(batch_idx):
             return
-        inputs = self._read(outputs, batch, evaluation.capture, dataloader_idx)
+        inputs = self._attachment.read(batch, outputs, evaluation.capture, dataloader_idx)
         if trainer.sanity_checking:
             return
         loader = evaluation.loaders[dataloader_idx]
@@ -304,7 +273,7 @@ class SAMRefineCallback(Callback):
         inputs = loader.real(inputs)
         if len(inputs) > 0:
             names = sample_names(batch, len(inputs), batch_label(trainer, batch_idx))
-            loader.add(inputs, *self._safe_refiner(inputs), names)
+            loader.add(inputs, *self._attachment.refiner(inputs), names)
 
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
@@ -331,27 +300,14 @@ class SAMRefineCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
 
-    def _bind(self, pl_module: LightningModule) -> BatchAdapter:
-        """Settle the number of classes, after the module's own setup and before any batch."""
-        if self._run.adapter is None:
-            num_classes = self.num_classes or num_classes_of(pl_module)
-            sam = self._safe_refiner.refiner.sam
-            self._run.adapter = replace(self.adapter, num_classes=num_classes, device=sam.device)
-            masks = "" if accepts_masks(sam) else ", which takes no mask prompts,"
-            rank_zero_info(
-                f"SAMRefineCallback: SAM {sam.name}{masks} on {sam.device} refines {num_classes} classes "
-                f"(ignore_index={self.ignore_index}) with {self.refine_config}"
-            )
-        return self._run.adapter
-
     @property
-    def _safe_refiner(self) -> SafeRefiner:
-        if self._run.refiner is None:
+    def _attachment(self) -> Attachment:
+        if self._attached is None:
             raise MisconfigurationException(
                 "SAMRefineCallback: SAM is not loaded; the Trainer calls setup before any "
                 "evaluation, and so must whoever calls the hooks without one"
             )
-        return self._run.refiner
+        return self._attached
 
     def _is_due(self, trainer: Trainer) -> bool:
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -361,11 +317,12 @@ class SAMRefineCallback(Callback):
         return self.max_batches is None or batch_idx < self.max_batches
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        num_classes = self._bind(pl_module).num_classes
+        adapter = self._attachment.bind(self.adapter, self.num_classes, pl_module)
+        num_classes = adapter.num_classes
         device = trainer.strategy.root_device
         names = self.class_names or list(map(str, range(num_classes)))
         names = safe_names(names, trainer.loggers)
-        self._run.evaluation = _Evaluation(
+        self._evaluation = _Evaluation(
             ScoresCapture(pl_module, num_classes),
             # New ones each time: metric states from an epoch under inference_mode could not be
             # updated in a later one under no_grad.
@@ -382,26 +339,10 @@ class SAMRefineCallback(Callback):
             ],
         )
 
-    @torch.no_grad()
-    def _read(
-        self, outputs: Any, batch: Any, capture: ScoresCapture, dataloader_idx: int
-    ) -> RefineInputs | None:
-        """Read a batch; None for one that cannot be read although others of its loader could."""
-        try:
-            inputs = self._run.adapter(batch, outputs, *capture.take())
-        except Exception as error:
-            if dataloader_idx not in self._run.understood:
-                raise
-            reason = f"{type(error).__name__}: {error}"
-            self._warn_once(f"a batch could not be read and is left out ({reason})")
-            return None
-        self._run.understood.add(dataloader_idx)
-        return inputs
-
     def _report(self, trainer: Trainer, stage: str) -> None:
         """Log the figures of every loader, remember them, and show what they come from."""
-        loaders = [] if self._run.evaluation is None else self._run.evaluation.loaders
-        if loaders and (cache := self._safe_refiner.refiner.cache) is not None:
+        loaders = [] if self._evaluation is None else self._evaluation.loaders
+        if loaders and (cache := self._attachment.refiner.refiner.cache) is not None:
             cache.end_epoch(stage)
         for index, loader in enumerate(loaders):
             result = loader.comparison.result()
@@ -427,30 +368,17 @@ class SAMRefineCallback(Callback):
             self.presenter.show(trainer, evaluated)
             self.presenter.add_to_report(trainer, evaluated)
         if loaders:
-            sam = self._safe_refiner.refiner.sam
+            sam = self._attachment.refiner.refiner.sam
             about = {"SAM": f"{sam.name} on {sam.device}", "ignore_index": str(self.ignore_index)}
             self.presenter.write(trainer, self.refine_config, about)
 
-    def _warn_once(self, reason: str) -> None:
-        if self._run.warned:
-            return
-        self._run.warned = True
-        message = (
-            f"SAMRefineCallback: {reason}. Further failures are counted in refine_failed_images "
-            "without a warning."
-        )
-        # On every process that has reason to: the failing one need not be rank zero.
-        warnings.warn(
-            rank_prefixed_message(message, rank_zero_only.rank), RuntimeWarning, stacklevel=2
-        )
-
     def _end_evaluation(self) -> None:
-        if self._run.evaluation is not None:
-            self._run.evaluation.capture.remove()
-            self._run.evaluation = None
+        if self._evaluation is not None:
+            self._evaluation.capture.remove()
+            self._evaluation = None
 
     def _release(self) -> None:
         self._end_evaluation()
-        if self._run.home is not None and not isinstance(self.sam, str):
-            self.sam.module.to(self._run.home)
-        self._run = _Run()
+        if self._attached is not None:
+            self._attached.release()
+            self._attached = None

@@ -79,7 +79,7 @@ class RefineConfig:
             ValueError: An unknown preset.
             TypeError: An unknown field, or a value of the wrong type.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(
                 f"preset: got {name!r}, accepted are {', '.join(map(repr, sorted(PRESETS)))}"
             )
@@ -102,7 +102,10 @@ def _num(value: Any) -> float:
     """Return value as a float, NaN where it is not a real number (bool included)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return math.inf if value > 0 else -math.inf
 
 
 def _check_float(name: str, value: Any, in_range: bool, accepted: str) -> None:

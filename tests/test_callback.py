@@ -475,7 +475,7 @@ class TestArguments:
             }
         )
         callback = make(**dict(config.items()))
-        assert callback.refine_config == REFINE
+        assert callback.refine_config == RefineConfig.preset("default", min_region_area=4)
         assert "val/iou_raw/c" in run_validate(callback)
 
     def test_lightning_cli(self, tmp_path):

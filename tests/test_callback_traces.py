@@ -18,7 +18,7 @@ from tiny_random_sam import build_random_sam
 from torch.utils.data import DataLoader
 
 from lightning_samrefine import SAMRefineCallback
-from lightning_samrefine import callback as callback_module
+from lightning_samrefine import attachment as attachment_module
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.safety import isolated_rng
 
@@ -58,7 +58,7 @@ def loaded(monkeypatch):
         references.append(weakref.ref(sam.module))
         return sam
 
-    monkeypatch.setattr(callback_module, "load_sam", load)
+    monkeypatch.setattr(attachment_module, "load_sam", load)
     return references
 
 

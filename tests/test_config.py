@@ -21,6 +21,7 @@ def test_algorithm4_is_the_seed_and_overrides_replace_fields():
         ("score_thresh", -0.1, ValueError),
         ("score_thresh", float("nan"), ValueError),
         ("score_thresh", "0.5", TypeError),
+        ("mask_prompt_scale", 10**400, ValueError),
         ("score_thresh", True, TypeError),
         ("mask_prompt_scale", 0, ValueError),
         ("mask_prompt_scale", float("inf"), ValueError),
@@ -43,6 +44,8 @@ def test_a_bad_value_is_refused_by_name(field, value, error):
 def test_unknown_preset_and_field_are_refused():
     with pytest.raises(ValueError, match="'algoritm4', accepted are 'algorithm4', 'default'"):
         RefineConfig.preset("algoritm4")
+    with pytest.raises(ValueError, match=r"preset: got \['default'\]"):
+        RefineConfig.preset(["default"])
     with pytest.raises(TypeError, match=r"no field iou_thresh; its fields are .*pred_iou_thresh"):
         RefineConfig.preset("default", iou_thresh=0.3)
 

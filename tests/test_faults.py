@@ -336,7 +336,7 @@ class TestRuns:
 
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
     def test_an_exception_of_the_callback_itself_frees_sam(self, error, monkeypatch):
-        from lightning_samrefine import callback as callback_module
+        from lightning_samrefine import attachment as attachment_module
 
         loaded = []
 
@@ -348,7 +348,7 @@ class TestRuns:
         def adapter(batch, outputs, captured):
             raise error("from within")
 
-        monkeypatch.setattr(callback_module, "load_sam", load)
+        monkeypatch.setattr(attachment_module, "load_sam", load)
         callback = SAMRefineCallback("vit_t", "x.pt", NUM_CLASSES, adapter=adapter)
         module = Segmenter()
         with pytest.raises(SystemExit if error is KeyboardInterrupt else error):

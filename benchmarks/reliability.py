@@ -1,0 +1,272 @@
+"""Kill, starve and confuse the package, count what is lost, and write RELIABILITY.md.
+
+python -m benchmarks.reliability                        # everything, about half an hour on a core
+python -m benchmarks.reliability --parts kills memory   # these again; the others stay as they were
+
+Each part runs in processes of its own and ends in an error where anything is lost; what was
+counted is kept in reliability.json, from which the page is written. CI runs the same parts with
+smaller numbers, as tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TESTS = HERE.parent / "tests"
+RESULTS, PAGE, PLOT = (
+    HERE / name for name in ("reliability.json", "RELIABILITY.md", "reliability_memory.png")
+)
+SETTLED = 500  # images after which memory must stay
+BAD_INPUTS = (
+    "test_faults.py", "test_refiner.py", "test_scores.py", "test_adapter.py", "test_images.py",
+    "test_config.py", "test_stems.py", "test_manifest.py", "test_writer.py",
+)  # fmt: skip
+
+Figures = dict[str, Any]
+
+
+def main() -> None:
+    """Command line: see the module's own documentation."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--kills", type=int, default=40, help="at random moments")
+    parser.add_argument("--images", type=int, default=5000, help="of the memory run")
+    parser.add_argument("--seconds", type=int, default=600, help="of fuzzing")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in args.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            results[part] = PARTS[part](args, Path(folder))
+        print(part, json.dumps({k: v for k, v in results[part].items() if k != "rss_mib"}))
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    if "memory" in results:
+        draw(results["memory"])
+    if results.keys() == PARTS.keys():
+        PAGE.write_text(page(results))
+
+
+def kills(args: argparse.Namespace, folder: Path) -> Figures:
+    """SIGKILL at random moments, and at every change of the disk."""
+    return script("kill_trials.py", str(folder), str(args.kills), "1000000", "1")
+
+
+def layouts(args: argparse.Namespace, folder: Path) -> Figures:
+    """Distributed layouts against one process."""
+    return script("ddp_layouts.py", str(folder), "all")
+
+
+def fuzz(args: argparse.Namespace, folder: Path) -> Figures:
+    """Random journals, manifests, run.json files and thresholds."""
+    return {"seconds": args.seconds, "inputs": script("fuzzing.py", str(args.seconds))}
+
+
+def bad_inputs(args: argparse.Namespace, folder: Path) -> Figures:
+    """The tests of faults and bad inputs, counted."""
+    files = [str(TESTS / name) for name in BAD_INPUTS]
+    output = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files])
+    passed = re.search(r"(\d+) passed", output)
+    return {"passed": int(passed[1]) if passed else 0, "files": len(files)}
+
+
+def memory(args: argparse.Namespace, folder: Path) -> Figures:
+    """Resident memory over a long prediction run, in a process of its own."""
+    call = f"predict_many({args.images}, {str(folder / 'out')!r})"
+    code = f"from benchmarks.reliability import predict_many; {call}"
+    return json.loads(run([sys.executable, "-c", code]).splitlines()[-1])
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Path], Figures]] = {
+    "kills": kills,
+    "bad_inputs": bad_inputs,
+    "layouts": layouts,
+    "memory": memory,
+    "fuzz": fuzz,
+}
+
+
+def predict_many(images: int, folder: str, every: int = 50) -> Figures:
+    """Predict small images that are made on the way, and look at the process's memory.
+
+    Args:
+        images: How many.
+        folder: Where the predictions go.
+        every: Images between two looks.
+
+    Returns:
+        ``images``, ``every``, ``rss_mib`` (one figure a look), and ``growth``: the largest
+        deviation after the first `SETTLED` images (or the first half) from the figure there.
+    """
+    sys.path.append(str(TESTS))
+    import torch
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Callback
+    from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Segmenter
+    from tiny_random_sam import build_random_sam
+    from torch.utils.data import DataLoader, Dataset
+
+    from lightning_samrefine import SAMRefineWriter
+    from lightning_samrefine.models.sam import SamPromptable
+
+    class Images(Dataset):
+        def __len__(self) -> int:
+            return images
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            generator = torch.Generator().manual_seed(index)
+            cells = torch.rand(1, 3, 4, 5, generator=generator) * 255
+            image = torch.nn.functional.interpolate(cells, (48, 60))[0].to(torch.uint8)
+            return {"image": image, "name": f"{index // 1000:03d}/{index:06d}"}
+
+    class Predicting(Segmenter):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(batch["image"])
+
+    class Look(Callback):
+        rss: list[float] = []  # noqa: RUF012 - one run a process
+
+        def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
+            self.rss.append(resident_mib())
+
+    sam = SamPromptable(build_random_sam(), "random")
+    writer = SAMRefineWriter(folder, sam, num_classes=NUM_CLASSES, refine=REFINE, probs="uint8")
+    look = Look()
+    look.rss = []
+    trainer = Trainer(**SILENT, callbacks=[writer, look])
+    trainer.predict(Predicting(), DataLoader(Images()), return_predictions=False)
+    settled = min(SETTLED, images // 2)
+    rss = look.rss[every - 1 :: every]
+    steady = rss[settled // every - 1 :]
+    growth = max(abs(value / steady[0] - 1) for value in steady)
+    slope = (steady[-1] - steady[0]) / (len(steady) - 1) / every * 1e6 / 1024  # GiB a million
+    figures = {
+        "images": images,
+        "every": every,
+        "settled": settled,
+        "rss_mib": rss,
+        "growth": growth,
+        "gib_per_million": slope,
+        "written": writer.counts.written,
+    }
+    print(json.dumps(figures))
+    return figures
+
+
+def resident_mib() -> float:
+    """Return this process's resident memory in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def draw(figures: Mapping[str, Any]) -> None:
+    """Plot resident memory over images."""
+    from matplotlib.figure import Figure
+
+    every, rss = figures["every"], figures["rss_mib"]
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([every * (index + 1) for index in range(len(rss))], rss)
+    start = rss[figures["settled"] // every - 1]
+    axes.axhspan(0.97 * start, 1.03 * start, alpha=0.15, label="±3% of the figure after 500 images")
+    axes.set(xlabel="images", ylabel="resident memory, MiB", ylim=(0, 1.25 * max(rss)))
+    axes.legend(loc="lower right")
+    figure.savefig(PLOT, dpi=100)
+
+
+def page(results: Mapping[str, Figures]) -> str:
+    """Write RELIABILITY.md."""
+    killed, bad, layout, memory, fuzzed = (results[part] for part in PARTS)
+    inputs = sum(fuzzed["inputs"].values())
+    by_strategy = ", ".join(f"{n} under {name}" for name, n in layout["by_strategy"].items())
+    rows = [
+        (
+            f"prediction runs killed (SIGKILL) at random moments, {killed['of_two_processes']} of "
+            "them on two processes; restarted with one or two, by chance",
+            killed["random_kills"],
+            "0 files",
+        ),
+        (
+            "kills right before and right after every change of the disk, the merge included",
+            killed["step_kills"],
+            "0 files",
+        ),
+        (
+            f"files of the {killed['folders']} restarted folders compared with an undisturbed "
+            "run's, byte for byte",
+            killed["files_compared"],
+            "0 differ",
+        ),
+        (
+            "files seen right after a kill that were not whole",
+            killed["torn_files_seen"],
+            "0",
+        ),
+        (
+            f"tests of faults and bad inputs, in {bad['files']} files",
+            bad["passed"],
+            "0 wrong numbers",
+        ),
+        (
+            f"distributed layouts against one process ({by_strategy}): {layout['figures']} figures "
+            f"of {layout['processes']} processes, bit for bit, with images that fail or have no "
+            "region on one process",
+            layout["layouts"],
+            "0 differ, 0 hang",
+        ),
+        (
+            f"images predicted in one process; memory after the first {memory['settled']} stays "
+            f"within {100 * memory['growth']:.1f}%",
+            memory["written"],
+            "0 images",
+        ),
+        (
+            f"fuzzed inputs in {fuzzed['seconds']} s ("
+            + ", ".join(f"{n} {name}" for name, n in fuzzed["inputs"].items())
+            + ")",
+            inputs,
+            "0 unexpected errors",
+        ),
+    ]
+    table = "\n".join(f"| {what} | {count:,} | {lost} |" for what, count, lost in rows)
+    return f"""# What was tried, and what was lost
+
+`python -m benchmarks.reliability` on CPU, a tiny random SAM, images of 40 by 32 and 60 by 48 pixels;
+every part ends in an error where something is lost, so the page exists only where nothing was.
+
+| tried | count | lost |
+|---|---|---|
+{table}
+
+![Resident memory over {memory["images"]} images]({PLOT.name})
+
+Memory grows by {memory["gib_per_million"]:.2f} GiB a million images ({memory["images"]:,} measured;
+Lightning's own list of sample numbers is part of it).
+"""
+
+
+def script(name: str, *arguments: str) -> Any:
+    """Run a script of the tests, and read the JSON object that it ends with."""
+    return json.loads(run([sys.executable, str(TESTS / name), *arguments]).splitlines()[-1])
+
+
+def run(command: list[str]) -> str:
+    """Run a command on one thread; show what it said where it fails."""
+    root = str(HERE.parent)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()
