@@ -468,7 +468,7 @@ class TestArguments:
 
         config = OmegaConf.create(
             {
-                "refine": {"preset": "algorithm4", "min_region_area": 4, "pred_iou_thresh": 0.5},
+                "refine": {"min_region_area": 4, "pred_iou_thresh": 0.5},
                 "class_names": ["a", "b", "c"],
                 "image_mean": [0.5, 0.5, 0.5],
                 "image_std": [0.5, 0.5, 0.5],
