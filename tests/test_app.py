@@ -261,7 +261,10 @@ def test_fit_without_a_test_set_reports_the_validation(folder, tmp_path, capsys)
         (["sam=hf"], r"^No value for sam\.model; give it as in: samrefine sam\.model="),
         (["sam=hf", "segmenter=custom"], r"No value for sam\.model, segmenter\._target_"),
         (["sam=hf", "sam.model=/no/folder"], r"^checkpoint: got '/no/folder', where there is no f"),
-        (["sam=vit_t"], r"^mobile_sam\.pt could not be fetched: SAMREFINE_OFFLINE is set, so it is"),
+        (
+            ["sam=vit_t"],
+            r"^mobile_sam\.pt could not be fetched: SAMREFINE_OFFLINE is set, so it is",
+        ),
         (["task=train"], r"^task: got 'train', accepted are validate, test, fit"),
         (["ckpt_path=/no/such.ckpt"], r"^ckpt_path: no file /no/such\.ckpt"),
         (["refine.pred_iou_thresh=2"], r"^refine: pred_iou_thresh: got 2, accepted is a number in"),

@@ -43,7 +43,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):  # noqa: N802 - http.server's name
+    def do_GET(self):
         server = self.server
         wanted = self.headers.get("Range")
         server.requests.append(wanted)
@@ -178,7 +178,9 @@ def test_a_refusal_is_reported(server, tmp_path, status, attempts):
 
 def test_a_refused_connection_is_reported(server, tmp_path):
     file = server.file(url="http://127.0.0.1:9/models/sam.pth")
-    with pytest.raises(DownloadError, match=r"refused.*URL: http://127\.0\.0\.1:9/.*sha256: [0-9a-f]"):
+    with pytest.raises(
+        DownloadError, match=r"refused.*URL: http://127\.0\.0\.1:9/.*sha256: [0-9a-f]"
+    ):
         fetch(file, tmp_path)
 
 
@@ -223,7 +225,9 @@ def read_only(tmp_path_factory):
 
 def test_a_read_only_folder_is_named(server, read_only):
     for folder in (read_only, read_only / "weights"):
-        with pytest.raises(DownloadError, match=r"PermissionError.*SAMREFINE_HOME moves it") as info:
+        with pytest.raises(
+            DownloadError, match=r"PermissionError.*SAMREFINE_HOME moves it"
+        ) as info:
             fetch(server.file(), folder)
         assert f"folder: {folder} " in str(info.value)
     assert server.requests == []
@@ -302,9 +306,7 @@ def published(server, tmp_path, monkeypatch):
     path = tmp_path / "made.pth"
     torch.save(build_random_sam(seed=7).state_dict(), path)
     server.content = path.read_bytes()
-    file = server.file(
-        sha256=hashlib.sha256(server.content).hexdigest(), size=len(server.content)
-    )
+    file = server.file(sha256=hashlib.sha256(server.content).hexdigest(), size=len(server.content))
     architecture = loading._Architecture(build_random_sam, published=file)
     monkeypatch.setattr(loading, "_ARCHITECTURES", {"vit_b": architecture})
     monkeypatch.setenv("SAMREFINE_HOME", str(tmp_path / "home"))

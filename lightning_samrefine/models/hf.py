@@ -113,9 +113,7 @@ class HfPromptable:
         *finer, embedding = encoded
         return embedding, *finer
 
-    def decode(
-        self, embedding: tuple[Tensor, ...], prompts: Prompts
-    ) -> tuple[Tensor, Tensor]:
+    def decode(self, embedding: tuple[Tensor, ...], prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Decode N ≥ 1 prompts on one image, single-mask output (step 7).
 
         SAM 2 and its kin answer with the best of their three masks where the single one is
