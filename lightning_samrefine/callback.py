@@ -297,8 +297,9 @@ class SAMRefineCallback(Callback):
             self._run.adapter = replace(self.adapter, num_classes=num_classes, device=sam.device)
             masks = "" if accepts_masks(sam) else ", which takes no mask prompts,"
             rank_zero_info(
-                f"SAMRefineCallback: SAM {sam.name}{masks} on {sam.device} refines {num_classes} classes "
-                f"(ignore_index={self.ignore_index}) with {self.refine_config}"
+                f"SAMRefineCallback: SAM {sam.name}{masks} on {sam.device} refines "
+                f"{num_classes} classes (ignore_index={self.ignore_index}) with "
+                f"{self.refine_config}"
             )
         return self._run.adapter
 
