@@ -233,6 +233,15 @@ def test_a_read_only_folder_is_named(server, read_only):
     assert server.requests == []
 
 
+def test_a_folder_without_locks_is_named(server, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(download.FileLock, "acquire", refuse)
+    with pytest.raises(DownloadError, match=r"support flock\. URL: .*SAMREFINE_HOME moves it"):
+        fetch(server.file(), tmp_path)
+
+
 def test_a_file_in_a_read_only_folder_is_used(server, tmp_path):
     (tmp_path / "sam.pth").write_bytes(CONTENT)
     tmp_path.chmod(0o555)
