@@ -43,7 +43,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):  # noqa: N802 - http.server's name
+    def do_GET(self):
         server = self.server
         wanted = self.headers.get("Range")
         server.requests.append(wanted)
@@ -231,6 +231,15 @@ def test_a_read_only_folder_is_named(server, read_only):
             fetch(server.file(), folder)
         assert f"folder: {folder} " in str(info.value)
     assert server.requests == []
+
+
+def test_a_folder_without_locks_is_named(server, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(download.FileLock, "acquire", refuse)
+    with pytest.raises(DownloadError, match=r"support flock\. URL: .*SAMREFINE_HOME moves it"):
+        fetch(server.file(), tmp_path)
 
 
 def test_a_file_in_a_read_only_folder_is_used(server, tmp_path):

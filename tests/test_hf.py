@@ -129,6 +129,22 @@ def test_every_family_refines_in_a_trainer(family):
     assert figures["miou_refined"] != figures["miou_raw"]
 
 
+@pytest.mark.parametrize("family", ["sam", "sam2"])
+def test_embeddings_are_cached(family):
+    sam = build_tiny_hf(family)
+    image, probs = blobs(40, 64)
+    plain = Refiner(sam, precision="32")(image, probs)
+    refiner = Refiner(sam, precision="32", cache="memory")
+    for _ in range(2):
+        assert torch.equal(refiner(image, probs).labels, plain.labels)
+    assert (refiner.cache.stats.misses, refiner.cache.stats.hits) == (1, 1)
+    # Another normalisation is another embedding.
+    other = build_tiny_hf(family)
+    other.module.pixel_mean += 1
+    Refiner(other, precision="32", cache=refiner.cache)(image, probs)
+    assert refiner.cache.stats.misses == 2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_gives_the_saved_model(tmp_path, family):
     saved = build_tiny_hf(family)

@@ -1,4 +1,4 @@
-"""What importing costs: nothing for the package, no model of transformers before one is asked for."""
+"""What importing loads: no backend with the package, no transformers model before it is asked."""
 
 import subprocess
 import sys

@@ -1,6 +1,7 @@
 """Promptable models behind one protocol, and `load_sam` that builds them."""
 
+from lightning_samrefine.models.hf import HfPromptable
 from lightning_samrefine.models.loading import load_sam
 from lightning_samrefine.models.protocol import Promptable, Prompts
 
-__all__ = ["Promptable", "Prompts", "load_sam"]
+__all__ = ["HfPromptable", "Promptable", "Prompts", "load_sam"]

@@ -7,6 +7,7 @@ import http.client
 import logging
 import os
 import ssl
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +27,7 @@ _CHUNK = 1 << 20
 _TIMEOUT_S = 30.0  # without a byte
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # before each further attempt that follows one without progress
 _OFFLINE = ("SAMREFINE_OFFLINE", "HF_HUB_OFFLINE")
+_TRUE = ("1", "true", "yes", "on")
 _BROKEN = (
     urllib.error.URLError,
     http.client.HTTPException,
@@ -83,7 +85,7 @@ def fetch(file: RemoteFile, folder: Path | None = None) -> Path:
     path = (weights_folder() if folder is None else folder) / file.name
     if _is_there(file, path):
         return path
-    offline = [key for key in _OFFLINE if os.environ.get(key, "").lower() in ("1", "true", "yes")]
+    offline = [key for key in _OFFLINE if os.environ.get(key, "").lower() in _TRUE]
     if offline:
         raise _failure(file, path, f"{offline[0]} is set, so it is not downloaded")
     try:
@@ -93,7 +95,8 @@ def fetch(file: RemoteFile, folder: Path | None = None) -> Path:
                 _download(file, path)
     except DownloadError:
         raise
-    except OSError as error:  # a folder that cannot be written, a full disk
+    # A folder that cannot be written, a full disk; a file system without locks.
+    except (OSError, NotImplementedError) as error:
         raise _failure(file, path, f"{type(error).__name__}: {error}") from error
     return path
 
@@ -140,8 +143,10 @@ def _download(file: RemoteFile, path: Path) -> None:
 def _complete(file: RemoteFile, path: Path, part: Path) -> None:
     """Bring the partial file to its full size."""
     pauses, furthest = iter(_PAUSES_S), _size(part)
-    # disable=None: no bar where standard error is no terminal, such as a job's log.
-    with tqdm(total=file.size, unit="B", unit_scale=True, desc=file.name, disable=None) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 30.0  # a job's log gets a line now and then
+    with tqdm(
+        total=file.size, unit="B", unit_scale=True, desc=file.name, mininterval=interval
+    ) as bar:
         while _size(part) < file.size:
             bar.update(_size(part) - bar.n)
             try:
@@ -152,7 +157,7 @@ def _complete(file: RemoteFile, path: Path, part: Path) -> None:
                 if error.code in _LASTING:
                     raise _failure(file, path, reason) from error
                 if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                    part.unlink()
+                    part.unlink(missing_ok=True)
             except _BROKEN as error:
                 reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
             arrived = _size(part)

@@ -4,13 +4,13 @@ ALGORITHM.md is written for SAM; each step names a size that a model may choose 
 
 | step | `PaddedFrame`: SAM, SAM-HQ, MobileSAM | `SquashedFrame`: SAM 2, EdgeTAM, SAM 3 |
 |---|---|---|
-| 0, 6 image, boxes, points | the long side becomes S, zeros fill up to S × S | both sides become S |
-| 5 mask prompt | the long side becomes m, zeros fill up to m × m | both sides become m |
-| 9 logits to the image | m × m to S × S, the padding cut off, then to H × W | m × m to H × W at once |
+| 0, 6: image, boxes, points | long side to S, zeros fill S × S | both sides to S |
+| 5: mask prompt | long side to m, zeros fill m × m | both sides to m |
+| 9: logits | m × m to S × S, padding cut off, to H × W | m × m to H × W at once |
 
-S is `image_size`: 1024, 1008 in SAM 3. m is `mask_size`, a quarter of it: 256, 288 in SAM 3 with
-its patches of 14 pixels. The refiner asks a model for `input_hw`, `mask_hw` and `upscale` and
-knows of no other difference.
+S is `image_size`: 1024, and 1008 in SAM 3. m is `mask_size`, four for each patch of the encoder:
+256, and 288 in SAM 3. The refiner asks a model for `input_hw`, `mask_hw` and `upscale` and knows of
+no other difference.
 """
 
 from __future__ import annotations
