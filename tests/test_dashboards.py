@@ -89,10 +89,7 @@ def test_wandb_holds_scalars_and_pictures(random_sam, tmp_path, monkeypatch):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         rows.append(
-            {
-                "/".join(item.nested_key): json.loads(item.value_json)
-                for item in record.history.item
-            }
+            {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         )
     history = {name: value for row in rows for name, value in row.items()}
     for name, value in logged.items():
