@@ -377,6 +377,7 @@ class SAMRefineCallback(Callback):
     def _report(self, trainer: Trainer, stage: str) -> None:
         """Log the figures of every loader, remember them, and show what they come from."""
         loaders = [] if self._run.evaluation is None else self._run.evaluation.loaders
+        evaluated: list[Evaluated] = []
         for index, loader in enumerate(loaders):
             result = loader.comparison.result()
             figures = result.figures()
@@ -391,18 +392,13 @@ class SAMRefineCallback(Callback):
             )
             where = {"stage": stage, "epoch": trainer.current_epoch, "dataloader_idx": index}
             self.history.append({**where, **figures, **result.details()})
-            curve = [
-                entry
-                for entry in self.history
-                if (entry["stage"], entry["dataloader_idx"]) == (stage, index)
-            ]
-            evaluated = Evaluated(stage, suffix, loader, result, curve)
-            self.presenter.show(trainer, evaluated)
-            self.presenter.add_to_report(trainer, evaluated)
-        if loaders:
+            if self.class_names is not None:  # in pictures they are what the user wrote
+                result = replace(result, class_names=tuple(self.class_names))
+            evaluated.append(Evaluated(stage, index, suffix, loader, result))
+        if evaluated:
             sam = self._safe_refiner.refiner.sam
             about = {"SAM": f"{sam.name} on {sam.device}", "ignore_index": str(self.ignore_index)}
-            self.presenter.write(trainer, self.refine_config, about)
+            self.presenter.present(trainer, evaluated, self.history, self.refine_config, about)
 
     def _warn_once(self, reason: str) -> None:
         if self._run.warned:
