@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -344,6 +344,7 @@ class SAMRefineCallback(Callback):
         loaders = [] if self._evaluation is None else self._evaluation.loaders
         if loaders and (cache := self._attachment.refiner.refiner.cache) is not None:
             cache.end_epoch(stage)
+        evaluated: list[Evaluated] = []
         for index, loader in enumerate(loaders):
             result = loader.comparison.result()
             figures = result.figures()
@@ -359,18 +360,13 @@ class SAMRefineCallback(Callback):
                 )
             where = {"stage": stage, "epoch": trainer.current_epoch, "dataloader_idx": index}
             self.history.append({**where, **figures, **result.details()})
-            curve = [
-                entry
-                for entry in self.history
-                if (entry["stage"], entry["dataloader_idx"]) == (stage, index)
-            ]
-            evaluated = Evaluated(stage, suffix, loader, result, curve)
-            self.presenter.show(trainer, evaluated)
-            self.presenter.add_to_report(trainer, evaluated)
-        if loaders:
+            if self.class_names is not None:  # in pictures they are what the user wrote
+                result = replace(result, class_names=tuple(self.class_names))
+            evaluated.append(Evaluated(stage, index, suffix, loader, result))
+        if evaluated:
             sam = self._attachment.refiner.refiner.sam
             about = {"SAM": f"{sam.name} on {sam.device}", "ignore_index": str(self.ignore_index)}
-            self.presenter.write(trainer, self.refine_config, about)
+            self.presenter.present(trainer, evaluated, self.history, self.refine_config, about)
 
     def _end_evaluation(self) -> None:
         if self._evaluation is not None:

@@ -45,7 +45,7 @@ def safe_names(class_names: Sequence[str], loggers: Sequence[Logger] = ()) -> li
             continue
         numbered = f"{name}_{index}" if key else f"class_{index}"
         while _key(numbered) in taken:
-            numbered += "_"
+            numbered += f"_{index}"
         taken.add(_key(numbered))
         names.append(numbered)
     return names

@@ -34,23 +34,24 @@ class Evaluated:
 
     Attributes:
         stage: ``"val"`` or ``"test"``.
+        index: The loader's number.
         suffix: ``"/dataloader_idx_<i>"`` where loaders are several, else empty.
         loader: What was collected.
-        result: Its figures.
-        curve: The figures of this loader's evaluations of the stage, one an epoch, this one last.
+        result: Its figures, the classes named as the user does.
     """
 
     stage: str
+    index: int
     suffix: str
     loader: LoaderEvaluation
     result: ComparisonResult
-    curve: Sequence[Mapping[str, Any]]
 
 
 class Presenter:
     """Shows evaluations, each to every logger that can, and all of them in one report.
 
-    Every process calls it: what the others saw is gathered on rank zero, which alone writes.
+    Every process calls it: what the others saw is gathered on rank zero, which alone writes. What
+    cannot be drawn or written costs a warning, and never the run.
 
     Args:
         panels: How many images to draw, half that gained and half that lost the most.
@@ -87,89 +88,95 @@ class Presenter:
         due = not _fitting(trainer) or epochs % self.panels_every_n_epochs == 0
         return self.panels > 0 and due
 
-    def show(self, trainer: Trainer, evaluated: Evaluated) -> None:
-        """Draw panels and charts of one loader. A collective call."""
-        if not self.draws(trainer):
-            return
-        folder = _log_folder(trainer) / "panels"
-        picker = evaluated.loader.picker
-        for kept in _gather(picker.panels()):
-            picker.merge(kept)
+    def present(
+        self,
+        trainer: Trainer,
+        evaluations: Sequence[Evaluated],
+        history: Sequence[Mapping[str, Any]],
+        thresholds: Any,
+        about: Mapping[str, str],
+    ) -> None:
+        """Show what a pass over all loaders gave. A collective call.
+
+        Args:
+            trainer: For loggers, log folder and epoch.
+            evaluations: One a loader.
+            history: The callback's, these evaluations included.
+            thresholds: A dataclass of the refinement's settings.
+            about: What else the report says of the run, by name.
+        """
+        folder = _log_folder(trainer)
+        for evaluated in evaluations:
+            if self.draws(trainer):
+                picker = evaluated.loader.picker
+                for panels in _gather(picker.panels()):
+                    picker.merge(panels)
+            gallery = evaluated.loader.gallery
+            if gallery is not None:
+                for exported in _gather(gallery.export() if _is_distributed() else {}):
+                    gallery.absorb(exported)
+            if not trainer.is_global_zero and gallery is not None:
+                gallery.close()
         if not trainer.is_global_zero:
             return
+        try:
+            for evaluated in evaluations:
+                if self.draws(trainer):
+                    self._draw(trainer, folder / "panels", evaluated)
+                if evaluated.loader.gallery is not None:
+                    self._add_section(trainer, evaluated, history)
+            if self._sections:
+                path = self.report if isinstance(self.report, Path) else folder / REPORT_NAME
+                facts = {
+                    "Command": {"": _command()},
+                    "Thresholds": {key: str(value) for key, value in asdict(thresholds).items()},
+                    "Set-up": dict(about),
+                    "Versions": _versions(),
+                }
+                # By stage: the test set first.
+                write_report(path, [part for _, part in sorted(self._sections.items())], facts)
+        except Exception as error:  # a full disk, a font, a plugin: none is worth the run
+            rank_zero_warn(
+                f"SAMRefineCallback: panels or report were not written to {folder} "
+                f"({type(error).__name__}: {error})"
+            )
+
+    def _draw(self, trainer: Trainer, folder: Path, evaluated: Evaluated) -> None:
         stage, result = evaluated.stage, evaluated.result
         epoch = f"_epoch_{trainer.current_epoch:03d}" if stage == "val" else ""
         stem = f"{stage}{epoch}{evaluated.suffix.replace('/', '_')}"
         headline = stem.replace("_", " ")
         pictures = {
-            "class_iou": draw_class_bars(result, f"IoU by class, {headline}"),
-            "reliability": draw_reliability(result.calibration),
+            "class_iou": rasterise(draw_class_bars(result, f"IoU by class, {headline}")),
+            "reliability": rasterise(draw_reliability(result.calibration)),
         }
-        panels = picker.panels()
+        panels = evaluated.loader.picker.panels()
         if panels:
-            pictures["panels"] = draw_panels(panels, result.class_names, headline)
-        drawn = {
-            f"{stage}/{name}{evaluated.suffix}": rasterise(
-                figure, self.panels_width if name == "panels" else None
-            )
-            for name, figure in pictures.items()
-        }
+            figure = draw_panels(panels, result.class_names, headline)
+            pictures["panels"] = rasterise(figure, self.panels_width)
+        named = {f"{stage}/{key}{evaluated.suffix}": value for key, value in pictures.items()}
+        show_pictures(trainer.loggers, named, trainer.global_step)
         if panels:
-            path = folder / f"{stem}.png"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                drawn[f"{stage}/panels{evaluated.suffix}"].save(path)
-            except OSError as error:  # a full disk must not end the run
-                rank_zero_warn(f"SAMRefineCallback: no panels were written to {folder} ({error})")
-        show_pictures(trainer.loggers, drawn, trainer.global_step)
+            folder.mkdir(parents=True, exist_ok=True)
+            pictures["panels"].save(folder / f"{stem}.png")
 
-    def add_to_report(self, trainer: Trainer, evaluated: Evaluated) -> None:
-        """Take a loader's gallery into the report, in place of its last one. A collective call."""
-        gallery = evaluated.loader.gallery
-        if gallery is None:
-            return
-        for exported in _gather(gallery.export() if _is_distributed() else {}):
-            gallery.absorb(exported)
-        key = (evaluated.stage, evaluated.suffix)
+    def _add_section(
+        self, trainer: Trainer, evaluated: Evaluated, history: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Take a loader's evaluation into the report, in place of its last one."""
+        stage, index = evaluated.stage, evaluated.index
+        key = (stage, evaluated.suffix)
         if key in self._sections:
             self._sections[key].gallery.close()
-        if not trainer.is_global_zero:
-            gallery.close()
-            return
-        index = evaluated.suffix.rpartition("_")[2]
+        in_epochs = stage == "val" and _fitting(trainer)
+        same = [h for h in history if (h["stage"], h["dataloader_idx"]) == (stage, index)]
         self._sections[key] = ReportSection(
-            title=evaluated.stage + (f", dataloader {index}" if index else ""),
-            epoch=trainer.current_epoch if evaluated.stage == "val" and _fitting(trainer) else None,
+            title=stage + (f", dataloader {index}" if evaluated.suffix else ""),
+            epoch=trainer.current_epoch if in_epochs else None,
             result=evaluated.result,
-            gallery=gallery,
-            curve=evaluated.curve if _fitting(trainer) else (),
+            gallery=evaluated.loader.gallery,
+            curve=same if in_epochs else (),
         )
-
-    def write(self, trainer: Trainer, thresholds: Any, about: Mapping[str, str]) -> None:
-        """Write the report of all evaluations so far, the last of each loader.
-
-        Args:
-            trainer: For the log folder. A collective call.
-            thresholds: A dataclass of the refinement's settings.
-            about: What else to say of the run, by name.
-        """
-        if self.report is False:
-            return
-        path = self.report if isinstance(self.report, Path) else _log_folder(trainer) / REPORT_NAME
-        if not trainer.is_global_zero or not self._sections:
-            return
-        facts = {
-            "Command": {"": _command()},
-            "Thresholds": {name: str(value) for name, value in asdict(thresholds).items()},
-            "Set-up": dict(about),
-            "Versions": _versions(),
-        }
-        # The test set first: it is what a reader came for.
-        sections = [section for _, section in sorted(self._sections.items())]
-        try:
-            write_report(path, sections, facts)
-        except OSError as error:
-            rank_zero_warn(f"SAMRefineCallback: no report was written to {path} ({error})")
 
 
 def sample_names(batch: Any, count: int, fallback: str) -> list[str]:

@@ -78,7 +78,9 @@ def run(strategy: str, devices: int, folder: Path) -> None:
         return
     # Neither 5 nor 1 image divides by 2 ranks: one rank of the last loader has none of its own.
     loaders = [loader(5, batch_size=2), loader(1, seed=1)]
-    trainer(SAMRefineCallback(sam, **arguments)).validate(Frozen(), loaders, verbose=False)
+    shown = {"panels": 2, "report": folder / "report.html"}
+    callback = SAMRefineCallback(sam, **arguments, **shown)
+    trainer(callback, default_root_dir=folder).validate(Frozen(), loaders, verbose=False)
 
     failing = FailingSam(build_random_sam(), "random")
     trainer(SAMRefineCallback(failing, **arguments)).validate(

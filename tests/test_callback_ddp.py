@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +24,34 @@ def read(folder: Path, devices: int) -> list[list[dict[str, float]]]:
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory) -> list[dict[str, float]]:
+def folder(tmp_path_factory) -> Path:
+    """Where one process left what it saw."""
     folder = tmp_path_factory.mktemp("single")
     with pytest.warns(RuntimeWarning, match="this image fails"):
         ddp_run.run("auto", 1, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(folder) -> list[dict[str, float]]:
     return read(folder, 1)[0]
 
 
-def test_ddp_equals_one_process_on_every_rank(single, tmp_path):
+def shown(folder: Path) -> list[tuple[list[dict], list[dict]]]:
+    """Return the images and regions of a report, without the names, which say the process."""
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    found = []
+    for section in range(2):
+        arrays = []
+        for kind in ("images", "regions"):
+            (array,) = re.findall(rf'id="{kind}-{section}">(\[.*?\])</script>', text, re.DOTALL)
+            entries = [{**entry, "name": ""} for entry in json.loads(array)]
+            arrays.append(sorted(entries, key=str))
+        found.append((arrays[0], arrays[1]))
+    return found
+
+
+def test_ddp_equals_one_process_on_every_rank(folder, single, tmp_path):
     done = subprocess.run(
         [sys.executable, ddp_run.__file__, "ddp", "2", str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -50,6 +71,12 @@ def test_ddp_equals_one_process_on_every_rank(single, tmp_path):
     assert sanity_check == {}
     assert len(epochs) == 2, "EarlyStopping saw equal values and stopped after its patience"
     assert list(tmp_path.glob("*.ckpt"))
+    # The report of rank zero holds the other rank's images, and so do the panels.
+    assert shown(tmp_path) == shown(folder)
+    assert [len(images) for images, _ in shown(tmp_path)] == [5, 1]
+    names = {path.relative_to(folder) for path in folder.rglob("*.png")}
+    assert len(names) == 2
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")} == names
 
 
 def test_ddp_spawn_pickles_the_callback(single, tmp_path):

@@ -89,8 +89,10 @@ def test_a_report_holds_every_stage(random_sam, tmp_path):
 
 
 def test_a_report_goes_where_it_should(random_sam, tmp_path):
-    run(random_sam, tmp_path, "validate", report=tmp_path / "here.html")
-    assert (tmp_path / "here.html").exists()
+    names = ["sky/blue", "sky:blue", "road"]
+    run(random_sam, tmp_path, "validate", report=tmp_path / "here.html", class_names=names)
+    text = (tmp_path / "here.html").read_text(encoding="utf-8")
+    assert all(f">{name}</th>" in text for name in names), "not the loggers' names"
     assert not list(tmp_path.rglob("report.html"))
     with pytest.raises(TypeError, match="report: got 3, accepted is True, False or a path"):
         SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, report=3)
@@ -98,7 +100,7 @@ def test_a_report_goes_where_it_should(random_sam, tmp_path):
 
 def test_a_report_that_cannot_be_written_ends_no_run(random_sam, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.warns(UserWarning, match="no report was written to .*file"):
+    with pytest.warns(UserWarning, match="panels or report were not written .*file"):
         _, callback = run(
             random_sam, tmp_path, "validate", report=str(tmp_path / "file" / "report.html")
         )
@@ -121,7 +123,7 @@ def test_a_folder_that_cannot_be_written_ends_no_run(random_sam, tmp_path):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with pytest.warns(UserWarning, match="no panels were written to .*panels"):
+    with pytest.warns(UserWarning, match="panels or report were not written to .*File"):
         trainer.validate(Segmenter(), loader(), verbose=False)
     assert callback.history[0]["miou_refined"] > 0
 

@@ -113,6 +113,26 @@ def test_galleries_of_several_processes_make_the_gallery_of_one():
     assert parts[0].images_seen == 7
 
 
+def test_a_full_disk_costs_the_rest_of_the_gallery_alone(monkeypatch):
+    comparison, gallery = RefinementComparison(4, 255), Gallery(4, 255)
+    add_image(comparison, gallery, 0, (48, 64))
+
+    class Full:
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+        def write(self, data):
+            raise OSError("no space left on device")
+
+    file = gallery._file
+    monkeypatch.setattr(gallery, "_file", Full())
+    with pytest.warns(RuntimeWarning, match="no image from image 0001 on .*no space left"):
+        add_image(comparison, gallery, 1, (48, 64))
+    add_image(comparison, gallery, 2, (48, 64))
+    assert [json.loads(text)["name"] for text in gallery.images()] == ["image 0000"]
+    assert len(comparison.result().totals) == 3
+
+
 def test_one_changed_pixel_is_seen_in_a_tile():
     image = torch.zeros(3, 600, 800, dtype=torch.uint8)
     target = torch.zeros(600, 800, dtype=torch.int64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,7 @@ class Gallery:
         self.images_seen = 0
         self._file = _temporary_file(folder)
         self._end = 0
+        self._broken = False
         self._images: list[_Place] = []
         self._regions: dict[str, list[_Place]] = {kind: [] for kind in REGION_KINDS}
 
@@ -88,6 +90,25 @@ class Gallery:
             found: What the comparison found in the image.
         """
         self.images_seen += 1
+        if self._broken:
+            return
+        try:
+            self._add(name, image, raw, refined, target, regions, found)
+        except OSError as error:  # a full disk must not end the run
+            self._broken = True
+            message = f"the report shows no image from {name} on ({error})"
+            warnings.warn(f"SAMRefineCallback: {message}", RuntimeWarning, stacklevel=2)
+
+    def _add(
+        self,
+        name: str,
+        image: Tensor,
+        raw: Tensor,
+        refined: Tensor,
+        target: Tensor,
+        regions: Regions,
+        found: ImageComparison,
+    ) -> None:
         fixed, broken, swapped = torch.bincount(found.changes.kinds, minlength=3).tolist()
         # What refinement did in all: an image with as much fixed as broken is worth a look.
         worth = (fixed + broken) / max(int(found.valid.sum()), 1)
@@ -203,15 +224,13 @@ class Gallery:
         if not _enters(places, worth, name, most):
             return
         data = text.encode("ascii")
-        full = len(places) >= most
         # An entry that falls out leaves its room to the new one where that fits.
-        left = heapq.heappop(places) if full else None
-        if left is not None and left.length >= len(data):
-            offset = left.offset
-        else:
-            offset, self._end = self._end, self._end + len(data)
+        left = heapq.heappop(places) if len(places) >= most else None
+        fits = left is not None and left.length >= len(data)
+        offset = left.offset if fits else self._end
         self._file.seek(offset)
         self._file.write(data)
+        self._end = max(self._end, offset + len(data))
         heapq.heappush(places, _Place(worth, name, offset, len(data)))
 
 
