@@ -175,7 +175,7 @@ class SAMRefineCallback(Callback):
                 "SAMRefineCallback: Trainer(barebones=True) logs nothing; the figures are in the "
                 "callback's history alone"
             )
-        self._attached = Attachment.load(
+        self._attached = Attachment(
             type(self).__name__,
             "refine_failed_images",
             self.sam,

@@ -213,7 +213,7 @@ class SAMRefineWriter(BasePredictionWriter):
             self._files.check()
         except ValueError as error:
             raise MisconfigurationException(f"{_NAME}: {error}") from error
-        self._attached = Attachment.load(
+        self._attached = Attachment(
             _NAME,
             "counts.failed",
             self.sam,
@@ -276,7 +276,7 @@ class SAMRefineWriter(BasePredictionWriter):
         stems = find_stems(batch, len(inputs), self.stem_key, batch_indices)
         if trainer.predict_loop.num_dataloaders > 1:
             stems = [f"{dataloader_idx}/{stem}" for stem in stems]
-        images = [_hash(image) for image in inputs.images]
+        images = [_image_hash(image) for image in inputs.images]
         missing = [
             index
             for index, (stem, image) in enumerate(zip(stems, images, strict=True))
@@ -474,7 +474,7 @@ def _hashes(provenance: Provenance) -> dict[str, str]:
     }
 
 
-def _hash(image: Tensor) -> str:
+def _image_hash(image: Tensor) -> str:
     """Return 16 hexadecimal digits of an image's size and pixels."""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=8)
     digest.update(memoryview(image.contiguous().cpu().numpy().reshape(-1)))
