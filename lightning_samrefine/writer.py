@@ -91,8 +91,10 @@ class SAMRefineWriter(BasePredictionWriter):
 
     The run may be killed at any moment. Started again, with any number of processes, it keeps what
     is complete (by size and checksum), writes what is missing, damaged or of an image that has
-    changed, and ends in the same bytes as a run that was left alone. Results of other thresholds,
-    weights or settings are refused.
+    changed, and ends in the same bytes as a run that was left alone, as far as segmenter and SAM
+    give the same bits whatever else is in their batch. (On a GPU set ``max_prompts_per_batch``, or
+    the number of prompts at once follows the free memory.) Results of other thresholds, weights or
+    settings are refused.
 
     Files are written by a thread of their own; where the disk is slower than SAM, SAM waits. Call
     ``trainer.predict(..., return_predictions=False)``, or Lightning keeps all predictions in
