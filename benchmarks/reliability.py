@@ -239,8 +239,9 @@ def page(results: Mapping[str, Figures]) -> str:
     table = "\n".join(f"| {what} | {count:,} | {lost} |" for what, count, lost in rows)
     return f"""# What was tried, and what was lost
 
-`python -m benchmarks.reliability` on CPU, a tiny random SAM, images of 40 by 32 and 60 by 48 pixels;
-every part ends in an error where something is lost, so the page exists only where nothing was.
+`python -m benchmarks.reliability` on CPU, with a tiny random SAM and images of 40 by 32 and
+60 by 48 pixels. Every part ends in an error where something is lost, so the page exists only where
+nothing was.
 
 | tried | count | lost |
 |---|---|---|

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +23,32 @@ from lightning_samrefine.refiner import Refiner
 from lightning_samrefine.safety import SafeRefiner, isolated_rng
 
 
-@dataclass
 class Attachment:
     """A loaded SAM, the refiner around it, and what a run has learnt about its batches.
 
+    A loaded SAM is moved to the device, a named one loaded there, without a trace in the global
+    random states.
+
+    Args:
+        owner: What a message begins with.
+        counted_in: Where failures are counted, for the warning.
+        sam: A name for `load_sam`, or a `Promptable`.
+        checkpoint: See `load_sam`.
+        config: Thresholds.
+        precision: See `Refiner`.
+        device: Where SAM is to be.
+
     Attributes:
-        owner: The class that a message begins with.
         refiner: Holds SAM.
-        counted_in: Where a failure is counted, for the warning.
         adapter: With the number of classes settled, None until `bind`.
-        own_sam: A user's own `Promptable`, to be moved back.
-        home: Where it was.
-        understood: Loaders of which a batch was read: what fails there later is no set-up error.
-        warned: Whether a failure was reported.
+
+    Raises:
+        ValueError: As `load_sam` and `Refiner` raise it.
+        FileNotFoundError: No checkpoint there.
     """
 
-    owner: str
-    refiner: SafeRefiner
-    counted_in: str
-    adapter: BatchAdapter | None = None
-    own_sam: Promptable | None = None
-    home: torch.device | None = None
-    understood: set[int] = field(default_factory=set)
-    warned: bool = False
-
-    @classmethod
-    def load(
-        cls,
+    def __init__(
+        self,
         owner: str,
         counted_in: str,
         sam: str | Promptable,
@@ -58,24 +57,19 @@ class Attachment:
         precision: str,
         device: torch.device,
         cache: EmbeddingCache | None = None,
-    ) -> Attachment:
-        """Load SAM, or move a loaded one, without a trace in the global random states.
-
-        Raises:
-            ValueError: As `load_sam` and `Refiner` raise it.
-            FileNotFoundError: No checkpoint there.
-        """
-        own, home = (None, None) if isinstance(sam, str) else (sam, sam.device)
+    ) -> None:
+        self._owner = owner
+        self._warn_once = _WarnOnce(owner, counted_in)
+        self._own_sam, self._home = (None, None) if isinstance(sam, str) else (sam, sam.device)
         with isolated_rng(device):
             if isinstance(sam, str):
                 sam = load_sam(sam, checkpoint, device)
             else:
                 sam.module.to(device)
-            refiner = Refiner(sam, config, precision, cache)
-        attachment = cls(owner, SafeRefiner(refiner, lambda _: None), counted_in)
-        attachment.refiner = SafeRefiner(refiner, attachment.warn_once)
-        attachment.own_sam, attachment.home = own, home
-        return attachment
+            self.refiner = SafeRefiner(Refiner(sam, config, precision, cache), self._warn_once)
+        self.adapter: BatchAdapter | None = None
+        # Loaders of which a batch was read: what fails there later is no set-up error.
+        self._understood: set[int] = set()
 
     def bind(
         self, adapter: BatchAdapter, num_classes: int | None, pl_module: LightningModule
@@ -91,7 +85,7 @@ class Attachment:
             self.adapter = replace(adapter, num_classes=num_classes, device=refiner.sam.device)
             masks = "" if accepts_masks(refiner.sam) else ", which takes no mask prompts,"
             rank_zero_info(
-                f"{self.owner}: SAM {refiner.sam.name}{masks} on {refiner.sam.device} refines "
+                f"{self._owner}: SAM {refiner.sam.name}{masks} on {refiner.sam.device} refines "
                 f"{num_classes} classes with {refiner.config}"
             )
         return self.adapter
@@ -105,28 +99,38 @@ class Attachment:
         try:
             inputs = self.adapter(batch, outputs, *capture.take())
         except Exception as error:
-            if dataloader_idx not in self.understood:
+            if dataloader_idx not in self._understood:
                 raise
             reason = f"{type(error).__name__}: {error}"
-            self.warn_once(f"a batch could not be read and is left out ({reason})")
+            self._warn_once(f"a batch could not be read and is left out ({reason})")
             return None
-        self.understood.add(dataloader_idx)
+        self._understood.add(dataloader_idx)
         return inputs
 
-    def warn_once(self, reason: str) -> None:
-        """Warn of the first failure, on whatever process it happens."""
-        if self.warned:
+    def release(self) -> None:
+        """Move a user's own SAM back to where it was."""
+        if self._own_sam is not None:
+            self._own_sam.module.to(self._home)
+
+
+class _WarnOnce:
+    """Warns of the first failure, on whatever process it happens.
+
+    An object of its own: the refiner holds it, and must not hold on to itself through it.
+    """
+
+    def __init__(self, owner: str, counted_in: str) -> None:
+        self._owner, self._counted_in = owner, counted_in
+        self._warned = False
+
+    def __call__(self, reason: str) -> None:
+        if self._warned:
             return
-        self.warned = True
+        self._warned = True
         message = (
-            f"{self.owner}: {reason}. Further failures are counted in {self.counted_in} without a "
-            "warning."
+            f"{self._owner}: {reason}. Further failures are counted in {self._counted_in} "
+            "without a warning."
         )
         warnings.warn(
             rank_prefixed_message(message, rank_zero_only.rank), RuntimeWarning, stacklevel=2
         )
-
-    def release(self) -> None:
-        """Move a user's own SAM back to where it was."""
-        if self.own_sam is not None:
-            self.own_sam.module.to(self.home)

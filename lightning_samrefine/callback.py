@@ -216,7 +216,7 @@ class SAMRefineCallback(Callback):
             )
         # Without a second epoch nothing in memory would be asked for again.
         once = self.cache == "memory" and stage != "fit"
-        self._attached = Attachment.load(
+        self._attached = Attachment(
             type(self).__name__,
             "refine_failed_images",
             self.sam,

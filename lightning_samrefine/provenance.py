@@ -65,7 +65,7 @@ class Provenance:
                         "precision": precision,
                     },
                     "segmenter": {
-                        "class": f"{type(segmenter).__module__}.{type(segmenter).__qualname__}",
+                        "class": _class_name(segmenter),
                         "weights": _fingerprint(segmenter),
                     },
                     "inputs": dict(inputs),
@@ -121,9 +121,15 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
+def _class_name(module: nn.Module) -> str:
+    """Name a module's class as its author wrote it: ``fully_shard`` derives another from it."""
+    own = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch."))
+    return f"{own.__module__}.{own.__qualname__}"
+
+
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        yield name.replace("_orig_mod.", ""), tensor  # which torch.compile puts in
 
 
 def _fingerprint(segmenter: nn.Module) -> str | None:

@@ -91,8 +91,10 @@ class SAMRefineWriter(BasePredictionWriter):
 
     The run may be killed at any moment. Started again, with any number of processes, it keeps what
     is complete (by size and checksum), writes what is missing, damaged or of an image that has
-    changed, and ends in the same bytes as a run that was left alone. Results of other thresholds,
-    weights or settings are refused.
+    changed, and ends in the same bytes as a run that was left alone, as far as segmenter and SAM
+    give the same bits whatever else is in their batch. (On a GPU set ``max_prompts_per_batch``, or
+    the number of prompts at once follows the free memory.) Results of other thresholds, weights or
+    settings are refused.
 
     Files are written by a thread of their own; where the disk is slower than SAM, SAM waits. Call
     ``trainer.predict(..., return_predictions=False)``, or Lightning keeps all predictions in
@@ -213,7 +215,7 @@ class SAMRefineWriter(BasePredictionWriter):
             self._files.check()
         except ValueError as error:
             raise MisconfigurationException(f"{_NAME}: {error}") from error
-        self._attached = Attachment.load(
+        self._attached = Attachment(
             _NAME,
             "counts.failed",
             self.sam,
@@ -276,7 +278,7 @@ class SAMRefineWriter(BasePredictionWriter):
         stems = find_stems(batch, len(inputs), self.stem_key, batch_indices)
         if trainer.predict_loop.num_dataloaders > 1:
             stems = [f"{dataloader_idx}/{stem}" for stem in stems]
-        images = [_hash(image) for image in inputs.images]
+        images = [_image_hash(image) for image in inputs.images]
         missing = [
             index
             for index, (stem, image) in enumerate(zip(stems, images, strict=True))
@@ -474,7 +476,7 @@ def _hashes(provenance: Provenance) -> dict[str, str]:
     }
 
 
-def _hash(image: Tensor) -> str:
+def _image_hash(image: Tensor) -> str:
     """Return 16 hexadecimal digits of an image's size and pixels."""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=8)
     digest.update(memoryview(image.contiguous().cpu().numpy().reshape(-1)))

@@ -15,18 +15,19 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from kill_trials import start
-from lightning.pytorch import Trainer
+from kill_trials import Named, contents, start
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter
 from tiny_random_sam import build_random_sam
 from torch.utils.data import DataLoader
 
-from lightning_samrefine import SAMRefineCallback
+from lightning_samrefine import SAMRefineCallback, SAMRefineWriter
 from lightning_samrefine.models.sam import SamPromptable
 
 UNREGIONED, FAILING = 1, 2  # images without a region, and that SAM fails at, wherever they are
@@ -62,6 +63,9 @@ class Step(Segmenter):
         labels[(images == Blobs(8).images[UNREGIONED]).flatten(1).all(dim=1)] = 255
         return {"preds": labels}
 
+    def predict_step(self, batch, batch_idx):
+        return {"logits": self.network(batch["image"] / 255 - 0.5)}
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -96,11 +100,16 @@ def layouts(which: str) -> list[Layout]:
     return list(dict.fromkeys(short + more))
 
 
-def evaluate(layout: Layout, single: bool, path: Path) -> None:
-    """Run one process of a layout, and leave what it logged."""
-    strategy = layout.strategy
+def trainer_of(layout: Layout, single: bool, callback: Callback) -> Trainer:
+    strategy = "auto" if single else layout.strategy
     if strategy == "model_parallel":
         strategy = ModelParallelStrategy(layout.processes, 1, process_group_backend="gloo")
+    devices = 1 if single else layout.processes
+    return Trainer(**SILENT, strategy=strategy, devices=devices, callbacks=[callback])
+
+
+def evaluate(layout: Layout, single: bool, path: Path) -> None:
+    """Run one process of a layout, and leave what it logged."""
     sam = FailingSam(build_random_sam(), "failing")
     callback = SAMRefineCallback(
         sam,
@@ -108,12 +117,7 @@ def evaluate(layout: Layout, single: bool, path: Path) -> None:
         refine=REFINE,
         max_batches=None if single else layout.max_batches,
     )
-    trainer = Trainer(
-        **SILENT,
-        strategy="auto" if single else strategy,
-        devices=1 if single else layout.processes,
-        callbacks=[callback],
-    )
+    trainer = trainer_of(layout, single, callback)
     dataset = Blobs(8)
     dataset.images, dataset.targets = (
         dataset.images[: layout.images],
@@ -126,26 +130,55 @@ def evaluate(layout: Layout, single: bool, path: Path) -> None:
     path.write_text(json.dumps(metrics))
 
 
+def predict(layout: Layout, single: bool, folder: Path, kept: int) -> None:
+    """Predict into a folder in which ``kept`` images are complete already."""
+    sam = SamPromptable(build_random_sam(), "random")
+    writer = SAMRefineWriter(folder, sam, num_classes=NUM_CLASSES, refine=REFINE)
+    trainer = trainer_of(layout, single, writer)
+    module = Step(sharded=layout.strategy == "model_parallel" and not single)
+    loader = DataLoader(Named(layout.images), batch_size=layout.batch_size)
+    trainer.predict(module, loader, return_predictions=False)
+    assert writer.counts.kept == (kept if single else len(range(trainer.global_rank, kept, 2)))
+
+
+def compare_predictions(folder: Path) -> int:
+    """Write with sharded weights what one process has written, and go on where it ended."""
+    layout = Layout(2, 5, 2, "model_parallel")
+    log, one, two = folder / "single.log", folder / "one", folder / "two"
+    wait([(start(log, lambda: predict(layout, True, one, 0)), log)], layout)
+    expected = contents(one)
+    fork(layout, folder, lambda rank: predict(layout, False, two, 0))
+    assert contents(two) == expected
+    fork(layout, folder, lambda rank: predict(layout, False, one, layout.images))
+    assert contents(one) == expected
+    return len(expected)
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
 
 
-def run_layout(layout: Layout, folder: Path) -> list[dict[str, float]]:
-    """Fork a layout's processes and return what each of them logged."""
+def fork(layout: Layout, folder: Path, work: Callable[[int], None]) -> None:
+    """Run some work in all processes of a layout."""
     port, children = free_port(), []
     for rank in range(layout.processes):
 
-        def work(rank: int = rank) -> None:
+        def work_of_rank(rank: int = rank) -> None:
             where = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": layout.processes}
             where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({key: str(value) for key, value in where.items()})
-            evaluate(layout, False, folder / f"{rank}.json")
+            work(rank)
 
         log = folder / f"{rank}.log"
-        children.append((start(log, work), log))
+        children.append((start(log, work_of_rank), log))
     wait(children, layout)
+
+
+def run_layout(layout: Layout, folder: Path) -> list[dict[str, float]]:
+    """Run a layout, and return what each of its processes logged."""
+    fork(layout, folder, lambda rank: evaluate(layout, False, folder / f"{rank}.json"))
     return [untimed(folder / f"{rank}.json") for rank in range(layout.processes)]
 
 
@@ -191,6 +224,7 @@ def main() -> None:
         compared["failed_images"] += int(single["val/refine_failed_images"])
         by_strategy[layout.strategy] = by_strategy.get(layout.strategy, 0) + 1
     assert compared["failed_images"] > 0, "no process ever skipped SAM"
+    compared["predicted_files"] = compare_predictions(folder)
     print(json.dumps({**compared, "by_strategy": by_strategy, "last": asdict(layout)}))
 
 

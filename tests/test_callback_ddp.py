@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ddp_layouts
 import ddp_run
 import pytest
 
@@ -90,3 +91,20 @@ def test_ddp_spawn_pickles_the_callback(single, tmp_path):
         if name.endswith("/dataloader_idx_0")
     }
     assert figures == of_first_loader
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks its processes")
+def test_uneven_layouts_log_what_one_process_logs(tmp_path):
+    # All of them are in benchmarks/RELIABILITY.md; these include sharded weights (fully_shard).
+    done = subprocess.run(
+        [sys.executable, ddp_layouts.__file__, str(tmp_path), "short"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    compared = json.loads(done.stdout.splitlines()[-1])
+    assert compared["layouts"] == 5
+    assert compared["by_strategy"] == {"ddp": 4, "model_parallel": 1}

@@ -6,8 +6,10 @@ import importlib
 import sys
 
 import pytest
+import torch
 from fuzzing import SETTINGS, fuzz_config, fuzz_journal, fuzz_manifest, fuzz_run_json
 from hypothesis import given, settings
+from lightning_stubs import Segmenter
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.manifest import (
@@ -160,6 +162,26 @@ def test_provenance_round_trips_and_tells_differences_apart(random_sam):
     assert "segmenter.weights" in one.differences(unknown)[0]
     unknown.segmenter["weights"] = None
     assert one.differences(unknown) == []
+
+
+def test_a_compiled_segmenter_is_the_same_one(random_sam):
+    def weights(module):
+        return Provenance.of(RefineConfig(), random_sam, "float32", module, {}).segmenter
+
+    module = Segmenter()
+    plain = weights(module)
+    module.network = torch.compile(module.network, backend="eager")
+    assert weights(module) == plain
+    with torch.no_grad():
+        module.network.bias[0] += 1e-6
+    assert weights(module) != plain
+
+
+def test_weights_that_cannot_be_read_are_not_compared(random_sam):
+    module = torch.nn.LazyLinear(3)
+    with pytest.warns(RuntimeWarning, match="weights cannot be read"):
+        one = Provenance.of(RefineConfig(), random_sam, "float32", module, {})
+    assert one.segmenter["weights"] is None
 
 
 @pytest.mark.parametrize("fuzz", [fuzz_journal, fuzz_manifest, fuzz_run_json, fuzz_config])

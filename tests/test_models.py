@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_samrefine import load_sam
-from lightning_samrefine.models import Promptable, Prompts
+from lightning_samrefine.models import Promptable, Prompts, loading
 from lightning_samrefine.models.tiny_vit import build_sam_vit_t, mobile_sam_keys
 
 
@@ -131,3 +131,18 @@ def test_the_published_vit_t_loads_strictly_under_mobile_sams_names(data_root):
     assert next(sam.module.parameters()).dtype == torch.float32
     with pytest.raises(ValueError, match="weights of SAM vit_b, but looks like SAM vit_t"):
         load_sam("vit_b", path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoints_are_mapped_where_their_format_allows_it(tmp_path, monkeypatch, zipped):
+    path, load, asked = tmp_path / "weights.pt", torch.load, []
+    weights = {"layer.weight": torch.arange(6.0).view(2, 3)}
+    torch.save(weights, path, _use_new_zipfile_serialization=zipped)
+    monkeypatch.setattr(
+        torch,
+        "load",
+        lambda *args, **kwargs: (asked.append(kwargs["mmap"]), load(*args, **kwargs))[1],
+    )
+    read = loading._read(path, "vit_t")
+    assert torch.equal(read["layer.weight"], weights["layer.weight"])
+    assert asked == [zipped]

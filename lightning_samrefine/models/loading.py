@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -166,7 +167,9 @@ def _read(path: Path, name: str) -> StateDict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, so that the processes of a node read one copy; torch cannot map its old format.
+        mmap = zipfile.is_zipfile(path)
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"checkpoint: got {str(path)!r}, which cannot be read as weights ({error}); accepted "

@@ -1,0 +1,19 @@
+"""Memory stays where it is, however many images are predicted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks.reliability import predict_many
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
+def test_memory_does_not_grow_with_the_images(tmp_path):
+    # benchmarks/RELIABILITY.md has it over 5,000 images.
+    figures = predict_many(600, str(tmp_path / "out"))
+    assert figures["written"] == 600
+    assert figures["growth"] < 0.03
