@@ -13,7 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_prefixed_message
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
 from lightning_samrefine.adapter import BatchAdapter, RefineInputs
@@ -29,10 +29,12 @@ from lightning_samrefine.cache import EmbeddingCache, make_cache
 from lightning_samrefine.capture import ScoresCapture
 from lightning_samrefine.comparison import RefinementComparison
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.dashboards import safe_names
 from lightning_samrefine.evaluation import LoaderEvaluation
 from lightning_samrefine.images import RgbConverter
 from lightning_samrefine.models import Promptable, load_sam
 from lightning_samrefine.precision import PRECISIONS
+from lightning_samrefine.presentation import Evaluated, Presenter, batch_label, sample_names
 from lightning_samrefine.refiner import Refiner
 from lightning_samrefine.safety import SafeRefiner, isolated_rng
 from lightning_samrefine.sampling import evaluation_dataloaders
@@ -73,11 +75,12 @@ class SAMRefineCallback(Callback):
     """Refines every prediction of an evaluation with SAM and logs raw against refined figures.
 
     Logs in ``validate`` (alone and inside ``fit``) under ``val/`` and in ``test`` under ``test/``:
-    ``miou_raw``, ``miou_refined``, ``miou_gain``, ``iou_raw/<class>``, ``iou_refined/<class>``,
-    ``trimap_miou_raw|refined|gain``, ``refine_accept_rate``, ``refine_regions_per_image``,
-    ``refine_ms_per_image`` and ``refine_failed_images``, see
-    `lightning_samrefine.comparison.RefinementComparison`. With several dataloaders every name ends
-    in ``/dataloader_idx_<i>``, as Lightning's own do. Nothing runs during the sanity check.
+    ``miou_raw``, ``miou_refined``, ``miou_gain`` and its 95% interval ``miou_gain_low|high``,
+    ``iou_raw/<class>``, ``iou_refined/<class>``, ``trimap_miou_*``, ``boundary_iou_*``,
+    ``refine_fixed_px``, ``refine_broken_px``, ``refine_accept_rate``, ``refine_ms_per_image`` and
+    more, see `lightning_samrefine.comparison.ComparisonResult.figures`. With several dataloaders
+    every name ends in ``/dataloader_idx_<i>``, as Lightning's own do. Nothing runs during the
+    sanity check.
 
     The user's model is not run again and not changed; nothing goes into checkpoints, and training
     sees the same random numbers as without the callback. An image whose refinement fails keeps
@@ -105,8 +108,13 @@ class SAMRefineCallback(Callback):
             alike; None for all.
         trimap_width: Half-width in pixels of the band around borders.
         panels: So many images an evaluation, those that gained and those that lost the most, are
-            drawn as image | raw | refined | truth into ``panels/`` of the Trainer's log folder,
-            with every region's box and predicted IoU. 0 draws none.
+            drawn as image | raw | refined | truth | changed pixels, with every region's box and
+            predicted IoU: into ``panels/`` of the Trainer's log folder, and into TensorBoard, W&B
+            and MLflow, along with charts of classes and of predicted IoU. 0 draws none.
+        panels_every_n_epochs: Inside ``fit``, draw in every n-th epoch.
+        panels_width: Width of the panels in pixels.
+        report: Write a self-contained page to look at after every evaluation: ``report.html`` in
+            the log folder where True, or the path given.
         image_key: Where the image is in the batch, such as ``"image"``, ``"data.image"`` or
             ``"0"``; None searches, see `lightning_samrefine.adapter.BatchAdapter`.
         target_key: Where the target is.
@@ -121,7 +129,8 @@ class SAMRefineCallback(Callback):
 
     Attributes:
         history: What was logged, one dict an evaluation and loader: ``stage``, ``epoch``,
-            ``dataloader_idx``, and the names above without their prefix.
+            ``dataloader_idx``, and the names above without their prefix; also what is not logged,
+            see `lightning_samrefine.comparison.ComparisonResult.details`.
 
     Raises:
         MisconfigurationException: No number of classes, or one that contradicts ``class_names``.
@@ -152,6 +161,9 @@ class SAMRefineCallback(Callback):
         max_batches: int | None = None,
         trimap_width: int = 3,
         panels: int = 0,
+        panels_every_n_epochs: int = 1,
+        panels_width: int = 1600,
+        report: bool | str | Path = False,
         image_key: str | None = None,
         target_key: str | None = None,
         scores_key: str | None = None,
@@ -176,6 +188,10 @@ class SAMRefineCallback(Callback):
         check_count("every_n_epochs", every_n_epochs)
         check_count("trimap_width", trimap_width)
         check_count("panels", panels, least=0)
+        check_count("panels_every_n_epochs", panels_every_n_epochs)
+        check_count("panels_width", panels_width, least=200)
+        if not isinstance(report, bool | str | Path):
+            raise TypeError(f"report: got {report!r}, accepted is True, False or a path")
         if max_batches is not None:
             check_count("max_batches", max_batches)
         if ignore_index is not None and not isinstance(ignore_index, int):
@@ -192,7 +208,12 @@ class SAMRefineCallback(Callback):
         self.every_n_epochs = every_n_epochs
         self.max_batches = max_batches
         self.trimap_width = trimap_width
-        self.panels = panels
+        self.presenter = Presenter(
+            panels,
+            panels_every_n_epochs,
+            panels_width,
+            Path(report) if isinstance(report, str) else report,
+        )
         self.history: list[dict[str, Any]] = []
         self.adapter = BatchAdapter(
             image_key=image_key,
@@ -207,7 +228,7 @@ class SAMRefineCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # Lightning binds the module's log to the callback: pickling it would drag the module along.
         state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {**state, "_run": _Run()}
+        return {**state, "_run": _Run(), "presenter": self.presenter.emptied()}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -273,7 +294,8 @@ class SAMRefineCallback(Callback):
             return
         inputs = loader.real(inputs)
         if len(inputs) > 0:
-            loader.add(inputs, *self._safe_refiner(inputs), batch_idx)
+            names = sample_names(batch, len(inputs), batch_label(trainer, batch_idx))
+            loader.add(inputs, *self._safe_refiner(inputs), names)
 
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
@@ -331,6 +353,8 @@ class SAMRefineCallback(Callback):
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         num_classes = self._bind(pl_module).num_classes
         device = trainer.strategy.root_device
+        names = self.class_names or list(map(str, range(num_classes)))
+        names = safe_names(names, trainer.loggers)
         self._run.evaluation = _Evaluation(
             ScoresCapture(pl_module, num_classes),
             # New ones each time: metric states from an epoch under inference_mode could not be
@@ -339,9 +363,10 @@ class SAMRefineCallback(Callback):
                 LoaderEvaluation(
                     loader,
                     RefinementComparison(
-                        num_classes, self.ignore_index, self.class_names, self.trimap_width
+                        num_classes, self.ignore_index, names, self.trimap_width
                     ).to(device),
-                    self.panels,
+                    self.presenter.panels if self.presenter.draws(trainer) else 0,
+                    self.presenter.gallery(trainer, num_classes, self.ignore_index),
                 )
                 for loader in evaluation_dataloaders(trainer)
             ],
@@ -364,12 +389,13 @@ class SAMRefineCallback(Callback):
         return inputs
 
     def _report(self, trainer: Trainer, stage: str) -> None:
-        """Log the figures of every loader, remember them, and draw the panels."""
+        """Log the figures of every loader, remember them, and show what they come from."""
         loaders = [] if self._run.evaluation is None else self._run.evaluation.loaders
         if loaders and (cache := self._safe_refiner.refiner.cache) is not None:
             cache.end_epoch(stage)
         for index, loader in enumerate(loaders):
-            figures = loader.comparison.compute()
+            result = loader.comparison.result()
+            figures = result.figures()
             suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""
             self.log_dict(
                 {f"{stage}/{key}{suffix}": value for key, value in figures.items()},
@@ -380,20 +406,19 @@ class SAMRefineCallback(Callback):
                 reduce_fx="max",
             )
             where = {"stage": stage, "epoch": trainer.current_epoch, "dataloader_idx": index}
-            self.history.append({**where, **figures})
-            if self.panels > 0:
-                self._draw(trainer, stage, suffix.replace("/", "_"), loader)
-
-    def _draw(self, trainer: Trainer, stage: str, suffix: str, loader: LoaderEvaluation) -> None:
-        # Reading log_dir is a collective call, hence before the other processes leave.
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "panels"
-        if not trainer.is_global_zero:
-            return
-        epoch = f"_epoch_{trainer.current_epoch:03d}" if stage == "val" else ""
-        try:
-            loader.draw(folder / f"{stage}{epoch}{suffix}.png")
-        except OSError as error:  # a full disk must not end the run
-            rank_zero_warn(f"SAMRefineCallback: no panels were written to {folder} ({error})")
+            self.history.append({**where, **figures, **result.details()})
+            curve = [
+                entry
+                for entry in self.history
+                if (entry["stage"], entry["dataloader_idx"]) == (stage, index)
+            ]
+            evaluated = Evaluated(stage, suffix, loader, result, curve)
+            self.presenter.show(trainer, evaluated)
+            self.presenter.add_to_report(trainer, evaluated)
+        if loaders:
+            sam = self._safe_refiner.refiner.sam
+            about = {"SAM": f"{sam.name} on {sam.device}", "ignore_index": str(self.ignore_index)}
+            self.presenter.write(trainer, self.refine_config, about)
 
     def _warn_once(self, reason: str) -> None:
         if self._run.warned:

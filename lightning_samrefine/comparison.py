@@ -1,153 +1,67 @@
-"""Raw against refined: streaming confusion matrices, and what is read from them.
+"""Raw against refined: everything that one evaluation counts, and the figures read from it.
 
-Every pixel is counted once, into one int64 matrix per side, so the figures are those of the whole
-data set and do not depend on batch sizes or on the number of processes.
+Pixels and regions are counted in int64, image by image, so the figures are those of the whole
+data set and do not depend on batch sizes, on the order of images or on the number of processes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_samrefine.metrics.bands import KnownLabels, trimap_band, valid_pixels
+from lightning_samrefine.metrics.bootstrap import (
+    BootstrapInterval,
+    bootstrap_totals,
+    image_gains,
+)
+from lightning_samrefine.metrics.borders import (
+    BorderCounts,
+    Borders,
+    border_distances,
+    boundary_f1,
+    boundary_iou,
+)
+from lightning_samrefine.metrics.calibration import (
+    Calibration,
+    RegionCalibration,
+    RegionScores,
+    score_regions,
+)
+from lightning_samrefine.metrics.changes import KINDS, ChangeCounts, ChangedPixels
+from lightning_samrefine.metrics.confusion import (
+    BandedConfusion,
+    ConfusionMatrix,
+    check_shape,
+    class_iou,
+    matrix_scores,
+)
+from lightning_samrefine.metrics.image_totals import ImageTotals
+from lightning_samrefine.refinement import Regions
+
+__all__ = [
+    "SIDES",
+    "ComparisonResult",
+    "ConfusionMatrix",
+    "ImageComparison",
+    "RefinementComparison",
+    "RefinementCounts",
+    "class_iou",
+    "trimap_band",
+    "valid_pixels",
+]
+
 SIDES = ("raw", "refined")
-
-
-class ConfusionMatrix(Metric):
-    """Counts pixels by true class and predicted class, with a column for "no class predicted".
-
-    Args:
-        num_classes: C.
-        ignore_index: Target value that is not counted, inside or outside [0, C), or None. Any
-            other target outside [0, C) is not counted either.
-
-    Attributes:
-        matrix: (C, C + 1) int64, rows the target's class, columns the predicted one. A prediction
-            outside [0, C) is in column C: wrong for the target's class, and no other class's
-            false positive.
-    """
-
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
-    matrix: Tensor
-
-    def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
-        empty = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
-        self.add_state("matrix", empty, dist_reduce_fx="sum")
-
-    def update(self, prediction: Tensor, target: Tensor, where: Tensor | None = None) -> None:
-        """Add pixels.
-
-        Args:
-            prediction: Integer tensor of any shape, the predicted classes.
-            target: Integer tensor of the same shape, the true classes.
-            where: Bool tensor of the same shape, the pixels to count; all of them where None.
-
-        Raises:
-            ValueError: Shapes that differ.
-        """
-        if prediction.shape != target.shape:
-            raise ValueError(
-                f"prediction: got shape {tuple(prediction.shape)}, accepted is the target's, "
-                f"{tuple(target.shape)}"
-            )
-        counted = valid_pixels(target, self.num_classes, self.ignore_index)
-        if where is not None:
-            counted &= where
-        columns = self.num_classes + 1
-        outside = (prediction < 0) | (prediction >= self.num_classes)
-        # int32 halves the memory traffic, which is all that this costs.
-        column = prediction.to(torch.int32).masked_fill(outside, self.num_classes)
-        cell = target.to(torch.int32) * columns + column
-        # A cell past the end takes what is not counted: selecting would synchronise the device.
-        cell.masked_fill_(~counted, self.matrix.numel())
-        counts = torch.bincount(cell.flatten(), minlength=self.matrix.numel() + 1)
-        self.matrix += counts[:-1].view_as(self.matrix)
-
-    def compute(self) -> Tensor:
-        """Return the (C, C + 1) int64 matrix, summed over all processes."""
-        return self.matrix
-
-
-def valid_pixels(target: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
-    """Return a bool map of the pixels whose target is a class in [0, C) other than the ignored."""
-    valid = (target >= 0) & (target < num_classes)
-    if ignore_index is not None and 0 <= ignore_index < num_classes:
-        valid &= target != ignore_index
-    return valid
-
-
-def class_iou(matrix: Tensor, ignore_index: int | None = None) -> Tensor:
-    """Return the intersection over union of every class, the field's Jaccard index.
-
-    Args:
-        matrix: (C, C + 1) int64, see `ConfusionMatrix`.
-        ignore_index: A class that is not scored, where it is in [0, C).
-
-    Returns:
-        (C,) float64 in [0, 1], NaN for a class that is neither in the target nor predicted.
-    """
-    num_classes = matrix.shape[0]
-    hits = matrix.diagonal()
-    union = matrix.sum(dim=1) + matrix[:, :num_classes].sum(dim=0) - hits
-    iou = hits.double() / union.double()
-    if ignore_index is not None and 0 <= ignore_index < num_classes:
-        iou[ignore_index] = math.nan
-    return iou
-
-
-def trimap_band(
-    target: Tensor, width: int, num_classes: int, ignore_index: int | None = None
-) -> Tensor:
-    """Return the pixels near a border between classes.
-
-    A pixel is in the band where its target is valid and another valid pixel within chessboard
-    distance ``width`` has another label (Krähenbühl and Koltun, NIPS 2011, measured around label
-    borders; ignored pixels are in no band and make none).
-
-    Args:
-        target: (…, H, W) integer.
-        width: Distance in pixels, at least 1.
-        num_classes: C.
-        ignore_index: See `ConfusionMatrix`.
-
-    Returns:
-        (…, H, W) bool.
-    """
-    valid = valid_pixels(target, num_classes, ignore_index)
-    labels = target.to(torch.int32)
-    # A window's largest and smallest valid label differ exactly where it holds two labels.
-    largest = _window_reduce(labels.masked_fill(~valid, -1), width, -1, torch.maximum)
-    smallest = _window_reduce(
-        labels.masked_fill(~valid, num_classes), width, num_classes, torch.minimum
-    )
-    return valid & (largest != smallest)
-
-
-def _window_reduce(
-    values: Tensor, width: int, outside: int, reduce: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Reduce every (2·width + 1)² window of (…, H, W), one axis after the other.
-
-    Windows grow by doubling, log2 steps instead of the 2·width + 1 of a pooling layer, which on a
-    CPU is 15 times faster at a width of 3.
-    """
-    padded = nn.functional.pad(values, (width,) * 4, value=outside)
-    for axis in (-1, -2):
-        length = 1
-        while length < 2 * width + 1:
-            step = min(length, 2 * width + 1 - length)
-            size = padded.shape[axis] - step
-            padded = reduce(padded.narrow(axis, 0, size), padded.narrow(axis, step, size))
-            length += step
-    return padded
+TRIMAP_WIDTHS = (1, 3, 5, 10)
+# What is logged of `matrix_scores` beside mIoU, which has a gain and classes of its own.
+_SCALARS = ("mdice", "pixel_acc", "class_acc", "fwiou")
 
 
 class RefinementCounts(Metric):
@@ -184,6 +98,25 @@ class RefinementCounts(Metric):
         return self.counts
 
 
+@dataclass(frozen=True)
+class ImageComparison:
+    """What one image adds to a comparison.
+
+    Attributes:
+        matrices: (C, C + 1) int64 confusion matrices, raw and refined.
+        changes: The changed pixels.
+        valid: (H, W) bool, the pixels that are scored.
+        scores: The regions' IoUs, None where regions were not given or have no masks.
+        region_changes: (N, 3) int64, see `ChangedPixels.by_region`, None as above.
+    """
+
+    matrices: tuple[Tensor, Tensor]
+    changes: ChangedPixels
+    valid: Tensor
+    scores: RegionScores | None
+    region_changes: Tensor | None
+
+
 class RefinementComparison(nn.Module):
     """Everything that one evaluation says about raw against refined.
 
@@ -191,7 +124,8 @@ class RefinementComparison(nn.Module):
         num_classes: C.
         ignore_index: Target value that is not counted, or None.
         class_names: C names for the per-class figures; "0", "1", … where None.
-        trimap_width: Half-width in pixels of the band around borders, see `trimap_band`.
+        trimap_width: Half-width in pixels of the band around borders that ``trimap_miou_*`` means,
+            see `trimap_band`. Bands of 1, 3, 5 and 10 px are counted beside it.
 
     Raises:
         ValueError: Another number of names, or a width below 1.
@@ -218,28 +152,70 @@ class RefinementComparison(nn.Module):
         self.ignore_index = ignore_index
         self.class_names = list(class_names or map(str, range(num_classes)))
         self.trimap_width = trimap_width
-        self.full = nn.ModuleDict({side: self._matrix() for side in SIDES})
-        self.trimap = nn.ModuleDict({side: self._matrix() for side in SIDES})
+        self.widths = sorted({*TRIMAP_WIDTHS, trimap_width})
+        self.pixels = nn.ModuleDict(
+            {side: BandedConfusion(num_classes, self.widths) for side in SIDES}
+        )
+        self.borders = nn.ModuleDict({side: BorderCounts(num_classes) for side in SIDES})
+        self.changes = ChangeCounts(num_classes)
+        self.images = ImageTotals(num_classes)
+        self.calibration = RegionCalibration()
         self.counts = RefinementCounts()
 
-    def _matrix(self) -> ConfusionMatrix:
-        return ConfusionMatrix(self.num_classes, self.ignore_index)
-
-    def update(self, raw: Tensor, refined: Tensor, target: Tensor) -> None:
+    def update(
+        self, raw: Tensor, refined: Tensor, target: Tensor, regions: Regions | None = None
+    ) -> list[ImageComparison]:
         """Add one image or a batch.
 
         Args:
             raw: (…, H, W) integer, the raw prediction.
             refined: (…, H, W) integer, the refined one.
             target: (…, H, W) integer.
+            regions: What SAM was asked about a single image, to be measured too.
+
+        Returns:
+            One entry an image.
 
         Raises:
             ValueError: Shapes that differ.
         """
-        band = trimap_band(target, self.trimap_width, self.num_classes, self.ignore_index)
+        for name, labels in (("raw", raw), ("refined", refined)):
+            check_shape(name, labels, target)
+        height, width = target.shape[-2:]
+        maps = (labels.reshape(-1, height, width) for labels in (raw, refined, target))
+        return [self._add(*image, regions) for image in zip(*maps, strict=True)]
+
+    def _add(
+        self, raw: Tensor, refined: Tensor, target: Tensor, regions: Regions | None
+    ) -> ImageComparison:
+        valid = valid_pixels(target, self.num_classes, self.ignore_index)
+        distances = border_distances(*target.shape)
+        true_labels = KnownLabels(target, valid, self.num_classes)
+        true_borders = Borders(true_labels, *distances)
+        rings = true_labels.rings(self.widths)
+        matrices = []
         for side, prediction in zip(SIDES, (raw, refined), strict=True):
-            self.full[side].update(prediction, target)
-            self.trimap[side].update(prediction, target, where=band)
+            known = KnownLabels(prediction, valid, self.num_classes)
+            counts = self.pixels[side].count(known, true_labels, rings)
+            self.pixels[side].update(counts)
+            matrices.append(counts.sum(dim=0))
+            self.borders[side].update(Borders(known, *distances), true_borders)
+        self.images.update(*matrices)
+        changes = ChangedPixels(raw, refined, target, valid)
+        self.changes.update(changes)
+        scores = region_changes = None
+        pred_iou = true_iou = torch.empty(0)
+        better = torch.empty(0, dtype=torch.bool)
+        if regions is not None and regions.masks is not None:
+            scores = score_regions(regions, raw, target, valid)
+            kept = scores.measured
+            pred_iou, true_iou = regions.pred_iou[kept], scores.mask_iou[kept]
+            better = true_iou > scores.raw_iou[kept]
+            region_changes = changes.by_region(scores.windows, regions.classes)
+            region_changes[~regions.accepted] = 0
+        # Without a region, too: torchmetrics warns of a metric that was never updated.
+        self.calibration.update(pred_iou, true_iou, better)
+        return ImageComparison((matrices[0], matrices[1]), changes, valid, scores, region_changes)
 
     def reset(self) -> None:
         """Forget everything. Do so where an epoch starts, not where it ends.
@@ -249,36 +225,147 @@ class RefinementComparison(nn.Module):
         for metric in self._metrics():
             metric.reset()
 
-    def _metrics(self) -> list[Metric]:
-        return [*self.full.values(), *self.trimap.values(), self.counts]
+    def _metrics(self) -> Iterator[Metric]:
+        return (module for module in self.modules() if isinstance(module, Metric))
+
+    def result(self) -> ComparisonResult:
+        """Sum over all processes. A collective call: every process must make it."""
+        return ComparisonResult(
+            class_names=tuple(self.class_names),
+            ignore_index=self.ignore_index,
+            trimap_width=self.trimap_width,
+            widths=tuple(self.widths),
+            matrices={side: self.pixels[side].compute().cpu() for side in SIDES},
+            borders={side: self.borders[side].compute().cpu() for side in SIDES},
+            changes=self.changes.compute().cpu(),
+            totals=self.images.compute(),
+            calibration=Calibration.of(**self.calibration.compute()),
+            counts=tuple(self.counts.compute().tolist()),
+        )
 
     def compute(self) -> dict[str, float]:
-        """Read the figures. A collective call: every process must make it.
+        """Return `ComparisonResult.figures`. A collective call: every process must make it."""
+        return self.result().figures()
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """The counts of a whole evaluation, on the CPU, and what they say.
+
+    Attributes:
+        class_names: C names.
+        ignore_index: As given to `RefinementComparison`.
+        trimap_width: As given.
+        widths: W widths of bands in pixels, ascending.
+        matrices: By side, (W + 1, C, C + 1) int64: one a band, the whole image last.
+        borders: By side, (7, C) int64, see `BorderCounts`.
+        changes: (3, C) int64: fixed, broken and swapped pixels by true class.
+        totals: (N, 5, C) int64, each image's own, see `ImageTotals`.
+        calibration: Predicted against true IoU of regions.
+        counts: Images, failed images, regions, accepted regions, microseconds.
+    """
+
+    class_names: tuple[str, ...]
+    ignore_index: int | None
+    trimap_width: int
+    widths: tuple[int, ...]
+    matrices: dict[str, Tensor]
+    borders: dict[str, Tensor]
+    changes: Tensor
+    totals: np.ndarray
+    calibration: Calibration
+    counts: tuple[int, ...]
+
+    @cached_property
+    def scores(self) -> dict[str, dict[str, Tensor]]:
+        """`matrix_scores` of the whole image by side, with ``boundary_iou`` and ``boundary_f1``."""
+        scores = {}
+        for side in SIDES:
+            scores[side] = matrix_scores(self.matrices[side][-1], self.ignore_index)
+            scores[side]["boundary_iou"] = boundary_iou(self.borders[side])
+            scores[side]["boundary_f1"] = boundary_f1(self.borders[side])
+        return scores
+
+    @cached_property
+    def interval(self) -> BootstrapInterval | None:
+        """The gain's bootstrap interval, None for less than two images."""
+        if len(self.totals) < 2:
+            return None
+        return bootstrap_totals(self.totals, ignore_index=self.ignore_index)
+
+    def trimap_miou(self, side: str, width: int) -> float:
+        """Return the mIoU inside the band of a width; NaN where no pixel is in it."""
+        matrix = self.matrices[side][self.widths.index(width)]
+        return class_iou(matrix, self.ignore_index).nanmean().item()
+
+    def image_miou(self) -> np.ndarray:
+        """Return each image's own mIoU, (N, 2) float64, see `image_gains`."""
+        return image_gains(self.totals)
+
+    def figures(self) -> dict[str, float]:
+        """Read what is logged.
 
         Returns:
-            ``miou_raw``, ``miou_refined``, ``miou_gain``, ``iou_raw/<class>``,
-            ``iou_refined/<class>``, ``trimap_miou_raw``, ``trimap_miou_refined``,
-            ``trimap_miou_gain`` as fractions; ``refine_accept_rate`` (accepted of the prompted
-            regions, 0 where none was), ``refine_regions_per_image`` (over the images that were
-            refined), ``refine_ms_per_image``, ``refine_failed_images``. Means are over the
-            classes present; absent classes, and means over none, are left out.
+            As fractions, for raw and refined: ``miou_*`` and ``trimap_miou_*``, ``boundary_iou_*``
+            and ``boundary_f1_*`` (means over classes), each with its ``…_gain``; ``mdice_*``,
+            ``pixel_acc_*``, ``class_acc_*``, ``fwiou_*``; ``iou_*/<class>``.
+            ``miou_gain_low`` and ``miou_gain_high``, the 95% interval of the gain.
+            ``refine_fixed_px``, ``refine_broken_px`` and ``refine_fixed_broken_ratio`` (over at
+            least one broken pixel); ``refine_accept_rate`` (accepted of the prompted regions, 0
+            where none was), ``refine_regions_per_image`` (over the images that were refined),
+            ``refine_ms_per_image``, ``refine_failed_images``; ``refine_iou_ece`` and
+            ``refine_iou_auroc``, see `Calibration`.
+            Means are over the classes present; absent classes, and means over none, are left out.
         """
         figures: dict[str, float] = {}
-        for prefix, matrices in (("", self.full), ("trimap_", self.trimap)):
-            for side in SIDES:
-                iou = class_iou(matrices[side].compute().cpu(), self.ignore_index)
-                figures[f"{prefix}miou_{side}"] = iou.nanmean().item()
-                if matrices is self.full:
-                    names = (f"iou_{side}/{name}" for name in self.class_names)
-                    figures.update(zip(names, iou.tolist(), strict=True))
-            figures[f"{prefix}miou_gain"] = (
-                figures[f"{prefix}miou_refined"] - figures[f"{prefix}miou_raw"]
-            )
-        figures = {name: value for name, value in figures.items() if not math.isnan(value)}
+        for side in SIDES:
+            scores = self.scores[side]
+            figures[f"miou_{side}"] = scores["miou"].item()
+            figures[f"trimap_miou_{side}"] = self.trimap_miou(side, self.trimap_width)
+            for name in ("boundary_iou", "boundary_f1"):
+                figures[f"{name}_{side}"] = scores[name].nanmean().item()
+            for name in _SCALARS:
+                figures[f"{name}_{side}"] = scores[name].item()
+            names = (f"iou_{side}/{name}" for name in self.class_names)
+            figures.update(zip(names, scores["iou"].tolist(), strict=True))
+        for name in ("miou", "trimap_miou", "boundary_iou", "boundary_f1"):
+            figures[f"{name}_gain"] = figures[f"{name}_refined"] - figures[f"{name}_raw"]
+        if self.interval is not None:
+            figures["miou_gain_low"] = self.interval.low
+            figures["miou_gain_high"] = self.interval.high
 
-        images, failed, regions, accepted, microseconds = self.counts.compute().tolist()
+        fixed, broken, _ = self.changes.sum(dim=1).tolist()
+        figures["refine_fixed_px"] = float(fixed)
+        figures["refine_broken_px"] = float(broken)
+        figures["refine_fixed_broken_ratio"] = fixed / max(broken, 1)
+        images, failed, regions, accepted, microseconds = self.counts
         figures["refine_accept_rate"] = accepted / max(regions, 1)
         figures["refine_regions_per_image"] = regions / max(images - failed, 1)
         figures["refine_ms_per_image"] = microseconds / 1000 / max(images, 1)
         figures["refine_failed_images"] = float(failed)
-        return figures
+        figures["refine_iou_ece"] = self.calibration.ece
+        figures["refine_iou_auroc"] = self.calibration.auroc
+        return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+    def details(self) -> dict[str, float]:
+        """Read what is kept in the callback's history and the report, and not logged.
+
+        Returns:
+            ``trimap_<w>px_miou_*`` for every width, ``refine_swapped_px``; and for every class
+            ``dice_*/<class>``, ``boundary_iou_*/<class>``, ``boundary_f1_*/<class>`` and
+            ``fixed_px/<class>``, ``broken_px/<class>``, ``swapped_px/<class>`` by true class.
+            What does not occur is left out.
+        """
+        details: dict[str, float] = {}
+        for side in SIDES:
+            for width in self.widths:
+                details[f"trimap_{width}px_miou_{side}"] = self.trimap_miou(side, width)
+            for name in ("dice", "boundary_iou", "boundary_f1"):
+                values = self.scores[side][name].tolist()
+                keys = (f"{name}_{side}/{label}" for label in self.class_names)
+                details.update(zip(keys, values, strict=True))
+        for kind, row in zip(KINDS, self.changes.tolist(), strict=True):
+            keys = (f"{kind}_px/{label}" for label in self.class_names)
+            details.update(zip(keys, map(float, row), strict=True))
+        details["refine_swapped_px"] = float(self.changes[KINDS.index("swapped")].sum())
+        return {name: value for name, value in details.items() if not math.isnan(value)}

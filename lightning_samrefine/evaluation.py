@@ -1,17 +1,17 @@
-"""What one pass over one dataloader adds up to: figures, and the panels worth looking at."""
+"""What one pass over one dataloader adds up to: figures, and the images worth looking at."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_samrefine.adapter import RefineInputs
-from lightning_samrefine.comparison import RefinementComparison, valid_pixels
-from lightning_samrefine.panels import PanelPicker, draw_panels, save_figure
+from lightning_samrefine.comparison import RefinementComparison
+from lightning_samrefine.panels import PanelPicker
 from lightning_samrefine.refinement import Refinement
+from lightning_samrefine.report.gallery import Gallery
 from lightning_samrefine.sampling import RealSamples
 
 
@@ -22,12 +22,23 @@ class LoaderEvaluation:
         dataloader: The loader, to tell its real samples from a sampler's repeats.
         comparison: Takes the figures.
         panels: How many images to keep for panels.
+        gallery: Keeps images and regions for the report, None without one.
+
+    Attributes:
+        picker: The images for panels.
     """
 
-    def __init__(self, dataloader: Any, comparison: RefinementComparison, panels: int) -> None:
+    def __init__(
+        self,
+        dataloader: Any,
+        comparison: RefinementComparison,
+        panels: int,
+        gallery: Gallery | None = None,
+    ) -> None:
         self._samples = RealSamples(dataloader)
         self.comparison = comparison
-        self._picker = PanelPicker(panels)
+        self.picker = PanelPicker(panels)
+        self.gallery = gallery
 
     def real(self, inputs: RefineInputs) -> RefineInputs:
         """Count the next batch, and return its samples without a sampler's repeats."""
@@ -44,7 +55,7 @@ class LoaderEvaluation:
         inputs: RefineInputs,
         refinements: Sequence[Refinement | None],
         seconds: float,
-        batch_idx: int,
+        names: Sequence[str],
     ) -> None:
         """Add the B real samples of a batch.
 
@@ -52,42 +63,20 @@ class LoaderEvaluation:
             inputs: B samples with targets.
             refinements: B refinements, None where refining failed: the raw prediction stands.
             seconds: What refining took.
-            batch_idx: Number of the batch, to name its images in panels.
+            names: What to call the samples in panels and report.
         """
         counts = self.comparison.counts
         counts.update(images=len(inputs), seconds=seconds)
         for index, refinement in enumerate(refinements):
             raw, target = inputs.labels[index], inputs.targets[index]
-            refined = raw if refinement is None else refinement.labels
-            self.comparison.update(raw, refined, target)
             if refinement is None:
+                self.comparison.update(raw, raw, target)
                 counts.update(failed=1)
                 continue
-            counts.update(regions=len(refinement.regions), accepted=len(refinement.pred_iou))
-            self._offer(f"batch {batch_idx}, image {index}", inputs, index, refinement)
-
-    def draw(self, path: Path) -> None:
-        """Draw the images of this process that gained and lost the most; nothing without any.
-
-        Args:
-            path: The PNG to write; its stem becomes the headline.
-        """
-        panels = self._picker.panels()
-        if panels:
-            headline = path.stem.replace("_", " ")
-            save_figure(draw_panels(panels, self.comparison.class_names, headline), path)
-
-    def _offer(self, name: str, inputs: RefineInputs, index: int, refinement: Refinement) -> None:
-        if self._picker.count == 0:
-            return
-        target = inputs.targets[index]
-        comparison = self.comparison
-        self._picker.offer(
-            name,
-            inputs.images[index],
-            inputs.labels[index],
-            refinement.labels,
-            target,
-            valid_pixels(target, comparison.num_classes, comparison.ignore_index),
-            refinement.regions,
-        )
+            refined, regions = refinement.labels, refinement.regions
+            counts.update(regions=len(regions), accepted=len(refinement.pred_iou))
+            (found,) = self.comparison.update(raw, refined, target, regions)
+            image, name = inputs.images[index], names[index]
+            self.picker.offer(name, image, raw, refined, target, found.valid, regions)
+            if self.gallery is not None:
+                self.gallery.add(name, image, raw, refined, target, regions, found)

@@ -1,15 +1,16 @@
-"""Panels: image | raw | refined | truth of the images that an evaluation changed the most."""
+"""Panels: image | raw | refined | truth | changes of the images that changed the most."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
@@ -17,7 +18,10 @@ from torch import Tensor
 from lightning_samrefine.refinement import Regions
 
 _ACCEPTED, _REJECTED = "#19c37d", "#ff4040"
-_COLUMNS = ("image and regions", "raw", "refined", "truth")
+_COLUMNS = ("image and regions", "raw", "refined", "truth", "changed pixels")
+# A changed pixel is right now, was right before, or is wrong in another way.
+CHANGE_COLOURS = {"fixed": "#19c37d", "broken": "#ff4040", "swapped": "#f5b301"}
+_FADED = 0.45
 _DPI = 100
 # The golden angle keeps neighbouring class numbers far apart in hue; class 0 starts at a calm blue,
 # being most of the picture where it is the background.
@@ -75,18 +79,34 @@ class PanelPicker:
         regions: Regions,
     ) -> None:
         """Keep this image if it is among the extremes so far; see `Panel` for the arguments."""
+        if self.count == 0:
+            return
         fixed = (refined == target) & valid
         right = (raw == target) & valid
         gain = (fixed.sum() - right.sum()).item() / max(int(valid.sum()), 1)
-        ranked = sorted(panel.gain for panel in self._kept)
-        full = len(ranked) >= self.count
-        if full and not (
-            (self._best and gain > ranked[-self._best])
-            or (self._worst and gain < ranked[self._worst - 1])
-        ):
+        if not self._takes(gain):
             return
         tensors = (image, raw, refined, target, valid)
-        self._kept.append(Panel(name, gain, *(tensor.cpu() for tensor in tensors), regions))
+        # SAM's masks would keep a megabyte an image, on its device.
+        light = replace(regions, masks=None)
+        self._keep(Panel(name, gain, *(tensor.cpu() for tensor in tensors), light))
+
+    def merge(self, panels: Sequence[Panel]) -> None:
+        """Keep those of another picker's panels that are among the extremes."""
+        for panel in panels:
+            if self._takes(panel.gain):
+                self._keep(panel)
+
+    def _takes(self, gain: float) -> bool:
+        ranked = sorted(panel.gain for panel in self._kept)
+        return len(ranked) < self.count or bool(
+            (self._best and gain > ranked[-self._best])
+            or (self._worst and gain < ranked[self._worst - 1])
+        )
+
+    def _keep(self, panel: Panel) -> None:
+        full = len(self._kept) >= self.count
+        self._kept.append(panel)
         self._kept.sort(key=lambda panel: -panel.gain)
         if full:
             del self._kept[self._best]
@@ -117,6 +137,36 @@ def colourise(labels: Tensor, num_classes: int, valid: Tensor | None = None) -> 
     return table[np.where(unknown, num_classes, index)]
 
 
+def change_kinds(raw: Tensor, refined: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Return 0 where nothing that is scored changed, else 1 + the index in `CHANGE_COLOURS`.
+
+    Args:
+        raw: (H, W) integer.
+        refined: (H, W) integer.
+        target: (H, W) integer.
+        valid: (H, W) bool.
+
+    Returns:
+        (H, W) uint8.
+    """
+    kinds = ((raw != refined) & valid).to(torch.uint8) * 3
+    kinds.masked_fill_((refined == target) & (kinds > 0), 1)
+    return kinds.masked_fill_((raw == target) & (kinds > 0), 2)
+
+
+def change_table() -> np.ndarray:
+    """Return (4, 3) uint8 RGB: the colour of each value of `change_kinds`, black for none."""
+    colours = [to_rgb(colour) for colour in CHANGE_COLOURS.values()]
+    return np.round(np.array([(0, 0, 0), *colours]) * 255).astype(np.uint8)
+
+
+def _changes_picture(panel: Panel) -> np.ndarray:
+    """Return (H, W, 3) uint8: the image, grey and faded, under its changed pixels."""
+    kinds = change_kinds(panel.raw, panel.refined, panel.target, panel.valid).numpy()
+    grey = panel.image.float().mean(dim=0).mul(_FADED).to(torch.uint8).numpy()
+    return np.where(kinds[..., None] > 0, change_table()[kinds], grey[..., None])
+
+
 def draw_panels(panels: Sequence[Panel], class_names: Sequence[str], title: str) -> Figure:
     """Draw one row a panel.
 
@@ -136,7 +186,7 @@ def draw_panels(panels: Sequence[Panel], class_names: Sequence[str], title: str)
     height, width = panels[0].image.shape[1:]
     rows = len(panels)
     figure = Figure(
-        figsize=(13, 0.9 + rows * (13 / 4 * height / width + 0.3)), layout="constrained"
+        figsize=(16, 0.9 + rows * (16 / 5 * height / width + 0.3)), layout="constrained"
     )
     figure.suptitle(title)
     grid = figure.subplots(rows, len(_COLUMNS), squeeze=False)
@@ -162,6 +212,7 @@ def _draw_row(axes_row: Sequence[Axes], panel: Panel, num_classes: int) -> None:
         colourise(panel.raw, num_classes),
         colourise(panel.refined, num_classes),
         colourise(panel.target, num_classes, panel.valid),
+        _changes_picture(panel),
     )
     for axes, picture in zip(axes_row, pictures, strict=True):
         axes.imshow(picture, interpolation="nearest")
@@ -203,6 +254,7 @@ def _legend(panels: Sequence[Panel], class_names: Sequence[str]) -> list[Patch]:
         for index in present.tolist()
         if 0 <= index < len(class_names)
     ]
+    entries += [Patch(color=colour, label=word) for word, colour in CHANGE_COLOURS.items()]
     boxes = (("accepted", _ACCEPTED, "-"), ("rejected", _REJECTED, "--"))
     entries += [
         Patch(fill=False, edgecolor=colour, linestyle=style, label=f"region {word} (predicted IoU)")

@@ -32,7 +32,9 @@ class Region:
 
 @dataclass(frozen=True)
 class Regions:
-    """All N prompted regions of one image, in the order of ALGORITHM.md step 3, on the CPU.
+    """All N prompted regions of one image, in the order of ALGORITHM.md step 3.
+
+    Everything but the masks is on the CPU.
 
     Attributes:
         classes: (N,) int64 in [0, C).
@@ -41,6 +43,9 @@ class Regions:
         scores: (N,) float32 in [0, 1], mean raw probability over the region.
         pred_iou: (N,) float32, SAM's predicted IoU.
         accepted: (N,) bool, ``pred_iou`` above the threshold.
+        masks: (N, h, w) bool on SAM's device, the mask that SAM answered with at its own low
+            resolution, cropped to the part of the frame that the image fills. None where SAM was
+            not asked, or the masks were let go.
     """
 
     classes: Tensor
@@ -49,6 +54,7 @@ class Regions:
     scores: Tensor
     pred_iou: Tensor
     accepted: Tensor
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return self.classes.shape[0]

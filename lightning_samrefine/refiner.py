@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ class Answers:
         low_res_logits: N maps (m, m) float32.
         pred_iou: (N,) float32 on the CPU.
         extents: (N, 2, m) bool, see `lightning_samrefine.upscaling.extents`; None on a GPU.
+        masks: (N, h, w) bool, see `Regions.masks`; None without a region.
     """
 
     probs: Tensor
@@ -45,6 +46,7 @@ class Answers:
     low_res_logits: list[Tensor]
     pred_iou: Tensor
     extents: np.ndarray | None
+    masks: Tensor | None = None
 
 
 class Refiner:
@@ -218,7 +220,10 @@ class Refiner:
         prompts = build_prompts(
             regions, self.sam, image_hw, config.score_thresh, config.mask_prompt_scale
         )
-        return Answers(probs, labels, regions, *self._decode(embedding, prompts))
+        low_res_logits, pred_iou, mask_extents = self._decode(embedding, prompts)
+        rows, columns = self.sam.mask_hw(image_hw)
+        masks = torch.stack([logits[:rows, :columns] > 0 for logits in low_res_logits])
+        return Answers(probs, labels, regions, low_res_logits, pred_iou, mask_extents, masks)
 
     @torch.no_grad()
     def fuse(self, answers: Answers) -> Refinement:
@@ -234,6 +239,7 @@ class Refiner:
         regions, image_hw = answers.regions, (labels.shape[0], labels.shape[1])
         accepted = answers.pred_iou.numpy() > np.float32(config.pred_iou_thresh)
         table = _table(regions, answers.pred_iou, accepted, config.stride, image_hw)
+        table = replace(table, masks=answers.masks)
         if not accepted.any():
             return _untouched(probs, labels, table)
 

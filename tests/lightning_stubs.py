@@ -134,6 +134,6 @@ def expected_figures(
             image, target = dataset.images[index], dataset.targets[index]
             logits = module.network(image[None] / 255 - 0.5)[0]
             out = refiner(image, logits.softmax(dim=0))
-            comparison.update(logits.argmax(dim=0), out.labels, target)
+            comparison.update(logits.argmax(dim=0), out.labels, target, out.regions)
             comparison.counts.update(images=1, regions=len(out.regions), accepted=len(out.pred_iou))
     return comparison.compute()

@@ -1,4 +1,4 @@
-"""Metrics against numpy loops and against torchmetrics."""
+"""The comparison: what it counts, names and leaves out. Its metrics: `test_metrics.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics.classification import MulticlassJaccardIndex
+from metric_cases import label_maps, loop_band, loop_iou
 
 from lightning_samrefine.comparison import (
     ConfusionMatrix,
@@ -19,94 +19,12 @@ from lightning_samrefine.comparison import (
 )
 
 
-@st.composite
-def cases(draw, stray_predictions=True):
-    num_classes = draw(st.integers(2, 6))
-    height, width = draw(st.integers(1, 12)), draw(st.integers(1, 12))
-    ignore_index = draw(st.sampled_from([None, 255, -1, 0, num_classes - 1]))
-    # Fewer classes on the map than there are, so that some are absent.
-    present = draw(st.integers(1, num_classes))
-    seed = draw(st.integers(0, 2**31))
-    generator = torch.Generator().manual_seed(seed)
-    target = torch.randint(0, present, (height, width), generator=generator)
-    prediction = torch.randint(0, present, (height, width), generator=generator)
-    ignored = torch.rand(height, width, generator=generator) < draw(st.sampled_from([0, 0.3, 1]))
-    if ignore_index is not None:
-        target[ignored] = ignore_index
-    if stray_predictions:
-        stray = torch.rand(height, width, generator=generator) < 0.2
-        prediction[stray] = 255
-        target[torch.rand(height, width, generator=generator) < 0.1] = num_classes + 3
-    return num_classes, ignore_index, prediction, target
-
-
-def loop_iou(prediction, target, num_classes, ignore_index, where=None):
-    """Intersection over union, pixel by pixel and class by class."""
-    hits, union = np.zeros(num_classes), np.zeros(num_classes)
-    for index in np.ndindex(target.shape):
-        truth, guess = int(target[index]), int(prediction[index])
-        if truth == ignore_index or not 0 <= truth < num_classes:
-            continue
-        if where is not None and not where[index]:
-            continue
-        for c in range(num_classes):
-            hits[c] += truth == c and guess == c
-            union[c] += truth == c or guess == c
-    if ignore_index is not None and 0 <= ignore_index < num_classes:
-        union[ignore_index] = 0
-    return np.array([h / u if u else math.nan for h, u in zip(hits, union, strict=True)])
-
-
-def loop_band(target, width, num_classes, ignore_index):
-    """Look at every pixel's window."""
-    height, columns = target.shape
-    valid = [[0 <= int(v) < num_classes and int(v) != ignore_index for v in row] for row in target]
-    band = np.zeros(target.shape, dtype=bool)
-    for y, x in np.ndindex(height, columns):
-        if valid[y][x]:
-            band[y, x] = any(
-                valid[v][u] and target[v, u] != target[y, x]
-                for v in range(max(0, y - width), min(height, y + width + 1))
-                for u in range(max(0, x - width), min(columns, x + width + 1))
-            )
-    return band
-
-
 @settings(max_examples=60, deadline=None)
-@given(cases())
-def test_iou_equals_loops_over_pixels(case):
-    num_classes, ignore_index, prediction, target = case
-    metric = ConfusionMatrix(num_classes, ignore_index)
-    metric.update(prediction, target)
-    iou = class_iou(metric.compute(), ignore_index)
-    expected = loop_iou(prediction, target, num_classes, ignore_index)
-    np.testing.assert_allclose(iou.numpy(), expected, atol=1e-12, equal_nan=True)
-
-
-@settings(max_examples=60, deadline=None)
-@given(cases(stray_predictions=False))
-def test_iou_equals_torchmetrics(case):
-    num_classes, ignore_index, prediction, target = case
-    metric = ConfusionMatrix(num_classes, ignore_index)
-    metric.update(prediction, target)
-    iou = class_iou(metric.compute(), ignore_index)
-    arguments = {"num_classes": num_classes, "ignore_index": ignore_index}
-    per_class = MulticlassJaccardIndex(average="none", **arguments)(prediction, target)
-    scored = ~iou.isnan()
-    torch.testing.assert_close(iou[scored].float(), per_class[scored], atol=1e-6, rtol=0)
-    if scored.any():
-        macro = MulticlassJaccardIndex(average="macro", **arguments)(prediction, target)
-        torch.testing.assert_close(iou.nanmean().float(), macro, atol=1e-6, rtol=0)
-
-
-@settings(max_examples=60, deadline=None)
-@given(cases(), st.integers(1, 5))
+@given(label_maps(), st.integers(1, 5))
 def test_trimap_band_equals_loops_over_windows(case, width):
-    num_classes, ignore_index, _, target = case
+    num_classes, ignore_index, _, _, target = case
     band = trimap_band(target, width, num_classes, ignore_index)
-    np.testing.assert_array_equal(
-        band.numpy(), loop_band(target.numpy(), width, num_classes, ignore_index)
-    )
+    np.testing.assert_array_equal(band.numpy(), loop_band(target, width, num_classes, ignore_index))
 
 
 def test_trimap_band_of_a_batch_is_that_of_its_images():

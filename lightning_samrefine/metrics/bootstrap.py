@@ -1,0 +1,158 @@
+"""Is the gain more than luck with these images? A paired bootstrap of the difference in mIoU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_CHUNK_BYTES = 4e6
+
+
+@dataclass(frozen=True)
+class BootstrapInterval:
+    """A difference in mIoU and where it would lie for other images of the same kind.
+
+    Attributes:
+        gain: mIoU refined − raw over all images, in [-1, 1].
+        low: Lower end of the percentile interval.
+        high: Upper end.
+        confidence: Share of the resamples inside it.
+        images: N.
+    """
+
+    gain: float
+    low: float
+    high: float
+    confidence: float
+    images: int
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the interval holds 0: these images do not tell a gain from a loss."""
+        return self.low <= 0 <= self.high
+
+
+def paired_bootstrap(
+    raw: np.ndarray,
+    refined: np.ndarray,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    ignore_index: int | None = None,
+) -> BootstrapInterval:
+    """Bound the gain in mIoU by resampling images, both sides of an image together.
+
+    Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13 (percentile
+    interval). mIoU is that of the summed confusion matrix of each resample; classes that do not
+    occur in a resample are left out of its mean.
+
+    Args:
+        raw: (N, C, C) or (N, C, C + 1) integer, a confusion matrix an image; rows are the true
+            class, a last column C is "no class predicted".
+        refined: The same for the refined prediction of the same images, in the same order.
+        resamples: How many times N images are drawn with replacement.
+        confidence: Share of resamples inside the interval, in (0, 1).
+        seed: Of the draws; the same arrays and seed give the same interval.
+        ignore_index: A class that is not scored, where it is in [0, C).
+
+    Raises:
+        ValueError: Shapes that differ or are no confusion matrices, sides that did not see the
+            same targets, no image, or an argument outside its range.
+    """
+    raw, refined = np.asarray(raw), np.asarray(refined)
+    for name, matrices in (("raw", raw), ("refined", refined)):
+        if matrices.ndim != 3 or matrices.shape[2] - matrices.shape[1] not in (0, 1):
+            raise ValueError(
+                f"{name}: got shape {matrices.shape}, accepted is (N, C, C) or (N, C, C + 1)"
+            )
+    if raw.shape != refined.shape:
+        raise ValueError(f"refined: got shape {refined.shape}, accepted is raw's, {raw.shape}")
+    if not np.array_equal(raw.sum(axis=2), refined.sum(axis=2)):
+        raise ValueError(
+            "refined: got other sums of rows than raw's, accepted are the same images' pixels"
+        )
+    num_classes = raw.shape[1]
+    diagonals = (np.diagonal(matrices, axis1=1, axis2=2) for matrices in (raw, refined))
+    raw_hits, refined_hits = diagonals
+    totals = np.stack(
+        [
+            raw.sum(axis=2),
+            raw_hits,
+            raw[:, :, :num_classes].sum(axis=1),
+            refined_hits,
+            refined[:, :, :num_classes].sum(axis=1),
+        ],
+        axis=1,
+    )
+    return bootstrap_totals(
+        totals, resamples=resamples, confidence=confidence, seed=seed, ignore_index=ignore_index
+    )
+
+
+def bootstrap_totals(
+    totals: np.ndarray,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    ignore_index: int | None = None,
+) -> BootstrapInterval:
+    """Do as `paired_bootstrap` with the (N, 5, C) array of `ImageTotals.compute`.
+
+    Raises:
+        ValueError: No image, or an argument outside its range.
+    """
+    if len(totals) == 0:
+        raise ValueError("totals: got no image, accepted is at least one")
+    if resamples < 1:
+        raise ValueError(f"resamples: got {resamples}, accepted is at least 1")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: got {confidence}, accepted is a number in (0, 1)")
+    images, _, num_classes = totals.shape
+    scored = np.arange(num_classes) != (-1 if ignore_index is None else ignore_index)
+    # Counts of pixels are whole numbers below 2^53, so that no order of addition changes a sum.
+    flat = totals[:, :, scored].reshape(images, -1).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, int(_CHUNK_BYTES / 8 / images))
+    gains = [
+        _gain(_draw(rng, min(chunk, resamples - start), images) @ flat)
+        for start in range(0, resamples, chunk)
+    ]
+    found = np.concatenate(gains)
+    found = found[np.isfinite(found)]  # a resample may hold no scored pixel at all
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(found, [tail, 1 - tail]) if len(found) else (np.nan, np.nan)
+    gain = _gain(flat.sum(axis=0)[None])[0]
+    return BootstrapInterval(float(gain), float(low), float(high), confidence, images)
+
+
+def image_gains(totals: np.ndarray) -> np.ndarray:
+    """Return each image's own mIoU, (N, 2) float64 raw and refined, NaN without a scored pixel."""
+    true, raw_hits, raw_called, refined_hits, refined_called = np.moveaxis(totals, 1, 0)
+    return np.stack(
+        [_miou(true, raw_hits, raw_called), _miou(true, refined_hits, refined_called)], axis=1
+    )
+
+
+def _draw(rng: np.random.Generator, resamples: int, images: int) -> np.ndarray:
+    """Return how often each image is in each resample, (resamples, images) float64."""
+    drawn = rng.integers(images, size=(resamples, images))
+    drawn += np.arange(resamples)[:, None] * images
+    counts = np.bincount(drawn.ravel(), minlength=resamples * images)
+    return counts.reshape(resamples, images).astype(np.float64)
+
+
+def _gain(sums: np.ndarray) -> np.ndarray:
+    """Return refined − raw mIoU of (R, 5·C) summed totals."""
+    true, raw_hits, raw_called, refined_hits, refined_called = np.split(sums, 5, axis=1)
+    return _miou(true, refined_hits, refined_called) - _miou(true, raw_hits, raw_called)
+
+
+def _miou(true: np.ndarray, hits: np.ndarray, called: np.ndarray) -> np.ndarray:
+    union = true + called - hits
+    present = union > 0
+    iou = np.divide(hits, union, out=np.zeros(union.shape), where=present)
+    classes = present.sum(axis=-1)
+    return np.where(classes > 0, iou.sum(axis=-1) / np.maximum(classes, 1), np.nan)

@@ -1,0 +1,207 @@
+"""Is SAM's predicted IoU worth gating on? Predicted against true IoU of every region."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_samrefine.refinement import Regions
+
+BINS = 10
+# Ranks of predicted IoU that AUROC tells apart.
+_RANKS = 4096
+# Sums of fractions are kept as whole millionths, which add up to the same in any order.
+_UNIT = 1_000_000
+_REGIONS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class RegionScores:
+    """The true IoUs of N regions, measured on the grid of SAM's low-resolution masks.
+
+    A region's truth is the target's pixels of its class inside its box, and wherever the measured
+    mask finds some outside of it. Pixels that are not scored count nowhere.
+
+    Attributes:
+        raw_iou: (N,) float64, IoU of the raw prediction inside the box.
+        mask_iou: (N,) float64, IoU of SAM's mask. Both are NaN without a scored pixel to measure.
+        windows: (N, 4) float32 XYXY in image pixels, where SAM's mask is, its rim included; all 0
+            for an empty mask.
+    """
+
+    raw_iou: Tensor
+    mask_iou: Tensor
+    windows: Tensor
+
+    @property
+    def measured(self) -> Tensor:
+        """(N,) bool, the regions with ground truth."""
+        return self.raw_iou.isfinite() & self.mask_iou.isfinite()
+
+
+def score_regions(regions: Regions, raw: Tensor, target: Tensor, valid: Tensor) -> RegionScores:
+    """Measure SAM's masks and the regions that they would replace against the target.
+
+    Args:
+        regions: N regions with their masks.
+        raw: (H, W) integer, the raw prediction.
+        target: (H, W) integer.
+        valid: (H, W) bool, the pixels that are scored.
+
+    Returns:
+        Scores on the CPU.
+
+    Raises:
+        ValueError: Regions without masks.
+    """
+    if regions.masks is None:
+        raise ValueError("regions: got no masks, accepted are those that a refinement returns")
+    (height, width), (rows, columns) = target.shape, regions.masks.shape[1:]
+    device = target.device
+    y = (torch.arange(rows, device=device) + 0.5) * (height / rows)
+    x = (torch.arange(columns, device=device) + 0.5) * (width / columns)
+    cells = y.long()[:, None] * width + x.long()[None]
+    raw, target, valid = (values.flatten()[cells] for values in (raw, target, valid))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(regions), _REGIONS_AT_ONCE):
+        chunk = slice(start, start + _REGIONS_AT_ONCE)
+        c = regions.classes[chunk].to(device)[:, None, None]
+        x0, y0, x1, y1 = regions.boxes[chunk].to(device).T[:, :, None]
+        in_box = ((y >= y0) & (y < y1))[:, :, None] & ((x >= x0) & (x < x1))[:, None, :]
+        truth = (target == c) & valid
+        mask = regions.masks[chunk].to(device) & valid
+        before = (raw == c) & in_box & valid
+        parts.append((_iou(before, truth, in_box), _iou(mask, truth, in_box)))
+    raw_iou, mask_iou = (
+        torch.cat(part).cpu() if part else torch.empty(0, dtype=torch.float64)
+        for part in ([p[0] for p in parts], [p[1] for p in parts])
+    )
+    return RegionScores(raw_iou, mask_iou, _windows(regions.masks, height, width))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Predicted IoU against true IoU.
+
+    Attributes:
+        regions: How many had ground truth.
+        better: How many of them SAM's mask fits better than the raw prediction did.
+        bin_regions: (10,) int64, regions by predicted IoU in tenths.
+        bin_pred_iou: (10,) float64, their mean predicted IoU, NaN in an empty bin.
+        bin_true_iou: (10,) float64, their mean true IoU.
+        ece: Expected calibration error: mean distance of the two, weighted by regions.
+        auroc: Probability that a region that got better has a larger predicted IoU than one that
+            did not: 0.5 is chance, NaN where all or none got better.
+    """
+
+    regions: int
+    better: int
+    bin_regions: Tensor
+    bin_pred_iou: Tensor
+    bin_true_iou: Tensor
+    ece: float
+    auroc: float
+
+    @classmethod
+    def of(cls, bins: Tensor, ranks: Tensor) -> Calibration:
+        """Read the counts of a `RegionCalibration`."""
+        regions, pred_sum, true_sum = bins.cpu()
+        worse, better = ranks.cpu()
+        total = int(regions.sum())
+        gaps = (pred_sum - true_sum).abs().sum().item() / _UNIT
+        return cls(
+            regions=total,
+            better=int(better.sum()),
+            bin_regions=regions,
+            bin_pred_iou=pred_sum.double() / _UNIT / regions,
+            bin_true_iou=true_sum.double() / _UNIT / regions,
+            ece=gaps / total if total else math.nan,
+            auroc=_auroc(worse, better),
+        )
+
+
+class RegionCalibration(Metric):
+    """Counts regions by predicted IoU, accepted and rejected alike.
+
+    Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, with IoU for accuracy.
+    Everything is counted in whole numbers: predicted IoUs closer than 1/4096 are ties for AUROC.
+
+    Attributes:
+        bins: (3, 10) int64: regions, and the sums of predicted and of true IoU in millionths.
+        ranks: (2, 4096) int64: regions that did not get better, and that did, by predicted IoU.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+    bins: Tensor
+    ranks: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("bins", torch.zeros(3, BINS, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("ranks", torch.zeros(2, _RANKS, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, pred_iou: Tensor, true_iou: Tensor, better: Tensor) -> None:
+        """Add N regions.
+
+        Args:
+            pred_iou: (N,) float; values outside [0, 1] are clipped.
+            true_iou: (N,) float in [0, 1].
+            better: (N,) bool, whether the region's mask is better than what it would replace.
+        """
+        pred_iou = pred_iou.double().clamp(0, 1)
+        bins, ranks = torch.zeros_like(self.bins.cpu()), torch.zeros_like(self.ranks.cpu())
+        which = (pred_iou * BINS).long().clamp(max=BINS - 1)
+        amounts = (torch.ones_like(which), _millionths(pred_iou), _millionths(true_iou))
+        for row, amount in zip(bins, amounts, strict=True):
+            row.index_add_(0, which, amount)
+        rank = (pred_iou * _RANKS).long().clamp(max=_RANKS - 1)
+        cell = better.long() * _RANKS + rank
+        ranks += torch.bincount(cell, minlength=2 * _RANKS).view(2, _RANKS)
+        self.bins += bins.to(self.bins.device)
+        self.ranks += ranks.to(self.ranks.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``bins`` and ``ranks`` over all processes, for `Calibration.of`."""
+        return {"bins": self.bins, "ranks": self.ranks}
+
+
+def _iou(found: Tensor, truth: Tensor, in_box: Tensor) -> Tensor:
+    """Return (N,) float64 of |found ∩ truth| / |found ∪ (truth ∩ box)|; all (N, h, w) bool."""
+    hits = (found & truth).flatten(1).sum(dim=1)
+    union = (found | (truth & in_box)).flatten(1).sum(dim=1)
+    return hits.double() / union.double()
+
+
+def _windows(masks: Tensor, height: int, width: int) -> Tensor:
+    """Return the (N, 4) float32 boxes of (N, h, w) masks in image pixels, one cell wider."""
+    sides = []
+    for axis, size in ((1, width), (2, height)):  # columns that hold any of the mask, then rows
+        used = masks.any(dim=axis).cpu().to(torch.uint8)
+        cells = used.shape[1]
+        first = used.argmax(dim=1)
+        last = cells - used.flip(1).argmax(dim=1)
+        some = used.any(dim=1)
+        sides.append(
+            (torch.where(some, first - 1, 0), torch.where(some, last + 1, 0), size / cells)
+        )
+    (x0, x1, across), (y0, y1, down) = sides
+    return torch.stack([x0 * across, y0 * down, x1 * across, y1 * down], dim=1).float()
+
+
+def _millionths(fractions: Tensor) -> Tensor:
+    return (fractions.double() * _UNIT).round().long()
+
+
+def _auroc(worse: Tensor, better: Tensor) -> float:
+    """Return P(rank of a better one > rank of a worse one), ties as a half, from counts by rank."""
+    pairs = int(worse.sum()) * int(better.sum())
+    if pairs == 0:
+        return math.nan
+    below = worse.cumsum(dim=0) - worse
+    return int((better * (2 * below + worse)).sum()) / (2 * pairs)

@@ -1,0 +1,208 @@
+"""Confusion matrices, and the scores that are read from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_samrefine.metrics.bands import KnownLabels, valid_pixels
+
+
+class ConfusionMatrix(Metric):
+    """Counts pixels by true class and predicted class, with a column for "no class predicted".
+
+    Args:
+        num_classes: C.
+        ignore_index: Target value that is not counted, inside or outside [0, C), or None. Any
+            other target outside [0, C) is not counted either.
+
+    Attributes:
+        matrix: (C, C + 1) int64, rows the target's class, columns the predicted one. A prediction
+            outside [0, C) is in column C: wrong for the target's class, and no other class's
+            false positive.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+    matrix: Tensor
+
+    def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        empty = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
+        self.add_state("matrix", empty, dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor, where: Tensor | None = None) -> None:
+        """Add pixels.
+
+        Args:
+            prediction: Integer tensor of any shape, the predicted classes.
+            target: Integer tensor of the same shape, the true classes.
+            where: Bool tensor of the same shape, the pixels to count; all of them where None.
+
+        Raises:
+            ValueError: Shapes that differ.
+        """
+        check_shape("prediction", prediction, target)
+        counted = valid_pixels(target, self.num_classes, self.ignore_index)
+        if where is not None:
+            counted &= where
+        columns = self.num_classes + 1
+        outside = (prediction < 0) | (prediction >= self.num_classes)
+        # int32 halves the memory traffic, which is all that this costs.
+        column = prediction.to(torch.int32).masked_fill(outside, self.num_classes)
+        cell = target.to(torch.int32) * columns + column
+        self.matrix += count_cells(cell, counted, self.matrix.numel()).view_as(self.matrix)
+
+    def compute(self) -> Tensor:
+        """Return the (C, C + 1) int64 matrix, summed over all processes."""
+        return self.matrix
+
+
+class BandedConfusion(Metric):
+    """Confusion matrices of the whole image and of bands around its borders, counted at once.
+
+    Bands of growing width lie inside one another, so that a pixel belongs to one ring: that of
+    the narrowest band it is in. One count by ring, true and predicted class holds them all.
+
+    Args:
+        num_classes: C.
+        widths: W widths of bands in pixels, ascending, see `KnownLabels.rings`.
+
+    Attributes:
+        rings: (W + 1, C, C + 1) int64, see `ConfusionMatrix`; the last ring is the rest.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+    rings: Tensor
+
+    def __init__(self, num_classes: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.widths = list(widths)
+        empty = torch.zeros(len(self.widths) + 1, num_classes, num_classes + 1, dtype=torch.int64)
+        self.add_state("rings", empty, dist_reduce_fx="sum")
+
+    def count(self, prediction: KnownLabels, target: KnownLabels, rings: Tensor) -> Tensor:
+        """Count one image.
+
+        Args:
+            prediction: (H, W), known where the target is.
+            target: (H, W).
+            rings: (H, W) uint8, the target's `KnownLabels.rings` for the same widths.
+
+        Returns:
+            (W + 1, C, C + 1) int64, one matrix a ring.
+        """
+        cell = rings.to(torch.int32) * self.num_classes + target.labels
+        cell = cell * (self.num_classes + 1) + prediction.labels
+        return count_cells(cell, target.known, self.rings.numel()).view_as(self.rings)
+
+    def update(self, counts: Tensor) -> None:
+        """Add what `count` returned."""
+        self.rings += counts
+
+    def compute(self) -> Tensor:
+        """Return the matrices of every band and of the whole image, over all processes.
+
+        Returns:
+            (W + 1, C, C + 1) int64, in the order of the widths, the whole image last.
+        """
+        return self.rings.cumsum(dim=0)
+
+
+def check_shape(name: str, prediction: Tensor, target: Tensor) -> None:
+    """Refuse a prediction that is not of the target's shape.
+
+    Raises:
+        ValueError: As described.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"{name}: got shape {tuple(prediction.shape)}, accepted is the target's, "
+            f"{tuple(target.shape)}"
+        )
+
+
+def count_cells(cell: Tensor, counted: Tensor, size: int) -> Tensor:
+    """Count how often each of ``size`` values occurs where ``counted``; overwrites ``cell``.
+
+    Returns:
+        (size,) int64.
+    """
+    # A cell past the end takes what is not counted: selecting would synchronise the device.
+    cell.masked_fill_(~counted, size)
+    return torch.bincount(cell.flatten(), minlength=size + 1)[:-1]
+
+
+def class_iou(matrix: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Return the intersection over union of every class, the field's Jaccard index.
+
+    Args:
+        matrix: (C, C + 1) int64, see `ConfusionMatrix`.
+        ignore_index: A class that is not scored, where it is in [0, C).
+
+    Returns:
+        (C,) float64 in [0, 1], NaN for a class that is neither in the target nor predicted.
+    """
+    hits, true, predicted = class_totals(matrix)
+    iou = hits.double() / (true + predicted - hits).double()
+    return _unscored(iou, ignore_index)
+
+
+def matrix_scores(matrix: Tensor, ignore_index: int | None = None) -> dict[str, Tensor]:
+    """Read every score of the field from one confusion matrix.
+
+    Args:
+        matrix: (C, C + 1) int64, see `ConfusionMatrix`.
+        ignore_index: A class that is not scored, where it is in [0, C).
+
+    Returns:
+        float64 in [0, 1]. Of shape (C,), NaN where a class does not occur: ``iou``, ``dice`` (the
+        F1 score) and ``recall`` (a class's accuracy; NaN for a class that is not in the target).
+        Scalars, NaN without a pixel: ``miou``, ``mdice``, ``class_acc`` (means over the classes
+        that occur), ``pixel_acc`` (share of the pixels that are right) and ``fwiou`` (IoU weighted
+        by a class's share of the target).
+    """
+    hits, true, predicted = (totals.double() for totals in class_totals(matrix))
+    iou = class_iou(matrix, ignore_index)
+    dice = _unscored(2 * hits / (true + predicted), ignore_index)
+    recall = _unscored(hits / true, ignore_index)
+    return {
+        "iou": iou,
+        "dice": dice,
+        "recall": recall,
+        "miou": iou.nanmean(),
+        "mdice": dice.nanmean(),
+        "class_acc": recall.nanmean(),
+        "pixel_acc": hits.sum() / true.sum(),
+        "fwiou": (true * iou.nan_to_num()).sum() / true.sum(),
+    }
+
+
+def class_totals(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a class's pixels that are right, that are its own, and that were called it.
+
+    Args:
+        matrix: (…, C, C + 1) int64.
+
+    Returns:
+        Three tensors (…, C) int64.
+    """
+    num_classes = matrix.shape[-2]
+    hits = matrix.diagonal(dim1=-2, dim2=-1)
+    return hits, matrix.sum(dim=-1), matrix[..., :num_classes].sum(dim=-2)
+
+
+def _unscored(scores: Tensor, ignore_index: int | None) -> Tensor:
+    if ignore_index is not None and 0 <= ignore_index < len(scores):
+        scores[ignore_index] = math.nan
+    return scores

@@ -1,0 +1,83 @@
+"""Each image's own class totals, so that images can be resampled after the epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_samrefine.metrics.confusion import class_totals
+
+# A row: 1 where a new image starts, the class, and five totals, all int32.
+_COLUMNS = 7
+_MERGE_EVERY = 256
+
+
+class ImageTotals(Metric):
+    """Keeps, of every image, the totals of the classes that occur in it: some 200 bytes an image.
+
+    Args:
+        num_classes: C.
+
+    Attributes:
+        rows: List of flat int32 tensors.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+    rows: list[Tensor]
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.add_state("rows", [], dist_reduce_fx="cat")
+        self._start()
+
+    def reset(self) -> None:
+        """Forget all images."""
+        super().reset()
+        self._start()
+
+    def _start(self) -> None:
+        # torchmetrics gathers a list without a tensor as float32, which other processes' int32
+        # would not go with.
+        self.rows.append(torch.empty(0, dtype=torch.int32, device=self.device))
+
+    def update(self, raw: Tensor, refined: Tensor) -> None:
+        """Add one image.
+
+        Args:
+            raw: (C, C + 1) int64 confusion matrix of the raw prediction.
+            refined: The same of the refined one.
+        """
+        hits, true, predicted = class_totals(raw)
+        hits_refined, _, predicted_refined = class_totals(refined)
+        totals = torch.stack([true, hits, predicted, hits_refined, predicted_refined], dim=1)
+        present = (totals > 0).any(dim=1).nonzero()[:, 0]
+        if len(present) == 0:  # an image without a scored pixel is an image, too
+            present = torch.zeros(1, dtype=torch.int64, device=raw.device)
+        start = torch.zeros_like(present)
+        start[0] = 1
+        rows = torch.cat([start[:, None], present[:, None], totals[present]], dim=1)
+        self.rows.append(rows.to(torch.int32).flatten())
+        if len(self.rows) >= _MERGE_EVERY:  # a tensor weighs more than what it holds
+            self.rows[:] = [torch.cat(self.rows)]
+
+    def compute(self) -> np.ndarray:
+        """Return the totals of all processes' images, in an order that their content decides.
+
+        Returns:
+            (N, 5, C) int64: pixels of a class, hits of the raw prediction, pixels that it calls
+            the class, and the last two of the refined prediction. Processes and samplers deal
+            images in different orders; sorted, the same images give the same array.
+        """
+        flat = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
+        rows = flat.cpu().numpy().reshape(-1, _COLUMNS)
+        image = np.cumsum(rows[:, 0]) - 1
+        images = int(image[-1]) + 1 if len(image) else 0
+        totals = np.zeros((images, 5, self.num_classes), dtype=np.int64)
+        totals[image, :, rows[:, 1]] = rows[:, 2:]
+        order = sorted(range(images), key=lambda index: totals[index].tobytes())
+        return totals[order]
