@@ -27,6 +27,7 @@ from lightning_samrefine.arguments import (
 from lightning_samrefine.batch_search import batch_size
 from lightning_samrefine.cache import EmbeddingCache, make_cache
 from lightning_samrefine.capture import ScoresCapture
+from lightning_samrefine.class_gate import check_classes
 from lightning_samrefine.comparison import RefinementComparison
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.dashboards import safe_names
@@ -326,6 +327,7 @@ class SAMRefineCallback(Callback):
         """Settle the number of classes, after the module's own setup and before any batch."""
         if self._run.adapter is None:
             num_classes = self.num_classes or num_classes_of(pl_module)
+            check_classes(self.refine_config, num_classes)
             sam = self._safe_refiner.refiner.sam
             self._run.adapter = replace(self.adapter, num_classes=num_classes, device=sam.device)
             rank_zero_info(

@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.cache import EmbeddingCache, make_cache
+from lightning_samrefine.class_gate import (
+    acceptance_thresholds,
+    check_classes,
+    keep_closed,
+    open_regions,
+)
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fusion import MapRefinement
 from lightning_samrefine.models.protocol import Promptable, Prompts
@@ -168,6 +174,7 @@ class Refiner:
         raw = []
         for index in range(len(images)):
             _check(images[index], probs[index], self.sam.device)
+            check_classes(self.config, len(probs[index]))
             image_probs = probs[index].float()
             image_labels = (
                 _argmax(image_probs)
@@ -178,12 +185,15 @@ class Refiner:
 
         config = self.config
         regions = [
-            split_regions(
-                image_labels,
-                image_probs,
-                config.score_thresh,
-                config.stride,
-                config.min_region_area,
+            open_regions(
+                split_regions(
+                    image_labels,
+                    image_probs,
+                    config.score_thresh,
+                    config.stride,
+                    config.min_region_area,
+                ),
+                config.classes,
             )
             for image_probs, image_labels in raw
         ]
@@ -230,14 +240,15 @@ class Refiner:
         """Accept or reject SAM's answers and fuse them into maps (steps 8 to 12).
 
         `ask` and this make a refinement together; answers can be fused again by a refiner of the
-        same model whose ``pred_iou_thresh`` is another, at the cost of the fusion alone.
+        same model whose ``pred_iou_thresh`` or ``class_pred_iou_thresh`` is another, at the cost
+        of the fusion alone.
 
         Args:
             answers: From `ask`; they are not changed.
         """
         config, probs, labels = self.config, answers.probs, answers.labels
         regions, image_hw = answers.regions, (labels.shape[0], labels.shape[1])
-        accepted = answers.pred_iou.numpy() > np.float32(config.pred_iou_thresh)
+        accepted = answers.pred_iou.numpy() > acceptance_thresholds(config, regions.classes)
         table = _table(regions, answers.pred_iou, accepted, config.stride, image_hw)
         table = replace(table, masks=answers.masks)
         if not accepted.any():
@@ -260,7 +271,7 @@ class Refiner:
                 regions.mask_of(~accepted), regions.boxes[~accepted]
             )
         kept = torch.from_numpy(accepted)
-        return Refinement(
+        refinement = Refinement(
             labels=new_labels,
             probs=new_probs,
             covered=covered,
@@ -269,6 +280,7 @@ class Refiner:
             classes=table.classes[kept].to(probs.device),
             regions=table,
         )
+        return keep_closed(refinement, probs, labels, config.classes)
 
     def _decode(
         self, embedding: Any, prompts: Prompts
