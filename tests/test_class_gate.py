@@ -89,7 +89,7 @@ def test_a_class_has_its_own_threshold(random_sam):
     limits = torch.tensor([own[int(c)] for c in out.regions.classes])
     assert torch.equal(out.regions.accepted, out.regions.pred_iou > limits)
     assert out.regions.accepted.any()
-    same = {c: 0.45 for c in range(CLASSES)}
+    same = dict.fromkeys(range(CLASSES), 0.45)
     assert equal(
         refine(random_sam, (image, probs), pred_iou_thresh=1.0, class_pred_iou_thresh=same),
         refine(random_sam, (image, probs), pred_iou_thresh=0.45),
