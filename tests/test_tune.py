@@ -6,8 +6,6 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-import torch
-from omegaconf import OmegaConf
 from test_app import CLASSES, composed, execute, folder, overrides  # noqa: F401 - a fixture
 from test_refiner import blobs
 
@@ -17,8 +15,8 @@ from lightning_samrefine.app import SetupError, run
 from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.comparison import RefinementComparison
 from lightning_samrefine.refine_files import read_refine
-from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
 from lightning_samrefine.tune.choice import class_ious, gain
+from lightning_samrefine.tune.counts import Scoring
 from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.sweep import Sweep
 
@@ -177,7 +175,10 @@ def test_what_was_written_is_what_was_measured(folder, tuned, tmp_path):  # noqa
     [
         ("tune.margin=lots", r"^tune: margin: got 'lots', accepted is a number"),
         ("tune.objective=dice", r"^tune: objective: got 'dice', accepted are 'miou' and"),
-        ("tune.score_thresh=[1.0]", r"^tune: score_thresh: got 1.0, accepted is a number in \[0, 1"),
+        (
+            "tune.score_thresh=[1.0]",
+            r"^tune: score_thresh: got 1.0, accepted is a number in \[0, 1",
+        ),
         ("tune.folds=1", r"^tune: folds: got 1, accepted is an integer of at least 2"),
     ],
 )
