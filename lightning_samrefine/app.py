@@ -6,24 +6,31 @@ import copy
 import logging
 import os
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.refine_files import with_refine_files
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.loggers import Logger
 
+    from lightning_samrefine.cache import EmbeddingCache
+    from lightning_samrefine.tune.settings import TuneSettings
+
 # torch and Lightning are imported where they are needed: `samrefine --help` answers without them.
 
-TASKS = ("validate", "test", "fit", "predict")
+TASKS = ("validate", "test", "fit", "tune", "predict")
 
 # What the data module knows better than the command line, where the config leaves it null.
 INHERITED = ("num_classes", "class_names", "ignore_index", "image_mean", "image_std", "image_range")
@@ -56,7 +63,9 @@ def run(cfg: DictConfig) -> float | None:
 
     Returns:
         Refined mIoU in [0, 1], for sweepers: that of the validation set, or of the test set with
-        ``task=test``. ``None`` where refinement was skipped, and with ``task=predict``.
+        ``task=test``. ``None`` where refinement was skipped, and with ``task=predict``. With
+        ``task=tune`` what was written, see `lightning_samrefine.tune`, and the refined mIoU of the
+        validation set with it.
 
     Raises:
         SetupError: The config cannot be built.
@@ -64,6 +73,7 @@ def run(cfg: DictConfig) -> float | None:
     """
     _check_config(cfg)
     refine = _refine_config(cfg)
+    tuning = _tune_settings(cfg) if cfg.task == "tune" else None
 
     from lightning.pytorch import seed_everything
 
@@ -72,6 +82,8 @@ def run(cfg: DictConfig) -> float | None:
     _log_lightning_once()
     if cfg.seed is not None:
         seed_everything(cfg.seed, workers=True, verbose=False)
+    if tuning is not None:
+        cfg.callback._target_ = tuning.callback
     datamodule = _build(cfg, "data")
     for key in ("segmenter", "callback", "writer"):
         _inherit(cfg[key], datamodule)
@@ -87,6 +99,8 @@ def run(cfg: DictConfig) -> float | None:
             segmenter, datamodule=datamodule, ckpt_path=cfg.ckpt_path, return_predictions=False
         )
         return None
+    if tuning is not None:
+        return tuning.run(trainer, segmenter, datamodule, cfg.ckpt_path, folder)
     metrics = _execute(cfg.task, trainer, segmenter, datamodule, cfg.ckpt_path)
     if trainer.is_global_zero:
         write_metrics(metrics, folder / "metrics.json")
@@ -134,7 +148,16 @@ def _job(cfg: DictConfig) -> float | None:
         sys.exit(f"samrefine: {sentence}\n(HYDRA_FULL_ERROR=1 shows where)")
 
 
-main = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="samrefine")(_job)
+_app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="samrefine")(_job)
+
+
+def main() -> None:
+    """Run the command; ``refine=PATH.yaml`` is allowed beside Hydra's own grammar."""
+    try:
+        sys.argv[1:] = with_refine_files(sys.argv[1:])
+    except (OSError, TypeError, ValueError) as error:
+        sys.exit(f"samrefine: {error}")
+    _app()
 
 
 def _log_lightning_once() -> None:
@@ -159,6 +182,15 @@ def _refine_config(cfg: DictConfig) -> RefineConfig:
         return RefineConfig.preset("algorithm4", **OmegaConf.to_container(cfg.refine, resolve=True))
     except (TypeError, ValueError) as error:
         raise SetupError(f"refine: {error}") from error
+
+
+def _tune_settings(cfg: DictConfig) -> TuneSettings:
+    from lightning_samrefine.tune.settings import TuneSettings
+
+    try:
+        return TuneSettings(**OmegaConf.to_container(cfg.tune, resolve=True))
+    except (TypeError, ValueError) as error:
+        raise SetupError(f"tune: {error}") from error
 
 
 def _build(cfg: DictConfig, key: str, **objects: Any) -> Any:
@@ -202,8 +234,11 @@ def _build_trainer(cfg: DictConfig, refine: RefineConfig) -> Trainer:
     else:
         checkpoint = cfg.sam.model if "model" in cfg.sam else cfg.sam.checkpoint
         sam = {"sam": cfg.sam.name, "checkpoint": checkpoint}
-    key = "writer" if cfg.task == "predict" else "callback"
-    callbacks: list[Callback] = [_build(cfg, key, refine=refine, **sam)]
+    if cfg.task == "predict":
+        first = _build(cfg, "writer", refine=refine, **sam)
+    else:
+        first = _build(cfg, "callback", refine=refine, **sam, **_kept_embeddings(cfg))
+    callbacks: list[Callback] = [first]
     callbacks += [_build(cfg, f"extra_callbacks.{name}") for name in cfg.extra_callbacks]
     if cfg.trainer.get("enable_progress_bar", True) and not any(
         isinstance(callback, ProgressBar) for callback in callbacks
@@ -211,6 +246,25 @@ def _build_trainer(cfg: DictConfig, refine: RefineConfig) -> Trainer:
         callbacks.append(RichProgressBar())
     loggers: list[Logger] = [_build(cfg, f"logger.{name}") for name in cfg.logger]
     return _build(cfg, "trainer", callbacks=callbacks, logger=loggers)
+
+
+def _kept_embeddings(cfg: DictConfig) -> dict[str, Any]:
+    """Keep embeddings in memory for the jobs of a sweep, and for the passes of a tuning."""
+    cache, is_tuning = cfg.callback.get("cache"), cfg.task == "tune"
+    if (cache == "memory" and (is_tuning or _is_sweep())) or (cache is None and is_tuning):
+        return {"cache": _cache_of_process(cfg.callback.get("cache_gb")), "cache_gb": None}
+    return {}
+
+
+def _is_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+@lru_cache(maxsize=1)
+def _cache_of_process(gb: float | None) -> EmbeddingCache:
+    from lightning_samrefine.cache import EmbeddingCache
+
+    return EmbeddingCache("memory", gb)
 
 
 def _execute(

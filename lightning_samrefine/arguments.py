@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.precision import PRECISIONS
+from lightning_samrefine.refine_files import is_refine_file, read_refine, refine_from_mapping
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -47,22 +48,23 @@ def check_sam(sam: Any, checkpoint: Any, precision: Any) -> None:
 
 
 def parse_refine(refine: RefineConfig | Mapping[str, Any] | str) -> RefineConfig:
-    """Read thresholds: a config, a preset's name, or fields that replace those of a preset.
+    """Read thresholds: a config, a preset's name, a YAML file, or fields that replace a preset's.
 
     Args:
-        refine: A mapping's key ``"preset"`` names the preset, ``"default"`` without it.
+        refine: A mapping's key ``"preset"`` names the preset, ``"default"`` without it. A string
+            that ends in ``.yaml`` or ``.yml`` is a path, see `read_refine`.
 
     Raises:
         TypeError: Another type, or an unknown field.
-        ValueError: An unknown preset, or a value outside its range.
+        ValueError: An unknown preset, a value outside its range, or a file that is no mapping.
+        FileNotFoundError: No file at that path.
     """
     if isinstance(refine, RefineConfig):
         return refine
     if isinstance(refine, str):
-        return RefineConfig.preset(refine)
+        return read_refine(refine) if is_refine_file(refine) else RefineConfig.preset(refine)
     if isinstance(refine, Mapping):
-        fields = {str(key): value for key, value in refine.items()}
-        return RefineConfig.preset(fields.pop("preset", "default"), **fields)
+        return refine_from_mapping(refine)
     raise TypeError(
         f"refine: got {type(refine).__name__}, accepted is a RefineConfig, a preset's name, or a "
         "mapping of RefineConfig's fields"

@@ -16,6 +16,7 @@ from lightning_samrefine.adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.arguments import num_classes_of
 from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.capture import ScoresCapture
+from lightning_samrefine.class_gate import check_classes
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models import Promptable, load_sam
 from lightning_samrefine.models.protocol import accepts_masks
@@ -82,6 +83,7 @@ class Attachment:
         if self.adapter is None:
             num_classes = num_classes or num_classes_of(pl_module)
             refiner = self.refiner.refiner
+            check_classes(refiner.config, num_classes)
             self.adapter = replace(adapter, num_classes=num_classes, device=refiner.sam.device)
             masks = "" if accepts_masks(refiner.sam) else ", which takes no mask prompts,"
             rank_zero_info(

@@ -69,8 +69,9 @@ class SAMRefineCallback(Callback):
             ``pl_module.num_classes`` or ``pl_module.hparams.num_classes`` (where 1 means binary).
         ignore_index: Target value that is not counted, or None. Targets outside [0, C) never are.
         class_names: C names for ``iou_raw/<class>``; "0", "1", … where None.
-        refine: Thresholds: a `RefineConfig`, a preset's name, or a mapping of fields that replace
-            those of ``"default"`` (or of the preset under the key ``"preset"``).
+        refine: Thresholds: a `RefineConfig`, a preset's name, the path of a YAML file such as
+            ``tuned.yaml``, or a mapping of fields that replace those of ``"default"`` (or of the
+            preset under the key ``"preset"``).
         precision: SAM's autocast, see `Refiner`; independent of the Trainer's precision.
         cache: Where SAM's image embeddings are kept, so that the validation images of the next
             epoch are not encoded again: ``"memory"`` (of each process, inside ``fit``),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -31,6 +31,11 @@ class RefineConfig:
         max_prompts_per_batch: Upper bound on the prompts that SAM decodes at once, a bound on
             memory that does not change the result. ``None`` takes it from free memory, as in
             Algorithm 4.
+        classes: The classes that are refined, as indices in [0, C); ``None`` for all, empty for
+            none. The map of every other class stays as the segmenter drew it: its regions are not
+            prompted, and a pixel changes its label only from one of these classes to another.
+        class_pred_iou_thresh: τ_iou of single classes in place of ``pred_iou_thresh``, by their
+            indices.
 
     Raises:
         TypeError: A value of the wrong type.
@@ -44,6 +49,8 @@ class RefineConfig:
     min_region_area: int = 1
     max_regions: int | None = None
     max_prompts_per_batch: int | None = None
+    classes: tuple[int, ...] | None = None
+    class_pred_iou_thresh: Mapping[int, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         _check_float("score_thresh", self.score_thresh, 0 <= _num(self.score_thresh) < 1, "[0, 1)")
@@ -63,16 +70,22 @@ class RefineConfig:
             _check_count("max_regions", self.max_regions, "or None")
         if self.max_prompts_per_batch is not None:
             _check_count("max_prompts_per_batch", self.max_prompts_per_batch, "or None")
+        # YAML brings lists, and dicts that somebody else holds.
+        object.__setattr__(self, "classes", _checked_classes(self.classes))
+        object.__setattr__(
+            self, "class_pred_iou_thresh", _checked_thresholds(self.class_pred_iou_thresh)
+        )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> RefineConfig:
         """Build a named configuration, with single fields replaced.
 
         Args:
-            name: ``"algorithm4"`` (the seed's algorithm to the pixel) or ``"default"`` (the best
+            name: ``"algorithm4"`` (the seed's algorithm to the pixel), ``"default"`` (the best
                 measured so far: Algorithm 4 without regions under 16 grid pixels, which quadruple
-                the prompts on CamVid and lower the gain, and with no more than 500 regions an
-                image).
+                the prompts on CamVid and lower the gain, and no more than 500 regions an image),
+                ``"strict"`` (fewer changes: only sure regions, and masks of which SAM is sure) or
+                ``"fast"`` (fewer prompts: no region under 64 grid pixels).
             **overrides: Fields of `RefineConfig`.
 
         Raises:
@@ -94,7 +107,17 @@ class RefineConfig:
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {"algorithm4": {}, "default": {"min_region_area": 16, "max_regions": 500}}
+    {
+        "algorithm4": {},
+        "default": {"min_region_area": 16, "max_regions": 500},
+        "strict": {
+            "score_thresh": 0.5,
+            "pred_iou_thresh": 0.8,
+            "min_region_area": 16,
+            "max_regions": 500,
+        },
+        "fast": {"min_region_area": 64, "max_regions": 500},
+    }
 )
 
 
@@ -116,6 +139,36 @@ def _check_float(name: str, value: Any, in_range: bool, accepted: str) -> None:
         )
     if not in_range:
         raise ValueError(f"{name}: got {value!r}, accepted is a number in {accepted}")
+
+
+def _checked_classes(classes: Any) -> tuple[int, ...] | None:
+    """Return class indices as a sorted tuple."""
+    if classes is None:
+        return None
+    accepted = "accepted are different integers of at least 0 in a sequence, or None"
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        raise TypeError(f"classes: got {classes!r} of type {type(classes).__name__}, {accepted}")
+    if not all(isinstance(c, int) and not isinstance(c, bool) for c in classes):
+        raise TypeError(f"classes: got {list(classes)}, {accepted}")
+    if min(classes, default=0) < 0 or len(set(classes)) < len(classes):
+        raise ValueError(f"classes: got {list(classes)}, {accepted}")
+    return tuple(sorted(classes))
+
+
+def _checked_thresholds(thresholds: Any) -> dict[int, float] | None:
+    """Return thresholds by class, in the order of the classes."""
+    if thresholds is None:
+        return None
+    name, accepted = "class_pred_iou_thresh", "a mapping of class indices to numbers, or None"
+    if not isinstance(thresholds, Mapping):
+        raise TypeError(
+            f"{name}: got {thresholds!r} of type {type(thresholds).__name__}, accepted is "
+            f"{accepted}"
+        )
+    classes = _checked_classes(list(thresholds))
+    for c, value in thresholds.items():
+        _check_float(f"{name}[{c}]", value, 0 <= _num(value) <= 1, "[0, 1]")
+    return {c: thresholds[c] for c in classes or ()}
 
 
 def _check_count(name: str, value: Any, alternative: str = "") -> None:

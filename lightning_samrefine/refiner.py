@@ -12,6 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.cache import EmbeddingCache, make_cache
+from lightning_samrefine.class_gate import (
+    acceptance_thresholds,
+    check_classes,
+    keep_closed,
+    open_regions,
+)
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fusion import MapRefinement
 from lightning_samrefine.inputs import check_image_and_probs, checked_labels, first_argmax
@@ -42,6 +48,7 @@ class Answers:
         low_res_logits: N maps (m, m) float32.
         pred_iou: (N,) float32 on the CPU.
         extents: (N, 2, m) bool, see `lightning_samrefine.upscaling.extents`; None on a GPU.
+        masks: (N, h, w) bool, see `Regions.masks`; None without a region.
     """
 
     probs: Tensor
@@ -50,6 +57,7 @@ class Answers:
     low_res_logits: list[Tensor]
     pred_iou: Tensor
     extents: np.ndarray | None
+    masks: Tensor | None = None
 
 
 class Refiner:
@@ -173,6 +181,7 @@ class Refiner:
         raw = []
         for index in range(len(images)):
             check_image_and_probs(images[index], probs[index], self.sam.device)
+            check_classes(self.config, len(probs[index]))
             image_probs = probs[index].float()
             image_labels = (
                 first_argmax(image_probs)
@@ -183,13 +192,16 @@ class Refiner:
 
         config = self.config
         regions = [
-            split_regions(
-                image_labels,
-                image_probs,
-                config.score_thresh,
-                config.stride,
-                config.min_region_area,
-                config.max_regions,
+            open_regions(
+                split_regions(
+                    image_labels,
+                    image_probs,
+                    config.score_thresh,
+                    config.stride,
+                    config.min_region_area,
+                    config.max_regions,
+                ),
+                config.classes,
             )
             for image_probs, image_labels in raw
         ]
@@ -245,26 +257,27 @@ class Refiner:
         prompts = build_prompts(
             regions, self.sam, image_hw, config.score_thresh, config.mask_prompt_scale
         )
-        return Answers(probs, labels, regions, *self._decode(embedding, prompts))
+        low_res_logits, pred_iou, mask_extents = self._decode(embedding, prompts)
+        rows, columns = self.sam.mask_hw(image_hw)
+        masks = torch.stack([logits[:rows, :columns] > 0 for logits in low_res_logits])
+        return Answers(probs, labels, regions, low_res_logits, pred_iou, mask_extents, masks)
 
     @torch.no_grad()
     def fuse(self, answers: Answers) -> Refinement:
         """Accept or reject SAM's answers and fuse them into maps (steps 8 to 12).
 
         `ask` and this make a refinement together; answers can be fused again by a refiner of the
-        same model whose ``pred_iou_thresh`` is another, at the cost of the fusion alone.
+        same model whose ``pred_iou_thresh`` or ``class_pred_iou_thresh`` is another, at the cost
+        of the fusion alone.
 
         Args:
             answers: From `ask`; they are not changed.
         """
         config, probs, labels = self.config, answers.probs, answers.labels
         regions, image_hw = answers.regions, (labels.shape[0], labels.shape[1])
-        accepted = answers.pred_iou.numpy() > np.float32(config.pred_iou_thresh)
+        accepted = answers.pred_iou.numpy() > acceptance_thresholds(config, regions.classes)
         table = _table(regions, answers.pred_iou, accepted, config.stride, image_hw)
-        if answers.low_res_logits:
-            rows, columns = self.sam.mask_hw(image_hw)
-            masks = [logits[:rows, :columns] > 0 for logits in answers.low_res_logits]
-            table = replace(table, masks=torch.stack(masks))
+        table = replace(table, masks=answers.masks)
         if not accepted.any():
             return _untouched(probs, labels, table)
 
@@ -285,7 +298,7 @@ class Refiner:
                 regions.mask_of(~accepted), regions.boxes[~accepted]
             )
         kept = torch.from_numpy(accepted)
-        return Refinement(
+        refinement = Refinement(
             labels=new_labels,
             probs=new_probs,
             covered=covered,
@@ -294,6 +307,7 @@ class Refiner:
             classes=table.classes[kept].to(probs.device),
             regions=table,
         )
+        return keep_closed(refinement, probs, labels, config.classes)
 
     def _decode(
         self, embedding: Any, prompts: Prompts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import cc3d
@@ -42,6 +42,15 @@ class GridRegions:
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    def select(self, selected: np.ndarray) -> GridRegions:
+        """Keep the selected regions in their order.
+
+        Args:
+            selected: (N,) bool.
+        """
+        rows = ("classes", "boxes", "points", "scores", "component_ids")
+        return replace(self, **{name: getattr(self, name)[selected] for name in rows})
 
     def mask_of(self, selected: np.ndarray) -> Tensor:
         """Return the union of the selected regions on the grid.

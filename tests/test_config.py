@@ -34,15 +34,39 @@ def test_algorithm4_is_the_seed_and_overrides_replace_fields():
         ("max_regions", 1.5, TypeError),
         ("max_prompts_per_batch", 0, ValueError),
         ("max_prompts_per_batch", 1.5, TypeError),
+        ("classes", 3, TypeError),
+        ("classes", "12", TypeError),
+        ("classes", [1.0], TypeError),
+        ("classes", [True], TypeError),
+        ("classes", [-1], ValueError),
+        ("classes", [2, 2], ValueError),
+        ("class_pred_iou_thresh", [0.5], TypeError),
+        ("class_pred_iou_thresh", {"sky": 0.5}, TypeError),
+        ("class_pred_iou_thresh", {-1: 0.5}, ValueError),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field, value, error):
-    with pytest.raises(error, match=rf"{field}: got .*accepted is"):
+    with pytest.raises(error, match=rf"{field}: got .*accepted (is|are)|^classes: got"):
         RefineConfig(**{field: value})
 
 
+def test_thresholds_of_single_classes_are_checked_and_copied():
+    with pytest.raises(ValueError, match=r"class_pred_iou_thresh\[2\]: got 1.5, accepted is"):
+        RefineConfig(class_pred_iou_thresh={2: 1.5})
+    own = {3: 0.7, 1: 0.2}
+    config = RefineConfig(classes=[3, 1], class_pred_iou_thresh=own)
+    own[1] = 9
+    assert config.classes == (1, 3)
+    assert config.class_pred_iou_thresh == {1: 0.2, 3: 0.7}
+    assert list(config.class_pred_iou_thresh) == [1, 3]
+    assert hash(config) == hash(RefineConfig(classes=(1, 3)))
+    assert RefineConfig(classes=[]).classes == ()
+
+
 def test_unknown_preset_and_field_are_refused():
-    with pytest.raises(ValueError, match="'algoritm4', accepted are 'algorithm4', 'default'"):
+    with pytest.raises(
+        ValueError, match="'algoritm4', accepted are 'algorithm4', 'default', 'fast'"
+    ):
         RefineConfig.preset("algoritm4")
     with pytest.raises(ValueError, match=r"preset: got \['default'\]"):
         RefineConfig.preset(["default"])

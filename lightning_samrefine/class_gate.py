@@ -1,0 +1,94 @@
+"""The class gate: which classes may change, and how sure SAM must be of each.
+
+A class that is closed keeps its raw map to the pixel, whatever the fusion: none of its regions is
+prompted, no pixel leaves it and none enters it. So its IoU is the raw one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.refinement import Refinement
+from lightning_samrefine.regions import GridRegions
+
+
+def check_classes(config: RefineConfig, num_classes: int) -> None:
+    """Refuse a gate that names a class which does not exist.
+
+    Raises:
+        ValueError: A class of ``classes`` or ``class_pred_iou_thresh`` is not below C.
+    """
+    for name in ("classes", "class_pred_iou_thresh"):
+        beyond = [c for c in getattr(config, name) or () if c >= num_classes]
+        if beyond:
+            raise ValueError(
+                f"{name}: got {', '.join(map(str, beyond))}, accepted are classes below "
+                f"num_classes={num_classes}"
+            )
+
+
+def open_regions(regions: GridRegions, classes: Sequence[int] | None) -> GridRegions:
+    """Drop the regions of closed classes before they are prompted.
+
+    Args:
+        regions: N regions.
+        classes: The open classes; all of them where None.
+    """
+    if classes is None:
+        return regions
+    return regions.select(np.isin(regions.classes, np.array(classes, dtype=np.int64)))
+
+
+def acceptance_thresholds(config: RefineConfig, classes: np.ndarray) -> np.ndarray:
+    """Return the predicted IoU that each region must exceed (step 8).
+
+    Args:
+        config: Its ``class_pred_iou_thresh`` replaces ``pred_iou_thresh`` class by class.
+        classes: (N,) int64, the regions' classes.
+
+    Returns:
+        (N,) float32.
+    """
+    own = config.class_pred_iou_thresh or {}
+    values = [own.get(int(c), config.pred_iou_thresh) for c in classes]
+    return np.array(values, dtype=np.float32)
+
+
+def keep_closed(
+    refinement: Refinement, probs: Tensor, labels: Tensor, classes: Sequence[int] | None
+) -> Refinement:
+    """Take back every change of a pixel from or to a closed class.
+
+    Such a pixel gets its raw label and its raw probabilities, as a pixel of a rejected region does
+    in step 11. A raw label outside [0, C) is no class: it is never closed.
+
+    Args:
+        refinement: Of the whole image.
+        probs: (C, H, W) float32, the raw L.
+        labels: (H, W) int64, the raw S.
+        classes: The open classes; all of them where None.
+    """
+    if classes is None:
+        return refinement
+    num_classes = probs.shape[0]
+    # One more entry, for what is no class.
+    closed = torch.ones(num_classes + 1, dtype=torch.bool)
+    closed[[*classes, num_classes]] = False
+    closed = closed.to(labels.device)
+    known = (labels >= 0) & (labels < num_classes)
+    raw = torch.where(known, labels, num_classes)
+    refined = torch.where(refinement.labels == labels, raw, refinement.labels)
+    taken_back = (refined != raw) & (closed[raw] | closed[refined])
+    if not taken_back.any():
+        return refinement
+    return replace(
+        refinement,
+        labels=torch.where(taken_back, labels, refinement.labels),
+        probs=torch.where(taken_back, probs, refinement.probs),
+    )

@@ -1,0 +1,82 @@
+"""Thresholds in a YAML file, such as the one that `samrefine task=tune` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_samrefine.config import RefineConfig
+
+_OVERRIDE = "refine="
+_SUFFIXES = (".yaml", ".yml")
+
+
+def is_refine_file(name: str) -> bool:
+    """Tell a path of a YAML file from a preset's name."""
+    return name.endswith(_SUFFIXES)
+
+
+def read_refine(path: str | Path) -> RefineConfig:
+    """Read a YAML mapping of `RefineConfig`'s fields; what it leaves out is as in ``"default"``.
+
+    Raises:
+        FileNotFoundError: No file at that path.
+        TypeError: An unknown field, or a value of a wrong type.
+        ValueError: No mapping, an unknown preset, or a value outside its range.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"refine: no file {path}")
+    loaded = OmegaConf.load(path)
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"refine: got {path}, accepted is a mapping of RefineConfig's fields")
+    try:
+        return refine_from_mapping(OmegaConf.to_container(loaded, resolve=True))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"refine={path}: {error}") from error
+
+
+def refine_from_mapping(fields: Mapping[Any, Any]) -> RefineConfig:
+    """Replace fields of a preset, that under the key ``"preset"`` or else ``"default"``."""
+    values = {str(key): value for key, value in fields.items()}
+    return RefineConfig.preset(values.pop("preset", "default"), **values)
+
+
+def with_refine_files(arguments: Sequence[str]) -> list[str]:
+    """Make ``refine=PATH.yaml`` something that Hydra knows: an option of the group ``refine``.
+
+    Several files, as in ``-m refine=a.yaml,b.yaml``, are several options.
+
+    Args:
+        arguments: Of the command line.
+
+    Returns:
+        The arguments, each file's path replaced by its option's name, ``file/<stem>``.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: As `read_refine`.
+    """
+    return [
+        _OVERRIDE + ",".join(map(_option, argument.removeprefix(_OVERRIDE).split(",")))
+        if argument.startswith(_OVERRIDE)
+        else argument
+        for argument in arguments
+    ]
+
+
+def _option(name: str) -> str:
+    if not is_refine_file(name):
+        return name
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    fields = asdict(read_refine(name))
+    # Sweeps may name files of one stem in several folders.
+    taken = [str(option) for option in store.repo.get("refine", {}).get("file", {})]
+    stem = Path(name).stem
+    option = stem if f"{stem}.yaml" not in taken else f"{stem}_{len(taken)}"
+    store.store(group="refine/file", name=option, node=fields, provider="samrefine")
+    return f"file/{option}"

@@ -1,0 +1,68 @@
+"""The callback of `samrefine task=tune`: it reads batches like any other, and hands them on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_samrefine.adapter import RefineInputs
+from lightning_samrefine.callback import SAMRefineCallback
+from lightning_samrefine.refiner import Refiner
+from lightning_samrefine.tune.counts import Scoring
+
+Visitor = Callable[[Refiner, RefineInputs], None]
+
+
+class TuneCallback(SAMRefineCallback):
+    """Hands the samples of a validation set to a visitor; nothing is refined or logged here.
+
+    Takes the arguments of `SAMRefineCallback`.
+
+    Attributes:
+        visitor: From what is scored to who takes the samples; called when that is known.
+    """
+
+    visitor: Callable[[Scoring], Visitor] | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"task=tune: got {trainer.world_size} processes, accepted is one: trainer.devices=1"
+            )
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    @torch.no_grad()
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        evaluation = self._run.evaluation
+        if evaluation is None or not self._is_measured(batch_idx):
+            return
+        inputs = self._read(outputs, batch, evaluation.capture, dataloader_idx)
+        if inputs is not None:
+            self._visit(self._safe_refiner.refiner, inputs)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        scoring = Scoring(self._bind(pl_module).num_classes, self.ignore_index, self.trimap_width)
+        if self.visitor is None:
+            raise MisconfigurationException("TuneCallback: got no visitor to hand samples to")
+        self._visit = self.visitor(scoring)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation()

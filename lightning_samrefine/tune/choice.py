@@ -1,0 +1,177 @@
+"""Choosing thresholds that help, and closing the classes of which that is not certain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.tune.counts import GridCounts
+from lightning_samrefine.tune.grid import Grid
+from lightning_samrefine.tune.rule import Objective, Rule
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""From (R, 5, C) summed totals to R values, or to (R, C)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        cell: The best cell of the grid, all classes open.
+        cell_of_class: C cells, of the same pair of τ_c and τ_m.
+        is_open: C flags.
+        low: C lower bounds of the gain in IoU, as they were when the class was closed, or at the
+            end where it is open.
+    """
+
+    cell: int
+    cell_of_class: tuple[int, ...]
+    is_open: tuple[bool, ...]
+    low: tuple[float, ...]
+
+    def config(self, grid: Grid, base: RefineConfig) -> RefineConfig:
+        """Return the configuration that carries the choice."""
+        cell = grid.cells[self.cell]
+        opened = [c for c, is_open in enumerate(self.is_open) if is_open]
+        own = {
+            c: grid.cells[self.cell_of_class[c]].pred_iou_thresh
+            for c in opened
+            if self.cell_of_class[c] != self.cell
+        }
+        return replace(
+            cell.config(base),
+            classes=None if len(opened) == len(self.is_open) else tuple(opened),
+            class_pred_iou_thresh=own or None,
+        )
+
+
+def choose(counts: GridCounts, grid: Grid, images: np.ndarray, rule: Rule) -> Choice:
+    """Choose from the images of a sweep.
+
+    The best cell comes first. A class then gets another τ_iou where the objective gains by it with
+    certainty. Last, classes are closed one at a time, the least certain first, until the gain of
+    every open class has a lower bound above the margin; closing one changes the others' gains.
+
+    Args:
+        counts: Of all images.
+        grid: Of the sweep.
+        images: (n,) integer, the images that may be looked at.
+        rule: When something is certain.
+    """
+    cell = best_cell(counts, grid, images, rule.objective)
+    resample = _Resamples(len(images), rule)
+    cells = [cell] * counts.num_classes
+    for c in range(counts.num_classes):
+        cells = _own_threshold(c, cells, counts, grid, images, rule, resample)
+
+    is_open = np.ones(counts.num_classes, dtype=bool)
+    low = np.zeros(counts.num_classes)
+    while is_open.any():
+        totals = counts.mixed_totals(cells, is_open, rule.objective)[images]
+        bounds = resample.low(totals, _class_gains)
+        low = np.where(is_open, bounds, low)
+        worst = int(np.where(is_open, bounds, np.inf).argmin())
+        if bounds[worst] > rule.margin:
+            break
+        is_open = is_open & (np.arange(counts.num_classes) != worst)
+    return Choice(cell, tuple(cells), tuple(is_open.tolist()), tuple(low.tolist()))
+
+
+def best_cell(counts: GridCounts, grid: Grid, images: np.ndarray, objective: Objective) -> int:
+    """Return the cell with the largest objective, of equals the one with the largest τ_iou."""
+    gains = np.array(
+        [gain(counts.totals(cell, objective)[images]) for cell in range(len(grid.cells))]
+    )
+    best = np.flatnonzero(gains >= gains.max())
+    return int(max(best, key=lambda cell: (grid.cells[cell].pred_iou_thresh, -cell)))
+
+
+def gain(totals: np.ndarray) -> float:
+    """Return refined − raw mIoU of (N, 5, C) totals, over the classes that occur on each side."""
+    return float(_mean_gain(totals.sum(axis=0)[None])[0])
+
+
+def class_ious(totals: np.ndarray) -> np.ndarray:
+    """Return (2, C) float64 IoU of (N, 5, C) totals, raw and refined, NaN for absent classes."""
+    return _ious(totals.sum(axis=0)[None])[0]
+
+
+def folds(images: int, count: int) -> list[np.ndarray]:
+    """Split images into neighbours: frames of one drive must not be on both sides.
+
+    Args:
+        images: N.
+        count: How many folds; no more than N are made.
+
+    Returns:
+        Arrays of image numbers that together are 0 … N − 1.
+    """
+    return np.array_split(np.arange(images), min(count, images))
+
+
+def _own_threshold(
+    c: int,
+    cells: list[int],
+    counts: GridCounts,
+    grid: Grid,
+    images: np.ndarray,
+    rule: Rule,
+    resample: _Resamples,
+) -> list[int]:
+    """Move one class to the τ_iou with the largest objective, if that gains with certainty."""
+    every = np.ones(counts.num_classes, dtype=bool)
+    first = cells[c] - cells[c] % len(grid.pred_iou_thresh)
+    here = counts.mixed_totals(cells, every, rule.objective)[images]
+    best, best_totals = cells, here
+    for cell in range(first, first + len(grid.pred_iou_thresh)):
+        moved = [*cells[:c], cell, *cells[c + 1 :]]
+        totals = counts.mixed_totals(moved, every, rule.objective)[images]
+        if gain(totals) > gain(best_totals):
+            best, best_totals = moved, totals
+    # The prediction to beat takes the place of the raw one.
+    against = np.concatenate([here[:, :1], here[:, 3:], best_totals[:, 3:]], axis=1)
+    return best if best is not cells and resample.low(against, _mean_gain) > 0 else cells
+
+
+class _Resamples:
+    """Images drawn with replacement, the same draws for every question.
+
+    Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13.
+    """
+
+    def __init__(self, images: int, rule: Rule) -> None:
+        rng = np.random.default_rng(rule.seed)
+        weights = rng.multinomial(images, np.full(images, 1 / images), size=rule.resamples)
+        self._weights = weights.astype(np.float64)  # exact, and multiplied by BLAS
+        self._tail = (1 - rule.confidence) / 2
+
+    def low(self, totals: np.ndarray, statistic: Statistic) -> np.ndarray:
+        """Return the lower bound of a statistic of summed totals."""
+        sums = self._weights @ totals.reshape(len(totals), -1).astype(np.float64)
+        values = statistic(sums.reshape(-1, *totals.shape[1:]))
+        return np.quantile(values, self._tail, axis=0)
+
+
+def _ious(sums: np.ndarray) -> np.ndarray:
+    """Return (R, 2, C) IoU of (R, 5, C) sums."""
+    true, *sides = np.moveaxis(sums, 1, 0)
+    unions = [true + called - hits for hits, called in (sides[:2], sides[2:])]
+    with np.errstate(invalid="ignore"):
+        return np.stack([sides[0] / unions[0], sides[2] / unions[1]], axis=1)
+
+
+def _class_gains(sums: np.ndarray) -> np.ndarray:
+    """Return (R, C) gains; a class that is absent on a side has an IoU of 0 there."""
+    raw, refined = np.moveaxis(np.nan_to_num(_ious(sums)), 1, 0)
+    return refined - raw
+
+
+def _mean_gain(sums: np.ndarray) -> np.ndarray:
+    ious = _ious(sums)
+    present = ~np.isnan(ious)
+    means = np.nan_to_num(ious).sum(axis=2) / np.maximum(present.sum(axis=2), 1)
+    return means[:, 1] - means[:, 0]

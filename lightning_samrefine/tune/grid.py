@@ -1,0 +1,76 @@
+"""The thresholds that are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+from lightning_samrefine.config import RefineConfig
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of thresholds.
+
+    Attributes:
+        score_thresh: See `RefineConfig`.
+        mask_prompt_scale: See `RefineConfig`.
+        pred_iou_thresh: See `RefineConfig`.
+    """
+
+    score_thresh: float
+    mask_prompt_scale: float
+    pred_iou_thresh: float
+
+    def config(self, base: RefineConfig) -> RefineConfig:
+        """Return ``base`` with these thresholds."""
+        return replace(base, **vars(self))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All combinations of some values of three thresholds.
+
+    Args:
+        score_thresh: Values of τ_c.
+        mask_prompt_scale: Values of τ_m.
+        pred_iou_thresh: Values of τ_iou.
+
+    Raises:
+        TypeError: No sequence of numbers.
+        ValueError: No value, one that comes twice, or one outside the range of `RefineConfig`.
+    """
+
+    score_thresh: tuple[float, ...]
+    mask_prompt_scale: tuple[float, ...]
+    pred_iou_thresh: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _values(field.name, getattr(self, field.name)))
+
+    @property
+    def pairs(self) -> list[tuple[float, float]]:
+        """The combinations of τ_c and τ_m: SAM is asked once for each."""
+        return list(product(self.score_thresh, self.mask_prompt_scale))
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells, pair by pair, τ_iou ascending in each."""
+        return [Cell(*pair, iou) for pair in self.pairs for iou in self.pred_iou_thresh]
+
+
+def _values(name: str, values: Any) -> tuple[float, ...]:
+    """Return one threshold's values in ascending order."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(
+            f"{name}: got {values!r} of type {type(values).__name__}, accepted is a sequence of "
+            "numbers"
+        )
+    for value in values:
+        RefineConfig(**{name: value})
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{name}: got {list(values)}, accepted are one or more different numbers")
+    return tuple(sorted(float(value) for value in values))

@@ -1,0 +1,200 @@
+"""What tuning leaves behind: the surface as a table and a heat map, and a config to use."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.metrics.bootstrap import BootstrapInterval
+from lightning_samrefine.panels import save_figure
+from lightning_samrefine.tune.choice import class_ious, gain
+from lightning_samrefine.tune.rule import OBJECTIVES
+from lightning_samrefine.tune.task import Tuning
+
+NO_HELP = "SAM refinement does not help on this data"
+_NAMES = {"miou": "mIoU", "trimap_miou": "trimap mIoU"}
+_BEST_CELLS = 8
+
+
+def write_tuning(tuning: Tuning, folder: Path) -> None:
+    """Write ``tuned.yaml``, ``best_cell.yaml``, ``surface.csv`` and ``surface.png`` to a folder."""
+    write_config(tuning.config, sentences(tuning), folder / "tuned.yaml")
+    uncalibrated = _expectation("The best cell of the grid", tuning.expected_uncalibrated, tuning)
+    write_config(tuning.cell_config, [uncalibrated], folder / "best_cell.yaml")
+    write_surface(tuning, folder / "surface.csv")
+    save_figure(draw_surface(tuning), folder / "surface.png")
+
+
+def write_config(config: RefineConfig, comments: list[str], path: Path) -> None:
+    """Write a configuration that ``samrefine refine=PATH`` and ``RefineConfig.load`` read."""
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
+    text = "".join(f"# {comment}\n" for comment in comments)
+    path.write_text(text + OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
+
+
+def write_surface(tuning: Tuning, path: Path) -> None:
+    """Write a row a cell: its thresholds, and raw, refined and gain of both objectives."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        sides = ("raw", "refined", "gain")
+        thresholds = list(vars(tuning.grid.cells[0]))
+        writer.writerow([*thresholds, *(f"{name}_{s}" for name in OBJECTIVES for s in sides)])
+        for index, cell in enumerate(tuning.grid.cells):
+            row: list[float] = list(vars(cell).values())
+            for objective in OBJECTIVES:
+                raw, refined = _means(tuning.counts.totals(index, objective))
+                row += [raw, refined, refined - raw]
+            writer.writerow(row)
+
+
+def tuning_metrics(tuning: Tuning) -> dict[str, float]:
+    """Return the figures of a tuning by name, fractions in [0, 1]."""
+    figures: dict[str, float] = {}
+    for objective in OBJECTIVES:
+        raw, best = _means(tuning.counts.totals(tuning.choice.cell, objective))
+        calibrated = _means(tuning.trial.totals(0, objective))[1] if tuning.helps else raw
+        name = f"tune/{objective}"
+        figures |= {f"{name}_raw": raw, f"{name}_best_cell": best, f"{name}_tuned": calibrated}
+    for name, interval in (
+        ("expected_gain", tuning.expected),
+        ("expected_gain_best_cell", tuning.expected_uncalibrated),
+    ):
+        figures |= {
+            f"tune/{name}": interval.gain,
+            f"tune/{name}_low": interval.low,
+            f"tune/{name}_high": interval.high,
+        }
+    return figures
+
+
+def draw_surface(tuning: Tuning) -> Figure:
+    """Draw the gain of every cell, in points: a row a pair, a column a ``pred_iou_thresh``."""
+    grid, ious = tuning.grid, tuning.grid.pred_iou_thresh
+    gains = _gains(tuning).reshape(len(grid.pairs), len(ious))
+    height, width = 1.6 + 0.32 * len(grid.pairs), 3.2 + 0.62 * len(ious)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    limit = max(np.abs(gains).max(), 1e-9)
+    image = axes.imshow(gains, cmap="PiYG", vmin=-limit, vmax=limit, aspect="auto")
+    for (row, column), value in np.ndenumerate(gains):
+        chosen = row * len(ious) + column == tuning.choice.cell
+        axes.text(
+            column,
+            row,
+            f"{value:+.2f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            fontweight="bold" if chosen else "normal",
+            bbox={"fill": False, "edgecolor": "black"} if chosen else None,
+        )
+    axes.set_xticks(range(len(ious)), [f"{iou:g}" for iou in ious])
+    axes.set_yticks(range(len(grid.pairs)), [f"{s:g}, {m:g}" for s, m in grid.pairs])
+    axes.set_xlabel("pred_iou_thresh")
+    axes.set_ylabel("score_thresh, mask_prompt_scale")
+    name = _NAMES[tuning.rule.objective]
+    axes.set_title(f"gain in {name} on {len(tuning.counts)} images, in points", fontsize=10)
+    figure.colorbar(image)
+    return figure
+
+
+def sentences(tuning: Tuning) -> list[str]:
+    """Say what was chosen and what to expect of it, in plain sentences."""
+    said = [] if tuning.helps else [f"{NO_HELP}: no class is refined."]
+    uncalibrated = _expectation("The best cell alone", tuning.expected_uncalibrated, tuning)
+    if not any(tuning.choice.is_open):
+        return [*said, "No class gains with certainty.", uncalibrated]
+    subject = "Calibrated" if tuning.helps else "Its most certain classes"
+    return [*said, _expectation(subject, tuning.expected, tuning), uncalibrated]
+
+
+def _expectation(subject: str, interval: BootstrapInterval, tuning: Tuning) -> str:
+    gained, low, high = (100 * value for value in (interval.gain, interval.low, interval.high))
+    return (
+        f"{subject}: {gained:+.2f} points of {_NAMES[tuning.rule.objective]} expected "
+        f"({interval.confidence:.0%} interval {low:+.2f} to {high:+.2f}), cross-validated over "
+        f"{interval.images} images in {tuning.folds} folds."
+    )
+
+
+def tuning_summary(tuning: Tuning, folder: Path) -> RenderableType:
+    """Render the best cells, the classes, what to expect, and where the files are."""
+    return Group(
+        _cells_table(tuning),
+        _classes_table(tuning),
+        Text(""),
+        *(Text(sentence) for sentence in sentences(tuning)),
+        Text(f"Use it: samrefine refine={folder / 'tuned.yaml'} ..."),
+        Text(f"Every cell: {folder / 'surface.csv'}, {folder / 'surface.png'}"),
+    )
+
+
+def print_tuning(tuning: Tuning, folder: Path, console: Console | None = None) -> None:
+    """Print `tuning_summary`, paths unbroken so that they can be copied."""
+    (console or Console()).print(tuning_summary(tuning, folder), soft_wrap=True)
+
+
+def _cells_table(tuning: Tuning) -> Table:
+    name = _NAMES[tuning.rule.objective]
+    table = Table(title=f"Best cells, val {name} in %", title_justify="left")
+    for column in (*vars(tuning.grid.cells[0]), "raw", "refined", "gain"):
+        table.add_column(column, justify="right")
+    order = np.argsort(-_gains(tuning), kind="stable").tolist()
+    chosen = tuning.choice.cell
+    first = [chosen, *(cell for cell in order if cell != chosen)][:_BEST_CELLS]
+    for cell in first:
+        raw, refined = _means(tuning.counts.totals(cell, tuning.rule.objective))
+        thresholds = (f"{value:g}" for value in vars(tuning.grid.cells[cell]).values())
+        numbers = (f"{100 * raw:.2f}", f"{100 * refined:.2f}", f"{100 * (refined - raw):+.2f}")
+        table.add_row(*thresholds, *numbers, style="bold" if cell == chosen else "")
+    return table
+
+
+def _classes_table(tuning: Tuning) -> Table:
+    choice, objective = tuning.choice, tuning.rule.objective
+    table = Table(title="Classes, val IoU in %, gains in points", title_justify="left")
+    for column in ("", "raw", "best cell", "calibrated", "at least", "pred_iou_thresh"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    raw, untuned = class_ious(tuning.counts.totals(choice.cell, objective))
+    _, tuned = class_ious(tuning.trial.totals(0, objective))
+    if not tuning.helps:
+        tuned = raw
+    for c, name in enumerate(tuning.class_names):
+        threshold = tuning.grid.cells[choice.cell_of_class[c]].pred_iou_thresh
+        refined = tuning.helps and choice.is_open[c]
+        table.add_row(
+            Text(name),
+            f"{100 * raw[c]:.2f}",
+            f"{100 * (untuned[c] - raw[c]):+.2f}",
+            f"{100 * (tuned[c] - raw[c]):+.2f}",
+            f"{100 * choice.low[c]:+.2f}",
+            f"{threshold:g}" if refined else "not refined",
+        )
+    table.add_section()
+    gains = [gain(tuning.counts.totals(choice.cell, objective))]
+    gains.append(gain(tuning.trial.totals(0, objective)) if tuning.helps else 0.0)
+    mean = f"{100 * np.nanmean(raw):.2f}"
+    table.add_row(
+        _NAMES[objective], mean, *(f"{100 * value:+.2f}" for value in gains), "", "", style="bold"
+    )
+    return table
+
+
+def _gains(tuning: Tuning) -> np.ndarray:
+    """Return every cell's gain in points."""
+    cells = range(len(tuning.grid.cells))
+    return np.array([100 * gain(tuning.counts.totals(c, tuning.rule.objective)) for c in cells])
+
+
+def _means(totals: np.ndarray) -> tuple[float, float]:
+    raw, refined = np.nanmean(class_ious(totals), axis=1)
+    return float(raw), float(refined)

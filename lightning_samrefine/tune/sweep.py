@@ -1,0 +1,129 @@
+"""Every cell of a grid on one image: SAM looks once, and answers once a pair of thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_samrefine.adapter import RefineInputs
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.refiner import Refiner
+from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
+from lightning_samrefine.tune.grid import Grid
+
+
+class Sweep:
+    """Counts what every cell of a grid does to the images that it is called with.
+
+    Args:
+        grid: The thresholds to try.
+        base: Everything else; its classes and thresholds of single classes are set aside.
+        scoring: How to score.
+
+    Attributes:
+        counts: What was counted, cell by cell in the order of ``grid.cells``.
+    """
+
+    def __init__(self, grid: Grid, base: RefineConfig, scoring: Scoring) -> None:
+        self.grid, self.base, self.scoring = grid, ungated(base), scoring
+        self.counts = GridCounts(scoring, len(grid.cells))
+
+    def __call__(self, refiner: Refiner, inputs: RefineInputs) -> None:
+        """Sweep B samples.
+
+        Args:
+            refiner: Its model, precision and cache are used. Without a cache the encoder looks at
+                an image once for each pair of the grid.
+            inputs: B samples with targets.
+        """
+        for index in range(len(inputs)):
+            truth = Truth(inputs.labels[index], inputs.targets[index], self.scoring)
+            refined = self.labels(
+                refiner, inputs.images[index], inputs.probs[index], inputs.labels[index]
+            )
+            self.counts.add(truth.totals, [truth.changes(labels) for labels in refined])
+
+    @torch.no_grad()
+    def labels(self, refiner: Refiner, image: Tensor, probs: Tensor, raw: Tensor) -> list[Tensor]:
+        """Return one image's refined labels in every cell, (H, W) int64 each.
+
+        Args:
+            refiner: As above.
+            image: (3, H, W) uint8.
+            probs: (C, H, W) float in [0, 1]; where it is not finite nothing is refined.
+            raw: (H, W) int64.
+        """
+        if not probs.isfinite().all():
+            return [raw] * len(self.grid.cells)
+        found = []
+        for score_thresh, scale in self.grid.pairs:
+            config = replace(self.base, score_thresh=score_thresh, mask_prompt_scale=scale)
+            (answers,) = _with(refiner, config).ask([image], [probs], [raw])
+            for iou in self.grid.pred_iou_thresh:
+                fusing = _with(refiner, replace(config, pred_iou_thresh=iou))
+                found.append(fusing.fuse(answers).labels)
+        return found
+
+
+class Trial:
+    """Runs chosen configurations, each image under several of them.
+
+    Args:
+        configs: For each image, in the order of the loader, its configurations.
+        scoring: How to score.
+        raw: (N, 2, 3, C) int64, the `Truth.totals` that the images had in the sweep.
+
+    Attributes:
+        counts: One cell a configuration.
+    """
+
+    def __init__(
+        self, configs: Sequence[Sequence[RefineConfig]], scoring: Scoring, raw: np.ndarray
+    ) -> None:
+        self._configs, self._scoring, self._raw = configs, scoring, raw
+        self.counts = GridCounts(scoring, len(configs[0]))
+
+    def __call__(self, refiner: Refiner, inputs: RefineInputs) -> None:
+        """Run B samples.
+
+        Raises:
+            ValueError: Other images than in the sweep, or in another order.
+        """
+        for index in range(len(inputs)):
+            number = len(self.counts)
+            raw = inputs.labels[index]
+            truth = Truth(raw, inputs.targets[index], self._scoring)
+            if number >= len(self._raw) or not np.array_equal(truth.totals, self._raw[number]):
+                raise ValueError(
+                    "task=tune: got other images on the second pass over the validation loader "
+                    "than on the first, accepted is a loader without shuffling or random "
+                    "augmentation"
+                )
+            found: list[np.ndarray] = []
+            for config in (configs := self._configs[number]):
+                first = configs.index(config)
+                if first < len(found):
+                    found.append(found[first])
+                else:
+                    found.append(truth.changes(_refined(refiner, config, inputs, index)))
+            self.counts.add(truth.totals, found)
+
+
+def ungated(config: RefineConfig) -> RefineConfig:
+    """Return a configuration with all classes open and one threshold for all."""
+    return replace(config, classes=None, class_pred_iou_thresh=None)
+
+
+def _refined(refiner: Refiner, config: RefineConfig, inputs: RefineInputs, index: int) -> Tensor:
+    image, probs, raw = inputs.images[index], inputs.probs[index], inputs.labels[index]
+    if not probs.isfinite().all():
+        return raw
+    return _with(refiner, config)(image, probs, raw).labels
+
+
+def _with(refiner: Refiner, config: RefineConfig) -> Refiner:
+    return Refiner(refiner.sam, config, refiner.precision, refiner.cache)

@@ -1,0 +1,155 @@
+"""`samrefine task=tune`: one pass over the validation set for the grid, one to check the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.metrics.bootstrap import BootstrapInterval, bootstrap_totals
+from lightning_samrefine.tune.callback import TuneCallback, Visitor
+from lightning_samrefine.tune.choice import Choice, Rule, best_cell, choose, folds
+from lightning_samrefine.tune.counts import GridCounts, Scoring
+from lightning_samrefine.tune.grid import Grid
+from lightning_samrefine.tune.sweep import Sweep, Trial
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning found.
+
+    Attributes:
+        grid: What was tried.
+        rule: How it was chosen.
+        base: The configuration that the grid was laid around.
+        class_names: C names.
+        counts: Of every cell.
+        choice: From all images.
+        trial: Counts of the choice as it runs on all images (cell 0), and of what was chosen
+            without the image's fold (cell 1).
+        untuned_fold_totals: (N, 5, C), every image in the cell that is best on the other folds,
+            without a gate.
+        folds: How many folds.
+    """
+
+    grid: Grid
+    rule: Rule
+    base: RefineConfig
+    class_names: list[str]
+    counts: GridCounts
+    choice: Choice
+    trial: GridCounts
+    untuned_fold_totals: np.ndarray
+    folds: int
+
+    @property
+    def helps(self) -> bool:
+        """Whether a class is open, and images that the choice did not see gain."""
+        return any(self.choice.is_open) and self.expected.gain > 0
+
+    @property
+    def expected(self) -> BootstrapInterval:
+        """The calibrated gain of images under a choice made without them."""
+        return self._interval(self.trial.totals(1, self.rule.objective))
+
+    @property
+    def expected_uncalibrated(self) -> BootstrapInterval:
+        """The same for the best cell with all classes open."""
+        return self._interval(self.untuned_fold_totals)
+
+    def _interval(self, totals: np.ndarray) -> BootstrapInterval:
+        rule = self.rule
+        return bootstrap_totals(
+            totals, resamples=rule.resamples, confidence=rule.confidence, seed=rule.seed
+        )
+
+    @property
+    def config(self) -> RefineConfig:
+        """What to refine with: the calibrated choice, or nothing where that does not help."""
+        if not self.helps:
+            return replace(self.cell_config, classes=())
+        return self.choice.config(self.grid, self.base)
+
+    @property
+    def cell_config(self) -> RefineConfig:
+        """The best cell, all classes open."""
+        return self.grid.cells[self.choice.cell].config(self.base)
+
+
+def tune(
+    trainer: Trainer,
+    segmenter: LightningModule,
+    datamodule: LightningDataModule | None,
+    grid: Grid,
+    rule: Rule,
+    fold_count: int = 5,
+    ckpt_path: str | Path | None = None,
+) -> Tuning:
+    """Try a grid on a validation set and choose.
+
+    Args:
+        trainer: Has a `TuneCallback`, whose ``cache`` keeps embeddings between the passes.
+        segmenter: The model whose predictions are refined.
+        datamodule: Its validation loader must give the same images in the same order twice.
+        grid: What to try.
+        rule: How to choose.
+        fold_count: Into how many parts the images fall for the cross-validation, at least 2.
+        ckpt_path: Lightning checkpoint of the segmenter.
+
+    Raises:
+        MisconfigurationException: No `TuneCallback`, or fewer than two images.
+        ValueError: Fewer than two folds, or images that differ between the passes.
+    """
+    if fold_count < 2:
+        raise ValueError(f"folds: got {fold_count}, accepted is at least 2")
+    callback = next((part for part in trainer.callbacks if isinstance(part, TuneCallback)), None)
+    if callback is None:
+        raise MisconfigurationException("tune: got a Trainer without a TuneCallback")
+
+    def visit(visitor: Callable[[Scoring], Visitor]) -> None:
+        callback.visitor = visitor
+        trainer.validate(segmenter, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+
+    seen: list[Sweep] = []
+
+    def start(scoring: Scoring) -> Visitor:
+        seen.append(Sweep(grid, callback.refine_config, scoring))
+        return seen[-1]
+
+    visit(start)
+    (sweep,) = seen
+    counts = sweep.counts
+    if len(counts) < 2:
+        raise MisconfigurationException(
+            f"task=tune: got {len(counts)} images from the validation loader, accepted are at "
+            "least 2"
+        )
+    every = np.arange(len(counts))
+    choice = choose(counts, grid, every, rule)
+    configs = [[choice.config(grid, sweep.base)] * 2 for _ in every]
+    untuned = np.empty_like(counts.totals(0, rule.objective))
+    parts = folds(len(counts), fold_count)
+    for part in parts:
+        others = np.setdiff1d(every, part)
+        without = choose(counts, grid, others, rule).config(grid, sweep.base)
+        for image in part:
+            configs[image] = [configs[image][0], without]
+        cell = best_cell(counts, grid, others, rule.objective)
+        untuned[part] = counts.totals(cell, rule.objective)[part]
+
+    trials: list[Trial] = []
+
+    def check(scoring: Scoring) -> Visitor:
+        trials.append(Trial(configs, scoring, counts.raw_totals()))
+        return trials[-1]
+
+    visit(check)
+    names = callback.class_names or list(map(str, range(counts.num_classes)))
+    return Tuning(
+        grid, rule, sweep.base, names, counts, choice, trials[0].counts, untuned, len(parts)
+    )
