@@ -1,8 +1,14 @@
-"""Algorithm 4, "Optimized SAM Refinement": regions → prompts → SAM → fusion."""
+"""From an image and a raw prediction to a refined one: Algorithm 4, or the softer rules after it.
+
+Algorithm 4, "Optimized SAM Refinement": regions → prompts → SAM → fusion. With a ``soft_floor`` the
+fusion is that of `support`, with ``points_per_side`` the masks are those of `image_masks`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,11 +18,15 @@ from torch import Tensor
 from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fusion import MapRefinement
-from lightning_samrefine.models.protocol import Promptable, Prompts
+from lightning_samrefine.image_masks import MASKS_VERSION, ImageMasks, generate_masks
+from lightning_samrefine.inputs import argmax, check, checked_labels
+from lightning_samrefine.models.protocol import MultimaskPromptable, Promptable, Prompts
 from lightning_samrefine.precision import autocast, autocast_dtype
 from lightning_samrefine.prompts import build_prompts
 from lightning_samrefine.refinement import Refinement, Regions
 from lightning_samrefine.regions import GridRegions, split_regions
+from lightning_samrefine.smoothing import smooth
+from lightning_samrefine.support import Support
 from lightning_samrefine.upscaling import WindowedUpscale, extents
 
 # Two prompts at once fit a core's cache and beat both one and forty (measured, FP32 and BF16).
@@ -40,11 +50,14 @@ class Refiner:
             ``"16-mixed"``.
         cache: Keeps image embeddings, so that an image that comes again is not encoded again:
             ``"memory"`` in this process, ``"disk"`` in a folder that runs share, or an
-            `EmbeddingCache` of yours. None keeps nothing.
+            `EmbeddingCache` of yours. Image-driven masks are kept instead of the embedding, and
+            such an image is not decoded again either. None keeps nothing.
         cache_gb: Limit in 10⁹ bytes of a cache that is made here, see `EmbeddingCache`.
 
     Attributes:
         cache: The `EmbeddingCache`, None where nothing is kept.
+        config: As given; for a model without ``decode_multimask`` the preset ``"default"`` turns
+            into ``"fast"``, with a warning.
 
     Raises:
         TypeError: ``sam`` is no `Promptable`, ``config`` no `RefineConfig`, ``cache`` no cache.
@@ -72,7 +85,7 @@ class Refiner:
             raise TypeError(f"config: got {type(config).__name__}, accepted is a RefineConfig")
         autocast_dtype(precision, sam.device)
         self.sam = sam
-        self.config = config if config is not None else RefineConfig.preset("default")
+        self.config = _possible(config or RefineConfig.preset("default"), sam)
         self.precision = precision
         self.cache = _cache(cache, cache_gb)
 
@@ -120,12 +133,12 @@ class Refiner:
             )
         raw = []
         for index in range(len(images)):
-            _check(images[index], probs[index], self.sam.device)
+            check(images[index], probs[index], self.sam.device)
             image_probs = probs[index].float()
             image_labels = (
-                _argmax(image_probs)
+                argmax(image_probs)
                 if labels is None
-                else _checked_labels(labels[index], image_probs)
+                else checked_labels(labels[index], image_probs)
             )
             raw.append((image_probs, image_labels))
 
@@ -142,15 +155,51 @@ class Refiner:
         ]
         # An image without a region asks SAM nothing, so it is not embedded either (step 4).
         prompted = [index for index, found in enumerate(regions) if len(found) > 0]
-        embeddings = dict(zip(prompted, self._embed([images[i] for i in prompted]), strict=True))
+        chosen = [images[index] for index in prompted]
+        nothing = [None] * len(chosen)
+        embeddings = self._embed(chosen) if config.prompt_regions else nothing
+        masks = self._image_masks(chosen, embeddings) if config.points_per_side else nothing
+        refined = {
+            index: self._refine_softly(of_image, found, images[index], *raw[index], regions[index])
+            if config.soft_floor
+            else self._refine(of_image, *raw[index], regions[index])
+            for index, of_image, found in zip(prompted, embeddings, masks, strict=True)
+        }
         return [
-            self._refine(embeddings[index], *raw[index], regions[index])
-            if index in embeddings
-            else self._nothing_to_do(*raw[index], regions[index])
+            refined[index] if index in refined else self._nothing_to_do(*raw[index], regions[index])
             for index in range(len(images))
         ]
 
     def _embed(self, images: list[Tensor]) -> list[Any]:
+        return self._once_an_image(images, self.sam.embed)
+
+    def _image_masks(self, images: list[Tensor], embeddings: list[Any]) -> list[ImageMasks]:
+        """Return each image's masks; an embedding of None is made only where masks are."""
+        side, sam = self.config.points_per_side, self.sam
+        known = {id(image): e for image, e in zip(images, embeddings, strict=True)}
+
+        def compute(chosen: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+            unknown = [image for image in chosen if known[id(image)] is None]
+            if unknown:
+                new = zip(unknown, sam.embed(unknown), strict=True)
+                known.update((id(image), embedding) for image, embedding in new)
+            found = []
+            for image in chosen:
+                size = (image.shape[1], image.shape[2])
+                masks = generate_masks(sam, known[id(image)], size, side)
+                found.append((masks.packed, masks.pred_iou))
+            return found
+
+        kept = self._once_an_image(images, compute, f"masks {MASKS_VERSION} {side}")
+        return [
+            ImageMasks(packed, pred_iou, sam.mask_hw((image.shape[1], image.shape[2])))
+            for (packed, pred_iou), image in zip(kept, images, strict=True)
+        ]
+
+    def _once_an_image(
+        self, images: list[Tensor], ask: Callable[[list[Tensor]], list[Any]], derived: str = ""
+    ) -> list[Any]:
+        """Ask SAM about images under its autocast, or the cache."""
         if not images:
             return []
         device = self.sam.device
@@ -158,11 +207,11 @@ class Refiner:
 
         def compute(chosen: list[Tensor]) -> list[Any]:
             with autocast(dtype, device):
-                return self.sam.embed(chosen)
+                return ask(chosen)
 
         if self.cache is None:
             return compute(images)
-        return self.cache.embed(self.sam, images, dtype, compute)
+        return self.cache.embed(self.sam, images, dtype, compute, derived)
 
     def _nothing_to_do(self, probs: Tensor, labels: Tensor, regions: GridRegions) -> Refinement:
         """Step 4: not one region."""
@@ -170,14 +219,84 @@ class Refiner:
         table = _table(regions, torch.empty(0), nothing, self.config.stride, labels.shape)
         return _untouched(probs, labels, table)
 
+    def _refine_softly(
+        self,
+        embedding: Any,
+        masks: ImageMasks | None,
+        image: Tensor,
+        probs: Tensor,
+        labels: Tensor,
+        regions: GridRegions,
+    ) -> Refinement:
+        """Fuse image-driven masks, the masks of prompted regions, or both in turn."""
+        config, image_hw = self.config, (labels.shape[0], labels.shape[1])
+        refined, covered = probs, torch.zeros(labels.shape, dtype=torch.bool, device=probs.device)
+        pred_iou = torch.zeros(len(regions))
+        if masks is not None and len(masks) > 0:
+            support, votes = Support.of_image(masks, probs)
+            refined, covered = support.apply(refined, config.soft_floor)
+            points, classes = regions.relative_points(), torch.from_numpy(regions.classes)
+            pred_iou = votes.at(points.to(probs.device), classes.to(probs.device)).cpu()
+        if config.prompt_regions:
+            logits, pred_iou, _ = self._decode(embedding, self._prompts(regions, image_hw))
+        accepted = pred_iou.numpy() > np.float32(config.pred_iou_thresh)
+        table = _table(regions, pred_iou, accepted, config.stride, image_hw)
+        if config.prompt_regions and accepted.any():
+            support = self._support_of_regions(logits, accepted, regions, image_hw)
+            refined, inside = support.apply(refined, config.soft_floor)
+            covered = covered | inside
+        if refined is probs:
+            return _untouched(probs, labels, table)
+        if config.smoothing:
+            refined = smooth(refined, image, config.smoothing, config.stride)
+        best = argmax(refined)
+        unknown = (labels < 0) | (labels >= len(probs))
+        # Labels that are not the probabilities' argmax stay where the refinement changes nothing.
+        changed = torch.where(unknown, covered, best != argmax(probs))
+        kept = table.accepted
+        return Refinement(
+            labels=torch.where(changed, best, labels),
+            probs=refined,
+            covered=covered,
+            pred_iou=table.pred_iou[kept].to(probs.device),
+            boxes=table.boxes[kept].to(probs.device),
+            classes=table.classes[kept].to(probs.device),
+            regions=table,
+        )
+
+    def _support_of_regions(
+        self,
+        low_res_logits: list[Tensor],
+        accepted: np.ndarray,
+        regions: GridRegions,
+        image_hw: tuple[int, int],
+    ) -> Support:
+        """Collect accepted regions' masks; a rejected region stands for itself."""
+        height, width = self.sam.mask_hw(image_hw)
+        device = regions.probs.device
+        chosen = [low_res_logits[index] for index in np.flatnonzero(accepted)]
+        mask_probs = torch.stack(chosen)[:, :height, :width].sigmoid()
+        own = None
+        if not accepted.all():
+            own = torch.zeros_like(regions.probs)
+            for c in np.unique(regions.classes[~accepted]):
+                own[c] = regions.mask_of(~accepted & (regions.classes == c))
+        classes = torch.from_numpy(regions.classes[accepted]).to(device)
+        return Support.of_regions(mask_probs, classes, len(regions.probs), own)
+
+    def _prompts(self, regions: GridRegions, image_hw: tuple[int, int]) -> Prompts:
+        config = self.config
+        with_masks = config.mask_prompts and getattr(self.sam, "accepts_masks", True)
+        return build_prompts(
+            regions, self.sam, image_hw, config.score_thresh, config.mask_prompt_scale, with_masks
+        )
+
     def _refine(
         self, embedding: Any, probs: Tensor, labels: Tensor, regions: GridRegions
     ) -> Refinement:
         """Steps 5 to 12 for one image with at least one region."""
         config, image_hw = self.config, (labels.shape[0], labels.shape[1])
-        prompts = build_prompts(
-            regions, self.sam, image_hw, config.score_thresh, config.mask_prompt_scale
-        )
+        prompts = self._prompts(regions, image_hw)
         low_res_logits, pred_iou, mask_extents = self._decode(embedding, prompts)
         accepted = pred_iou.numpy() > np.float32(config.pred_iou_thresh)
         table = _table(regions, pred_iou, accepted, config.stride, image_hw)
@@ -235,6 +354,18 @@ class Refiner:
         return logits, torch.cat(ious).cpu(), on_cpu
 
 
+def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
+    """Return the thresholds, without image-driven masks where a model cannot make them."""
+    if not config.points_per_side or isinstance(sam, MultimaskPromptable):
+        return config
+    warnings.warn(
+        f"points_per_side: got {config.points_per_side} for {sam.name}, which has no "
+        "decode_multimask; its regions are prompted instead, as preset 'fast' does",
+        stacklevel=3,
+    )
+    return replace(config, points_per_side=0, prompt_regions=True, mask_prompts=False)
+
+
 def _cache(cache: str | EmbeddingCache | None, cache_gb: float | None) -> EmbeddingCache | None:
     if isinstance(cache, str):
         return EmbeddingCache(cache, cache_gb)  # type: ignore[arg-type]
@@ -248,19 +379,6 @@ def _cache(cache: str | EmbeddingCache | None, cache_gb: float | None) -> Embedd
             "cache_gb: got one beside an EmbeddingCache, which has its own, accepted is None"
         )
     return cache
-
-
-def _argmax(probs: Tensor) -> Tensor:
-    """Return the (H, W) int64 first class of the largest of (C, H, W) probabilities, no NaN."""
-    if probs.device.type != "cpu":
-        return probs.argmax(dim=0)
-    # torch's own walks across the planes, which takes several times as long on a CPU.
-    best = probs[0].clone()
-    labels = torch.zeros(best.shape, dtype=torch.int64)
-    for c in range(1, len(probs)):
-        labels.masked_fill_(probs[c] > best, c)
-        torch.maximum(best, probs[c], out=best)
-    return labels
 
 
 def _prompts_per_batch(device: torch.device) -> int:
@@ -304,44 +422,3 @@ def _untouched(probs: Tensor, labels: Tensor, table: Regions) -> Refinement:
         classes=torch.empty(0, dtype=torch.int64, device=device),
         regions=table,
     )
-
-
-def _check(image: Tensor, probs: Tensor, device: torch.device) -> None:
-    """Refuse an image or probabilities that the algorithm is not defined for."""
-    for name, value in (("image", image), ("probs", probs)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, accepted is a torch tensor")
-    if image.dtype != torch.uint8:
-        raise TypeError(f"image: got dtype {image.dtype}, accepted is uint8 (RGB, 0 to 255)")
-    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise ValueError(f"image: got shape {tuple(image.shape)}, accepted is (3, H, W)")
-    if not probs.is_floating_point():
-        raise TypeError(f"probs: got dtype {probs.dtype}, accepted is a floating-point type")
-    if probs.ndim != 3 or probs.shape[1:] != image.shape[1:] or probs.shape[0] == 0:
-        raise ValueError(
-            f"probs: got shape {tuple(probs.shape)}, accepted is (C, H, W) with the image's "
-            f"(H, W) = {tuple(image.shape[1:])}"
-        )
-    if probs.device != device:
-        raise ValueError(f"probs: got device {probs.device}, accepted is SAM's, {device}")
-    # One download: each would make the CPU wait for the GPU.
-    low, high = torch.stack(torch.aminmax(probs)).tolist()
-    # NaN fails both comparisons; float16 softmax may exceed 1 by its last bit.
-    if not (low >= 0 and high <= 1 + 1e-3):
-        raise ValueError(
-            f"probs: got values from {low:.4g} to {high:.4g}, accepted are probabilities in "
-            "[0, 1] without NaN (apply softmax to logits)"
-        )
-
-
-def _checked_labels(labels: Tensor, probs: Tensor) -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: got {type(labels).__name__}, accepted is a torch tensor")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels: got dtype {labels.dtype}, accepted is an integer type")
-    if labels.shape != probs.shape[1:]:
-        raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, accepted is (H, W) = "
-            f"{tuple(probs.shape[1:])}, that of the probabilities"
-        )
-    return labels.to(device=probs.device, dtype=torch.int64)

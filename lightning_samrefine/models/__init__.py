@@ -1,6 +1,6 @@
 """Promptable models behind one protocol, and `load_sam` that builds them."""
 
 from lightning_samrefine.models.loading import load_sam
-from lightning_samrefine.models.protocol import Promptable, Prompts
+from lightning_samrefine.models.protocol import MultimaskPromptable, Promptable, Prompts
 
-__all__ = ["Promptable", "Prompts", "load_sam"]
+__all__ = ["MultimaskPromptable", "Promptable", "Prompts", "load_sam"]

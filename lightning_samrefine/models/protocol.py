@@ -14,26 +14,42 @@ from torch import Tensor, nn
 class Prompts:
     """N prompts for one image, in the model's own frames (ALGORITHM.md steps 5 and 6).
 
+    Boxes, points and masks may each be None, then nothing of that kind is prompted; one of boxes
+    and points is always there.
+
     Attributes:
         boxes: (N, 4) float32 XYXY in the frame of the resized image.
         points: (N, 2) float32 XY in the same frame, one positive click each.
         masks: (K, m, m) float32 mask-prompt logits, one for each class that has a region.
-        mask_index: (N,) int64 in [0, K), the row of ``masks`` that each prompt uses.
+        mask_index: (N,) int64 in [0, K), the row of ``masks`` that each prompt uses; None
+            together with ``masks``.
+
+    Raises:
+        ValueError: Neither boxes nor points, or only one of masks and mask_index.
     """
 
-    boxes: Tensor
-    points: Tensor
-    masks: Tensor
-    mask_index: Tensor
+    boxes: Tensor | None
+    points: Tensor | None
+    masks: Tensor | None = None
+    mask_index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.boxes is None and self.points is None:
+            raise ValueError("boxes, points: got None twice, accepted is at least one of them")
+        if (self.masks is None) != (self.mask_index is None):
+            raise ValueError("masks, mask_index: got one without the other, accepted is both")
 
     def __len__(self) -> int:
-        return self.boxes.shape[0]
+        given = self.points if self.boxes is None else self.boxes
+        return given.shape[0]
 
     def chunk(self, start: int, stop: int) -> Prompts:
         """Return prompts start to stop; they keep all K masks."""
-        return Prompts(
-            self.boxes[start:stop], self.points[start:stop], self.masks, self.mask_index[start:stop]
-        )
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[start:stop]
+
+        return Prompts(part(self.boxes), part(self.points), self.masks, part(self.mask_index))
 
 
 @runtime_checkable
@@ -83,4 +99,20 @@ class Promptable(Protocol):
 
     def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
         """Bring (N, m, m) logits to (N, H, W) float32 (step 9)."""
+        ...
+
+
+@runtime_checkable
+class MultimaskPromptable(Promptable, Protocol):
+    """A `Promptable` that also gives SAM's three masks for an ambiguous prompt, such as a point.
+
+    Image-driven masks need it.
+    """
+
+    def decode_multimask(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Decode N ≥ 1 prompts on one image, three masks each.
+
+        Returns:
+            Low-resolution logits (N, 3, m, m) float32 and predicted IoU (N, 3) float32.
+        """
         ...

@@ -1,0 +1,61 @@
+"""What the refiner is given, checked before any work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check(image: Tensor, probs: Tensor, device: torch.device) -> None:
+    """Refuse an image or probabilities that the algorithm is not defined for."""
+    for name, value in (("image", image), ("probs", probs)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, accepted is a torch tensor")
+    if image.dtype != torch.uint8:
+        raise TypeError(f"image: got dtype {image.dtype}, accepted is uint8 (RGB, 0 to 255)")
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ValueError(f"image: got shape {tuple(image.shape)}, accepted is (3, H, W)")
+    if not probs.is_floating_point():
+        raise TypeError(f"probs: got dtype {probs.dtype}, accepted is a floating-point type")
+    if probs.ndim != 3 or probs.shape[1:] != image.shape[1:] or probs.shape[0] == 0:
+        raise ValueError(
+            f"probs: got shape {tuple(probs.shape)}, accepted is (C, H, W) with the image's "
+            f"(H, W) = {tuple(image.shape[1:])}"
+        )
+    if probs.device != device:
+        raise ValueError(f"probs: got device {probs.device}, accepted is SAM's, {device}")
+    # One download: each would make the CPU wait for the GPU.
+    low, high = torch.stack(torch.aminmax(probs)).tolist()
+    # NaN fails both comparisons; float16 softmax may exceed 1 by its last bit.
+    if not (low >= 0 and high <= 1 + 1e-3):
+        raise ValueError(
+            f"probs: got values from {low:.4g} to {high:.4g}, accepted are probabilities in "
+            "[0, 1] without NaN (apply softmax to logits)"
+        )
+
+
+def checked_labels(labels: Tensor, probs: Tensor) -> Tensor:
+    """Return a label map as int64 on the probabilities' device; refuse anything else."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: got {type(labels).__name__}, accepted is a torch tensor")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: got dtype {labels.dtype}, accepted is an integer type")
+    if labels.shape != probs.shape[1:]:
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, accepted is (H, W) = "
+            f"{tuple(probs.shape[1:])}, that of the probabilities"
+        )
+    return labels.to(device=probs.device, dtype=torch.int64)
+
+
+def argmax(probs: Tensor) -> Tensor:
+    """Return the (H, W) int64 first class of the largest of (C, H, W) probabilities, no NaN."""
+    if probs.device.type != "cpu":
+        return probs.argmax(dim=0)
+    # torch's own walks across the planes, which takes several times as long on a CPU.
+    best = probs[0].clone()
+    labels = torch.zeros(best.shape, dtype=torch.int64)
+    for c in range(1, len(probs)):
+        labels.masked_fill_(probs[c] > best, c)
+        torch.maximum(best, probs[c], out=best)
+    return labels
