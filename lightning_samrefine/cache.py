@@ -91,7 +91,9 @@ class EmbeddingCache:
             if kind == "memory"
             else DiskStore(limit, default_folder() if folder is None else Path(folder))
         )
-        self._fingerprints: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+        self._fingerprints: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, str]]] = (
+            WeakKeyDictionary()
+        )
         self._hits = self._misses = 0
         self._epoch = _Epoch()
         self._wrote: set[str] = set()
@@ -112,6 +114,7 @@ class EmbeddingCache:
         images: Sequence[Tensor],
         dtype: torch.dtype | None,
         compute: Callable[[list[Tensor]], list[Any]],
+        derived: str = "",
     ) -> list[Any]:
         """Return an embedding for each image, computing only those that are not held.
 
@@ -120,12 +123,14 @@ class EmbeddingCache:
             images: (3, H, W) uint8 each.
             dtype: Of the autocast that ``compute`` runs under; None for float32.
             compute: Embeds images, all in one call.
+            derived: Names, with its version and settings, what ``compute`` returns instead of
+                embeddings: tensors that depend on the image and on all of the model's weights.
 
         Returns:
             Embeddings on the model's device: a tensor or a tuple of tensors, as ``compute`` gives.
         """
         try:
-            model = self._fingerprint(sam)
+            model = self._fingerprint(sam, derived)
             keys = [_key(model, image, dtype, sam.device) for image in images]
         except Exception as error:
             self._give_up(error)
@@ -198,15 +203,16 @@ class EmbeddingCache:
             self._writing = False
             _warn(f"{type(error).__name__}: {error}. The run goes on; no more embeddings are kept.")
 
-    def _fingerprint(self, sam: Promptable) -> str:
-        """Hash what an embedding depends on besides the image; anew only after a change."""
-        weights = _weights(sam.module)
+    def _fingerprint(self, sam: Promptable, derived: str) -> str:
+        """Hash what an entry depends on besides the image; anew only after a change."""
+        weights = _weights(sam.module, whole=bool(derived))
         state = tuple((tensor.data_ptr(), _version(tensor)) for tensor in weights.values())
-        known = self._fingerprints.get(sam.module)
+        of_module = self._fingerprints.setdefault(sam.module, {})
+        known = of_module.get(derived)
         if known is None or known[0] != state:
-            about = (CODE_VERSION, sam.name, sam.image_size)
+            about = (CODE_VERSION, sam.name, sam.image_size, *([derived] if derived else []))
             known = (state, weights_fingerprint(weights.items(), about))
-            self._fingerprints[sam.module] = known
+            of_module[derived] = known
         return known[1]
 
 
@@ -277,8 +283,13 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return all that the encoder computes with, the model's own buffers (its mean) included."""
+def _weights(module: nn.Module, whole: bool) -> dict[str, Tensor]:
+    """Return all that the encoder computes with, the model's own buffers (its mean) included.
+
+    Or all that the whole model computes with.
+    """
+    if whole:
+        return {**dict(module.named_parameters()), **dict(module.named_buffers())}
     encoder = getattr(module, "image_encoder", module)
     own = module.named_buffers(recurse=False)
     return {

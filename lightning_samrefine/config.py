@@ -14,7 +14,8 @@ class RefineConfig:
     """Every number that decides what SAM is asked and what is done with its answer.
 
     The defaults are those of Algorithm 4 with the confidence gate off; they are the preset
-    ``algorithm4``.
+    ``algorithm4``. What it does not have (``points_per_side``, ``soft_floor``, ``smoothing``) is
+    off, and on in the presets ``default`` and ``fast``.
 
     Attributes:
         score_thresh: τ_c in [0, 1). Pixels whose largest probability is below it belong to no
@@ -31,6 +32,15 @@ class RefineConfig:
         max_prompts_per_batch: Upper bound on the prompts that SAM decodes at once, a bound on
             memory that does not change the result. ``None`` takes it from free memory, as in
             Algorithm 4.
+        prompt_regions: Whether SAM is asked about the regions.
+        mask_prompts: Whether regions are prompted with a mask besides box and point.
+        points_per_side: SAM is asked about a grid of this many points along the image's longer
+            side. These masks depend on the image alone, so a cache keeps them whole, and where no
+            regions are prompted an image costs SAM nothing from the second time on. 0 is none.
+        soft_floor: In [0, 1). What a class keeps of its probability where no mask supports it. 0
+            is Algorithm 4's hard rule: nothing.
+        smoothing: Weight, at least 0, of neighbouring pixels of similar colour in a last step; 0
+            leaves it out.
         classes: The classes that are refined, as indices in [0, C); ``None`` for all, empty for
             none. The map of every other class stays as the segmenter drew it: its regions are not
             prompted, and a pixel changes its label only from one of these classes to another.
@@ -39,7 +49,8 @@ class RefineConfig:
 
     Raises:
         TypeError: A value of the wrong type.
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, ``points_per_side`` or ``smoothing`` without
+            ``soft_floor``, or neither regions nor points to ask about.
     """
 
     score_thresh: float = 0.0
@@ -49,6 +60,11 @@ class RefineConfig:
     min_region_area: int = 1
     max_regions: int | None = None
     max_prompts_per_batch: int | None = None
+    prompt_regions: bool = True
+    mask_prompts: bool = True
+    points_per_side: int = 0
+    soft_floor: float = 0.0
+    smoothing: float = 0.0
     classes: tuple[int, ...] | None = None
     class_pred_iou_thresh: Mapping[int, float] | None = field(default=None, hash=False)
 
@@ -70,6 +86,23 @@ class RefineConfig:
             _check_count("max_regions", self.max_regions, "or None")
         if self.max_prompts_per_batch is not None:
             _check_count("max_prompts_per_batch", self.max_prompts_per_batch, "or None")
+        for name in ("prompt_regions", "mask_prompts"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, accepted is a bool")
+        _check_count("points_per_side", self.points_per_side, least=0)
+        _check_float("soft_floor", self.soft_floor, 0 <= _num(self.soft_floor) < 1, "[0, 1)")
+        _check_float("smoothing", self.smoothing, 0 <= _num(self.smoothing) < math.inf, "[0, inf)")
+        for name in ("points_per_side", "smoothing"):
+            if getattr(self, name) and not self.soft_floor:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} with soft_floor 0, accepted is 0, or a "
+                    "soft_floor above 0"
+                )
+        if not self.prompt_regions and not self.points_per_side:
+            raise ValueError(
+                "prompt_regions: got False with points_per_side 0, accepted is True, or a "
+                "points_per_side above 0"
+            )
         # YAML brings lists, and dicts that somebody else holds.
         object.__setattr__(self, "classes", _checked_classes(self.classes))
         object.__setattr__(
@@ -82,10 +115,9 @@ class RefineConfig:
 
         Args:
             name: ``"algorithm4"`` (the seed's algorithm to the pixel), ``"default"`` (the best
-                measured so far: Algorithm 4 without regions under 16 grid pixels, which quadruple
-                the prompts on CamVid and lower the gain, and no more than 500 regions an image),
-                ``"strict"`` (fewer changes: only sure regions, and masks of which SAM is sure) or
-                ``"fast"`` (fewer prompts: no region under 64 grid pixels).
+                measured: image-driven masks, soft fusion, smoothing), ``"fast"`` (at most one
+                prompt a region, soft fusion, smoothing) or ``"strict"`` (Algorithm 4 with fewer
+                changes: only sure regions, and masks of which SAM is sure).
             **overrides: Fields of `RefineConfig`.
 
         Raises:
@@ -109,14 +141,27 @@ class RefineConfig:
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "algorithm4": {},
-        "default": {"min_region_area": 16, "max_regions": 500},
+        "default": {
+            "min_region_area": 16,
+            "max_regions": 500,
+            "prompt_regions": False,
+            "points_per_side": 24,
+            "soft_floor": 0.05,
+            "smoothing": 4.0,
+        },
+        "fast": {
+            "min_region_area": 16,
+            "max_regions": 500,
+            "mask_prompts": False,
+            "soft_floor": 0.05,
+            "smoothing": 4.0,
+        },
         "strict": {
             "score_thresh": 0.5,
             "pred_iou_thresh": 0.8,
             "min_region_area": 16,
             "max_regions": 500,
         },
-        "fast": {"min_region_area": 64, "max_regions": 500},
     }
 )
 
@@ -171,11 +216,11 @@ def _checked_thresholds(thresholds: Any) -> dict[int, float] | None:
     return {c: thresholds[c] for c in classes or ()}
 
 
-def _check_count(name: str, value: Any, alternative: str = "") -> None:
-    accepted = f"an integer of at least 1 {alternative}".strip()
+def _check_count(name: str, value: Any, alternative: str = "", least: int = 1) -> None:
+    accepted = f"an integer of at least {least} {alternative}".strip()
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"{name}: got {value!r} of type {type(value).__name__}, accepted is {accepted}"
         )
-    if value < 1:
+    if value < least:
         raise ValueError(f"{name}: got {value!r}, accepted is {accepted}")

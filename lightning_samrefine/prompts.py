@@ -17,6 +17,7 @@ def build_prompts(
     image_hw: tuple[int, int],
     score_thresh: float,
     mask_prompt_scale: float,
+    with_masks: bool = True,
 ) -> Prompts:
     """Build box, point and (where the model takes them) mask prompts for one image's regions.
 
@@ -26,6 +27,7 @@ def build_prompts(
         image_hw: (H, W) of the image.
         score_thresh: τ_c. Probabilities not above it are 0 in the mask prompt.
         mask_prompt_scale: τ_m.
+        with_masks: Whether to prompt masks at all.
     """
     device = regions.probs.device
     grid_h, grid_w = regions.components.shape
@@ -33,8 +35,8 @@ def build_prompts(
     scale = np.array([in_w / grid_w, in_h / grid_h])
     boxes = _to_device(regions.boxes * np.tile(scale, 2), device)
     points = _to_device(regions.points * scale, device)
-    if not accepts_masks(sam):
-        return Prompts(boxes, points, masks=None, mask_index=None)
+    if not with_masks or not accepts_masks(sam):
+        return Prompts(boxes, points)
     used, mask_index = np.unique(regions.classes, return_inverse=True)
     return Prompts(
         boxes=boxes,

@@ -1,33 +1,36 @@
-"""Algorithm 4, "Optimized SAM Refinement": regions → prompts → SAM → fusion."""
+"""From an image and a raw prediction to a refined one: Algorithm 4, or the softer rules after it.
+
+Algorithm 4, "Optimized SAM Refinement": regions → prompts → SAM → fusion. With a ``soft_floor`` the
+fusion is that of `soft_fusion`, with ``points_per_side`` the masks are those of `image_masks`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_samrefine.algorithm4 import fuse_by_algorithm4
+from lightning_samrefine.answers import Answers
 from lightning_samrefine.cache import EmbeddingCache, make_cache
-from lightning_samrefine.class_gate import (
-    acceptance_thresholds,
-    check_classes,
-    keep_closed,
-    open_regions,
-)
+from lightning_samrefine.class_gate import check_classes, keep_closed, open_regions
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.fusion import MapRefinement
+from lightning_samrefine.image_masks import MASKS_VERSION, ImageMasks, generate_masks
 from lightning_samrefine.inputs import check_image_and_probs, checked_labels, first_argmax
 from lightning_samrefine.memory import ChunkSize
-from lightning_samrefine.models.protocol import Promptable, Prompts
+from lightning_samrefine.models.protocol import MultimaskPromptable, Promptable, Prompts
 from lightning_samrefine.precision import autocast, autocast_dtype
 from lightning_samrefine.prompts import build_prompts
-from lightning_samrefine.refinement import Refinement, Regions
+from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.regions import GridRegions, split_regions
-from lightning_samrefine.upscaling import WindowedUpscale, extents
+from lightning_samrefine.soft_fusion import fuse_softly
+from lightning_samrefine.upscaling import extents
 
 _log = logging.getLogger(__name__)
 
@@ -35,29 +38,6 @@ _log = logging.getLogger(__name__)
 _CPU_PROMPTS = 4
 _BYTES_PER_PROMPT = 3e9  # the seed's b_size: one prompt for every 3·10⁹ bytes that are free
 _MAX_PROMPTS = 32
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What SAM says about the regions of one image, before any of it is accepted.
-
-    Attributes:
-        probs: (C, H, W) float32, the raw L.
-        labels: (H, W) int64, the raw S.
-        regions: N regions on the working grid.
-        low_res_logits: N maps (m, m) float32.
-        pred_iou: (N,) float32 on the CPU.
-        extents: (N, 2, m) bool, see `lightning_samrefine.upscaling.extents`; None on a GPU.
-        masks: (N, h, w) bool, see `Regions.masks`; None without a region.
-    """
-
-    probs: Tensor
-    labels: Tensor
-    regions: GridRegions
-    low_res_logits: list[Tensor]
-    pred_iou: Tensor
-    extents: np.ndarray | None
-    masks: Tensor | None = None
 
 
 class Refiner:
@@ -75,11 +55,14 @@ class Refiner:
             ``"16-mixed"``.
         cache: Keeps image embeddings, so that an image that comes again is not encoded again:
             ``"memory"`` in this process, ``"disk"`` in a folder that runs share, or an
-            `EmbeddingCache` of yours. None keeps nothing.
+            `EmbeddingCache` of yours. Image-driven masks are kept instead of the embedding, and
+            such an image is not decoded again either. None keeps nothing.
         cache_gb: Limit in 10⁹ bytes of a cache that is made here, see `EmbeddingCache`.
 
     Attributes:
         cache: The `EmbeddingCache`, None where nothing is kept.
+        config: As given; for a model without ``decode_multimask`` the preset ``"default"`` turns
+            into ``"fast"``, with a warning.
 
     Raises:
         TypeError: ``sam`` is no `Promptable`, ``config`` no `RefineConfig`, ``cache`` no cache.
@@ -107,7 +90,7 @@ class Refiner:
             raise TypeError(f"config: got {type(config).__name__}, accepted is a RefineConfig")
         autocast_dtype(precision, sam.device)
         self.sam = sam
-        self.config = config if config is not None else RefineConfig.preset("default")
+        self.config = _possible(config or RefineConfig.preset("default"), sam)
         self.precision = precision
         self.cache = make_cache(cache, cache_gb)
         self._prompts_at_once, self._images_at_once = ChunkSize(), ChunkSize()
@@ -208,9 +191,15 @@ class Refiner:
         self._tell_of_left_out(regions)
         # An image without a region asks SAM nothing, so it is not embedded either (step 4).
         prompted = [index for index, found in enumerate(regions) if len(found) > 0]
-        embeddings = dict(zip(prompted, self._embed([images[i] for i in prompted]), strict=True))
+        chosen = [images[index] for index in prompted]
+        nothing = [None] * len(chosen)
+        embeddings = self._embed(chosen) if config.prompt_regions else nothing
+        masks = self._image_masks(chosen, embeddings) if config.points_per_side else nothing
+        asked = dict(zip(prompted, zip(embeddings, masks, strict=True), strict=True))
         return (
-            self._answers(embeddings.get(index), *raw[index], regions[index])
+            self._answers(
+                images[index], *raw[index], regions[index], *asked.get(index, (None,) * 2)
+            )
             for index in range(len(images))
         )
 
@@ -227,87 +216,104 @@ class Refiner:
         )
 
     def _embed(self, images: list[Tensor]) -> list[Any]:
+        return self._once_an_image(images, self.sam.embed)
+
+    def _image_masks(self, images: list[Tensor], embeddings: list[Any]) -> list[ImageMasks]:
+        """Return each image's masks; an embedding of None is made only where masks are."""
+        side, sam = self.config.points_per_side, self.sam
+        known = {id(image): e for image, e in zip(images, embeddings, strict=True)}
+
+        def compute(chosen: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+            unknown = [image for image in chosen if known[id(image)] is None]
+            if unknown:
+                new = zip(unknown, sam.embed(unknown), strict=True)
+                known.update((id(image), embedding) for image, embedding in new)
+            found = []
+            for image in chosen:
+                size = (image.shape[1], image.shape[2])
+                masks = generate_masks(sam, known[id(image)], size, side)
+                found.append((masks.packed, masks.pred_iou))
+            return found
+
+        kept = self._once_an_image(images, compute, f"masks {MASKS_VERSION} {side}")
+        return [
+            ImageMasks(packed, pred_iou, sam.mask_hw((image.shape[1], image.shape[2])))
+            for (packed, pred_iou), image in zip(kept, images, strict=True)
+        ]
+
+    def _once_an_image(
+        self, images: list[Tensor], ask: Callable[[list[Tensor]], list[Any]], derived: str = ""
+    ) -> list[Any]:
+        """Ask SAM about images under its autocast, or the cache."""
         if not images:
             return []
         device = self.sam.device
         dtype = autocast_dtype(self.precision, device)
 
-        def embed(chosen: list[Tensor]) -> list[Any]:
+        def under_autocast(chosen: list[Tensor]) -> list[Any]:
             with autocast(dtype, device):
-                return self.sam.embed(chosen)
+                return ask(chosen)
 
         def compute(chosen: list[Tensor]) -> list[Any]:
             chunks = self._images_at_once.run(
-                len(chosen), len(chosen), lambda start, stop: embed(chosen[start:stop])
+                len(chosen), len(chosen), lambda start, stop: under_autocast(chosen[start:stop])
             )
-            return [embedding for _, _, embeddings in chunks for embedding in embeddings]
+            return [result for _, _, results in chunks for result in results]
 
         if self.cache is None:
             return compute(images)
-        return self.cache.embed(self.sam, images, dtype, compute)
+        return self.cache.embed(self.sam, images, dtype, compute, derived)
 
     @torch.no_grad()
     def _answers(
-        self, embedding: Any, probs: Tensor, labels: Tensor, regions: GridRegions
+        self,
+        image: Tensor,
+        probs: Tensor,
+        labels: Tensor,
+        regions: GridRegions,
+        embedding: Any,
+        image_masks: ImageMasks | None,
     ) -> Answers:
         """Steps 5 to 7 for one image; without a region SAM is not asked (step 4)."""
-        if len(regions) == 0:
-            return Answers(probs, labels, regions, [], torch.empty(0), None)
-        config, image_hw = self.config, (labels.shape[0], labels.shape[1])
+        asked = Answers(image, probs, labels, regions, [], torch.zeros(0), image_masks=image_masks)
+        config, image_hw = self.config, asked.image_hw
+        if len(regions) == 0 or not config.prompt_regions:
+            return asked
         prompts = build_prompts(
-            regions, self.sam, image_hw, config.score_thresh, config.mask_prompt_scale
+            regions,
+            self.sam,
+            image_hw,
+            config.score_thresh,
+            config.mask_prompt_scale,
+            config.mask_prompts,
         )
         low_res_logits, pred_iou, mask_extents = self._decode(embedding, prompts)
         rows, columns = self.sam.mask_hw(image_hw)
         masks = torch.stack([logits[:rows, :columns] > 0 for logits in low_res_logits])
-        return Answers(probs, labels, regions, low_res_logits, pred_iou, mask_extents, masks)
+        return replace(
+            asked,
+            low_res_logits=low_res_logits,
+            pred_iou=pred_iou,
+            extents=mask_extents,
+            masks=masks,
+        )
 
     @torch.no_grad()
     def fuse(self, answers: Answers) -> Refinement:
         """Accept or reject SAM's answers and fuse them into maps (steps 8 to 12).
 
         `ask` and this make a refinement together; answers can be fused again by a refiner of the
-        same model whose ``pred_iou_thresh`` or ``class_pred_iou_thresh`` is another, at the cost
-        of the fusion alone.
+        same model that differs in acceptance or fusion alone, at the cost of the fusion.
 
         Args:
             answers: From `ask`; they are not changed.
         """
-        config, probs, labels = self.config, answers.probs, answers.labels
-        regions, image_hw = answers.regions, (labels.shape[0], labels.shape[1])
-        accepted = answers.pred_iou.numpy() > acceptance_thresholds(config, regions.classes)
-        table = _table(regions, answers.pred_iou, accepted, config.stride, image_hw)
-        table = replace(table, masks=answers.masks)
-        if not accepted.any():
-            return _untouched(probs, labels, table)
-
-        fused = MapRefinement(probs, labels)
-        windowed = None if answers.extents is None else WindowedUpscale.of(self.sam, image_hw)
-        for index in np.flatnonzero(accepted):
-            c, mask = int(regions.classes[index]), answers.low_res_logits[index]
-            if windowed is None:
-                fused.add(self.sam.upscale(mask[None], image_hw)[0], c)
-            else:
-                logits, window = windowed(mask, answers.extents[index])
-                if window:
-                    fused.add(logits, c, window)
-        if accepted.all():
-            new_labels, new_probs, covered = fused.finish()
+        config = self.config
+        if config.soft_floor and len(answers.regions) > 0:
+            fused = fuse_softly(answers, config)
         else:
-            new_labels, new_probs, covered = fused.finish(
-                regions.mask_of(~accepted), regions.boxes[~accepted]
-            )
-        kept = torch.from_numpy(accepted)
-        refinement = Refinement(
-            labels=new_labels,
-            probs=new_probs,
-            covered=covered,
-            pred_iou=table.pred_iou[kept].to(probs.device),
-            boxes=table.boxes[kept].to(probs.device),
-            classes=table.classes[kept].to(probs.device),
-            regions=table,
-        )
-        return keep_closed(refinement, probs, labels, config.classes)
+            fused = fuse_by_algorithm4(answers, config, self.sam)
+        return keep_closed(fused, answers.probs, answers.labels, config.classes)
 
     def _decode(
         self, embedding: Any, prompts: Prompts
@@ -340,45 +346,21 @@ class Refiner:
         return logits, pred_iou, on_cpu
 
 
+def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
+    """Return the thresholds, without image-driven masks where a model cannot make them."""
+    if not config.points_per_side or isinstance(sam, MultimaskPromptable):
+        return config
+    warnings.warn(
+        f"points_per_side: got {config.points_per_side} for {sam.name}, which has no "
+        "decode_multimask; its regions are prompted instead, as preset 'fast' does",
+        stacklevel=3,
+    )
+    return replace(config, points_per_side=0, prompt_regions=True, mask_prompts=False)
+
+
 def _prompts_per_batch(device: torch.device) -> int:
     """Return the seed's b_size on CUDA (step 7), and what suits a cache elsewhere."""
     if device.type != "cuda":
         return _CPU_PROMPTS
     free, _ = torch.cuda.mem_get_info(device)
     return min(_MAX_PROMPTS, max(1, int(free // _BYTES_PER_PROMPT)))
-
-
-def _table(
-    regions: GridRegions,
-    pred_iou: Tensor,
-    accepted: np.ndarray,
-    stride: int,
-    image_hw: tuple[int, ...],
-) -> Regions:
-    """Bring regions from the working grid to image pixels (step 12)."""
-    height, width = image_hw
-    boxes = np.minimum(regions.boxes * stride, [width, height, width, height])
-    points = np.minimum(regions.points * stride, [width, height])
-    return Regions(
-        classes=torch.from_numpy(regions.classes),
-        boxes=torch.from_numpy(boxes.astype(np.float32)),
-        points=torch.from_numpy(points.astype(np.float32)),
-        scores=torch.from_numpy(regions.scores),
-        pred_iou=pred_iou,
-        accepted=torch.from_numpy(accepted),
-        left_out=regions.left_out,
-    )
-
-
-def _untouched(probs: Tensor, labels: Tensor, table: Regions) -> Refinement:
-    """Return the inputs as they came (steps 4 and 8)."""
-    device = probs.device
-    return Refinement(
-        labels=labels,
-        probs=probs,
-        covered=torch.zeros(labels.shape, dtype=torch.bool, device=device),
-        pred_iou=torch.empty(0, device=device),
-        boxes=torch.empty((0, 4), device=device),
-        classes=torch.empty(0, dtype=torch.int64, device=device),
-        regions=table,
-    )

@@ -65,6 +65,11 @@ class GridRegions:
         table[self.component_ids[selected]] = True
         return torch.from_numpy(table[self.components]).to(self.probs.device)
 
+    def relative_points(self) -> Tensor:
+        """Return (N, 2) float64 XY on the CPU, the points as fractions of the grid's sides."""
+        height, width = self.components.shape
+        return torch.from_numpy(self.points / [width, height])
+
 
 def split_regions(
     labels: Tensor,

@@ -47,7 +47,8 @@ class OfficialSam(SamPromptable):
         super().__init__(module, name)
         self._encode = module.image_encoder
 
-    decode = SamPromptable._decode_by_module
+    def _can_be_fast(self, embedding: Tensor) -> bool:
+        return False
 
 
 def build_random_sam(seed: int = 0, image_size: int = 64, stride: int = 8, dim: int = 32) -> Sam:

@@ -2,6 +2,6 @@
 
 from lightning_samrefine.models.hf import HfPromptable
 from lightning_samrefine.models.loading import load_sam
-from lightning_samrefine.models.protocol import Promptable, Prompts
+from lightning_samrefine.models.protocol import MultimaskPromptable, Promptable, Prompts
 
-__all__ = ["HfPromptable", "Promptable", "Prompts", "load_sam"]
+__all__ = ["HfPromptable", "MultimaskPromptable", "Promptable", "Prompts", "load_sam"]

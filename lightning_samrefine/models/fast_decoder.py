@@ -316,10 +316,14 @@ class FastMaskDecoder:
             up2_bias=up2.bias.repeat(4),
         )
 
+    def _dense_bias(self) -> Tensor:
+        """Return (C,), what the dense prompt adds to every image token."""
+        return self._prompt_encoder.mask_downscaling[-1].bias
+
     def _image_side(self, embedding: Tensor) -> _ImageSide:
         layer = self._mask_decoder.transformer.layers[0]
         to_image, from_image = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-        bias = self._prompt_encoder.mask_downscaling[-1].bias
+        bias = self._dense_bias()
         x = embedding[0].flatten(1).float() + bias[:, None]  # (C, T)
         with_pe = x + self._prompt_encoder.get_dense_pe()[0].flatten(1)
         heads = (to_image.num_heads, -1)

@@ -22,24 +22,33 @@ class Prompts:
         masks: (K, m, m) float32 mask-prompt logits, one for each class that has a region; None
             prompts no mask.
         mask_index: (N,) int64 in [0, K), the row of ``masks`` that each prompt uses; None with it.
+
+    Raises:
+        ValueError: Neither boxes nor points, or only one of masks and mask_index.
     """
 
     boxes: Tensor | None
     points: Tensor | None
-    masks: Tensor | None
-    mask_index: Tensor | None
+    masks: Tensor | None = None
+    mask_index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.boxes is None and self.points is None:
+            raise ValueError("boxes, points: got None twice, accepted is at least one of them")
+        if (self.masks is None) != (self.mask_index is None):
+            raise ValueError("masks, mask_index: got one without the other, accepted is both")
 
     def __len__(self) -> int:
         given = self.points if self.boxes is None else self.boxes
-        return 0 if given is None else given.shape[0]
+        return given.shape[0]
 
     def chunk(self, start: int, stop: int) -> Prompts:
         """Return prompts start to stop; they keep all K masks."""
-        boxes, points, mask_index = (
-            None if part is None else part[start:stop]
-            for part in (self.boxes, self.points, self.mask_index)
-        )
-        return Prompts(boxes, points, self.masks, mask_index)
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[start:stop]
+
+        return Prompts(part(self.boxes), part(self.points), self.masks, part(self.mask_index))
 
 
 @runtime_checkable
@@ -104,3 +113,19 @@ class Promptable(Protocol):
 def accepts_masks(sam: Promptable) -> bool:
     """Say whether a model takes mask prompts; one that does not say so does."""
     return bool(getattr(sam, "accepts_masks", True))
+
+
+@runtime_checkable
+class MultimaskPromptable(Promptable, Protocol):
+    """A `Promptable` that also gives SAM's three masks for an ambiguous prompt, such as a point.
+
+    Image-driven masks need it.
+    """
+
+    def decode_multimask(self, embedding: Any, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Decode N ≥ 1 prompts on one image, three masks each.
+
+        Returns:
+            Low-resolution logits (N, 3, m, m) float32 and predicted IoU (N, 3) float32.
+        """
+        ...

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_samrefine.geometry import get_preprocess_shape
 from lightning_samrefine.models.fast_decoder import FastMaskDecoder, supports
 from lightning_samrefine.models.fast_encoder import FastImageEncoder
+from lightning_samrefine.models.multimask_decoder import FastMultimaskDecoder
 from lightning_samrefine.models.protocol import Prompts
 from lightning_samrefine.precision import autocast
 
@@ -34,6 +35,7 @@ class SamPromptable:
         self.image_size = int(module.image_encoder.img_size)
         self.mask_size = int(module.prompt_encoder.mask_input_size[0])
         self._fast_decoder = FastMaskDecoder(module)
+        self._fast_multimask_decoder = FastMultimaskDecoder(module)
 
     @property
     def device(self) -> torch.device:
@@ -64,41 +66,62 @@ class SamPromptable:
     def decode(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Decode N ≥ 1 prompts on one image, single-mask output (step 7).
 
-        Segment-anything's own parts are decoded by `FastMaskDecoder`; any others, those with
-        hooks, prompts that lack a kind, and an embedding that wants a gradient by the module's
+        Segment-anything's own parts are decoded by `FastMaskDecoder` and `FastMultimaskDecoder`;
+        any others, those with hooks and an embedding that wants a gradient by the module's
         forward pass.
 
         Returns:
             Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32.
         """
-        wants_gradient = torch.is_grad_enabled() and embedding.requires_grad
-        complete = all(p is not None for p in (prompts.boxes, prompts.points, prompts.masks))
-        if complete and supports(self.module) and not wants_gradient:
+        fast = self._can_be_fast(embedding)
+        boxes_and_points = prompts.boxes is not None and prompts.points is not None
+        if fast and boxes_and_points and prompts.masks is not None:
             return self._fast_decoder(embedding, prompts)
-        return self._decode_by_module(embedding, prompts)
+        if fast and prompts.masks is None:
+            logits, pred_iou = self._fast_multimask_decoder(embedding, prompts, multimask=False)
+        else:
+            logits, pred_iou = self._decode_by_module(embedding, prompts, multimask=False)
+        return logits[:, 0], pred_iou[:, 0]
 
-    def _decode_by_module(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def decode_multimask(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Decode N ≥ 1 prompts on one image, SAM's three masks each.
+
+        Returns:
+            Low-resolution logits (N, 3, m, m) float32 and predicted IoU (N, 3) float32.
+        """
+        if self._can_be_fast(embedding) and prompts.masks is None:
+            return self._fast_multimask_decoder(embedding, prompts)
+        return self._decode_by_module(embedding, prompts, multimask=True)
+
+    def _can_be_fast(self, embedding: Tensor) -> bool:
+        wants_gradient = torch.is_grad_enabled() and embedding.requires_grad
+        return supports(self.module) and not wants_gradient
+
+    def _decode_by_module(
+        self, embedding: Tensor, prompts: Prompts, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
         encoder = self.module.prompt_encoder
-        points, masks = prompts.points, prompts.masks
+        points = masks = None
+        if prompts.points is not None:
+            points = (
+                prompts.points[:, None],
+                torch.ones(len(prompts), 1, device=embedding.device),
+            )
+        if prompts.masks is not None:
+            masks = prompts.masks[prompts.mask_index][:, None]
         # A reduced type would move points by pixels: the encoder multiplies coordinates by a
         # random matrix before sin and cos.
         with autocast(None, embedding.device):
-            sparse, dense = encoder(
-                points=None
-                if points is None
-                else (points[:, None], points.new_ones(len(prompts), 1)),
-                boxes=prompts.boxes,
-                masks=None if masks is None else masks[prompts.mask_index][:, None],
-            )
+            sparse, dense = encoder(points=points, boxes=prompts.boxes, masks=masks)
             image_pe = encoder.get_dense_pe()
         low_res_logits, pred_iou = self.module.mask_decoder(
             image_embeddings=embedding,
             image_pe=image_pe,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
-            multimask_output=False,
+            multimask_output=multimask,
         )
-        return low_res_logits[:, 0].float(), pred_iou[:, 0].float()
+        return low_res_logits.float(), pred_iou.float()
 
     def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
         """Bring (N, m, m) logits to (N, H, W) float32 by SAM's two-step rule (step 9)."""

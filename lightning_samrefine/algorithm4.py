@@ -1,0 +1,46 @@
+"""Algorithm 4's own acceptance and fusion: steps 8 to 12 of ALGORITHM.md."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_samrefine.answers import Answers, refinement, region_table
+from lightning_samrefine.class_gate import acceptance_thresholds
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.fusion import MapRefinement
+from lightning_samrefine.models.protocol import Promptable
+from lightning_samrefine.refinement import Refinement
+from lightning_samrefine.upscaling import WindowedUpscale
+
+
+def fuse_by_algorithm4(answers: Answers, config: RefineConfig, sam: Promptable) -> Refinement:
+    """Accept masks by their predicted IoU and let them compete pixel by pixel.
+
+    Args:
+        answers: About every region of the image; they are not changed.
+        config: τ_iou and the stride.
+        sam: Brings masks to full resolution.
+    """
+    probs, labels, regions = answers.probs, answers.labels, answers.regions
+    accepted = answers.pred_iou.numpy() > acceptance_thresholds(config, regions.classes)
+    table = region_table(answers, answers.pred_iou, accepted, config.stride)
+    if not accepted.any():  # steps 4 and 8
+        return refinement(table, labels, probs)
+
+    fused = MapRefinement(probs, labels)
+    windowed = None if answers.extents is None else WindowedUpscale.of(sam, answers.image_hw)
+    for index in np.flatnonzero(accepted):
+        c, mask = int(regions.classes[index]), answers.low_res_logits[index]
+        if windowed is None:
+            fused.add(sam.upscale(mask[None], answers.image_hw)[0], c)
+        else:
+            logits, window = windowed(mask, answers.extents[index])
+            if window:
+                fused.add(logits, c, window)
+    if accepted.all():
+        new_labels, new_probs, covered = fused.finish()
+    else:
+        new_labels, new_probs, covered = fused.finish(
+            regions.mask_of(~accepted), regions.boxes[~accepted]
+        )
+    return refinement(table, new_labels, new_probs, covered)

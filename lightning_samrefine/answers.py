@@ -1,0 +1,95 @@
+"""What SAM says about one image, between asking it and fusing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_samrefine.image_masks import ImageMasks
+from lightning_samrefine.refinement import Refinement, Regions
+from lightning_samrefine.regions import GridRegions
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What SAM says about one image, before any of it is accepted.
+
+    Attributes:
+        image: (3, H, W) uint8 RGB.
+        probs: (C, H, W) float32, the raw L.
+        labels: (H, W) int64, the raw S.
+        regions: N regions on the working grid.
+        low_res_logits: The masks of prompted regions, N maps (m, m) float32; empty where regions
+            are not prompted.
+        pred_iou: (N,) float32 on the CPU; empty with it.
+        extents: (N, 2, m) bool, see `lightning_samrefine.upscaling.extents`; None on a GPU.
+        masks: (N, h_n, w_n) bool, the masks themselves; None without any.
+        image_masks: Masks of the image alone, None where none were asked for.
+    """
+
+    image: Tensor
+    probs: Tensor
+    labels: Tensor
+    regions: GridRegions
+    low_res_logits: list[Tensor]
+    pred_iou: Tensor
+    extents: np.ndarray | None = None
+    masks: Tensor | None = None
+    image_masks: ImageMasks | None = None
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.labels.shape[0], self.labels.shape[1]
+
+
+def region_table(answers: Answers, pred_iou: Tensor, accepted: np.ndarray, stride: int) -> Regions:
+    """Bring regions from the working grid to image pixels (step 12).
+
+    Args:
+        answers: About the image.
+        pred_iou: (N,) float32 on the CPU.
+        accepted: (N,) bool.
+        stride: r.
+    """
+    regions, (height, width) = answers.regions, answers.image_hw
+    boxes = np.minimum(regions.boxes * stride, [width, height, width, height])
+    points = np.minimum(regions.points * stride, [width, height])
+    return Regions(
+        classes=torch.from_numpy(regions.classes),
+        boxes=torch.from_numpy(boxes.astype(np.float32)),
+        points=torch.from_numpy(points.astype(np.float32)),
+        scores=torch.from_numpy(regions.scores),
+        pred_iou=pred_iou,
+        accepted=torch.from_numpy(accepted),
+        masks=answers.masks,
+        left_out=regions.left_out,
+    )
+
+
+def refinement(
+    table: Regions, labels: Tensor, probs: Tensor, covered: Tensor | None = None
+) -> Refinement:
+    """Put a result together (step 12).
+
+    Args:
+        table: The regions, of which the accepted ones are listed once more.
+        labels: (H, W) int64, S'.
+        probs: (C, H, W) float32, L'.
+        covered: (H, W) bool; None where nothing is.
+    """
+    if covered is None:
+        covered = torch.zeros_like(labels, dtype=torch.bool)
+    kept = table.accepted
+    return Refinement(
+        labels=labels,
+        probs=probs,
+        covered=covered,
+        pred_iou=table.pred_iou[kept].to(probs.device),
+        boxes=table.boxes[kept].to(probs.device),
+        classes=table.classes[kept].to(probs.device),
+        regions=table,
+    )

@@ -1,0 +1,147 @@
+"""Masks of whatever an image shows, from a grid of points: they depend on no segmenter.
+
+The points, the thresholds and the removal of duplicates are those of SAM's automatic mask
+generation (Kirillov et al., "Segment Anything", ICCV 2023, appendix "Automatic Mask Generation
+Details"), without crops and with duplicates compared as masks instead of boxes. What is kept of an
+image is small and can be cached whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_samrefine.models.protocol import MultimaskPromptable, Prompts
+
+# Raise this when the masks of an image change by more than rounding.
+MASKS_VERSION = 1
+
+# No denser than this many image pixels between points: small images hold few objects.
+_MIN_SPACING = 16
+_MIN_PRED_IOU = 0.7
+_MIN_STABILITY = 0.7
+_STABILITY_OFFSET = 1.0  # in logits, as in SAM's own generator
+_DUPLICATE_IOU = 0.8
+
+# σ(logit) is kept in two bits: the border between these logits, and the mean of σ in between.
+_LOGIT_STEPS = (-2.0, 0.0, 2.0)
+_LEVELS = (0.0, 0.27, 0.73, 1.0)
+_PER_BYTE = 4
+
+_CPU_PROMPTS = 4  # measured on one core, FP32 and BF16
+_GPU_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class ImageMasks:
+    """K masks of one image on SAM's low-resolution grid, all on one device.
+
+    Attributes:
+        packed: (K, ⌈h_n · w_n / 4⌉) uint8, two bits a pixel in row-major order.
+        pred_iou: (K,) float32, SAM's predicted IoU, descending.
+        mask_hw: (h_n, w_n), the part of the low-resolution logits that the image fills.
+    """
+
+    packed: Tensor
+    pred_iou: Tensor
+    mask_hw: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.packed.shape[0]
+
+    def probs(self) -> Tensor:
+        """Return (K, h_n, w_n) float32 in [0, 1], σ of the logits in four levels."""
+        height, width = self.mask_hw
+        levels = F.embedding(self.packed.int(), _byte_levels(self.packed.device))
+        return levels.flatten(1)[:, : height * width].unflatten(1, self.mask_hw)
+
+
+def generate_masks(
+    sam: MultimaskPromptable, embedding: Any, image_hw: tuple[int, int], points_per_side: int
+) -> ImageMasks:
+    """Prompt a grid of points and keep the good masks, each once.
+
+    On CUDA the CPU waits twice: for the number of good masks and for their overlaps.
+
+    Args:
+        sam: The model; its autocast is the caller's.
+        embedding: What ``sam`` made of the image.
+        image_hw: (H, W) of the image.
+        points_per_side: Points along the longer side, fewer where they would come closer than 16
+            pixels; the shorter side gets them at the same spacing.
+    """
+    height, width = mask_hw = sam.mask_hw(image_hw)
+    points = point_grid(image_hw, sam.input_hw(image_hw), points_per_side).to(sam.device)
+    size = _CPU_PROMPTS if sam.device.type == "cpu" else _GPU_PROMPTS
+    packed, pred_iou, stability = [], [], []
+    for chunk in points.split(size):
+        logits, ious = sam.decode_multimask(embedding, Prompts(boxes=None, points=chunk))
+        logits = logits[..., :height, :width].flatten(0, 1)
+        stability.append(_stability(logits))
+        packed.append(_pack(logits))
+        pred_iou.append(ious.flatten().float())
+    masks = ImageMasks(torch.cat(packed), torch.cat(pred_iou), mask_hw)
+    return _best(masks, torch.cat(stability))
+
+
+def _best(masks: ImageMasks, stability: Tensor) -> ImageMasks:
+    """Keep the good masks, the best of those that nearly equal one another."""
+    good = (masks.pred_iou > _MIN_PRED_IOU) & (stability > _MIN_STABILITY)
+    order = masks.pred_iou.masked_fill(~good, -1).argsort(descending=True, stable=True)
+    order = order[: int(good.sum())]
+    if len(order) == 0:
+        return ImageMasks(masks.packed[:0], masks.pred_iou[:0], masks.mask_hw)
+    masks = ImageMasks(masks.packed[order], masks.pred_iou[order], masks.mask_hw)
+    first = _first_of_duplicates(masks)
+    return ImageMasks(masks.packed[first], masks.pred_iou[first], masks.mask_hw)
+
+
+def point_grid(
+    image_hw: tuple[int, int], input_hw: tuple[int, int], points_per_side: int
+) -> Tensor:
+    """Return (N, 2) float32 XY points in the middle of equal cells, in the model's frame."""
+    longer = max(image_hw)
+    along = max(1, min(points_per_side, longer // _MIN_SPACING))
+    rows, columns = (max(1, round(along * side / longer)) for side in image_hw)
+    y = (torch.arange(rows) + 0.5) * (input_hw[0] / rows)
+    x = (torch.arange(columns) + 0.5) * (input_hw[1] / columns)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
+
+
+def _stability(logits: Tensor) -> Tensor:
+    """Return (N,): IoU of each mask cut a little above and a little below its border."""
+    above = (logits > _STABILITY_OFFSET).sum(dim=(1, 2))
+    below = (logits > -_STABILITY_OFFSET).sum(dim=(1, 2))
+    return above / below.clamp(min=1)
+
+
+def _pack(logits: Tensor) -> Tensor:
+    """Pack (N, h, w) logits, NaN counting as outside."""
+    codes = sum((logits > step).to(torch.uint8) for step in _LOGIT_STEPS).flatten(1)
+    codes = F.pad(codes, (0, -codes.shape[1] % _PER_BYTE)).unflatten(1, (-1, _PER_BYTE))
+    return sum(codes[..., i] << 2 * i for i in range(_PER_BYTE))
+
+
+def _byte_levels(device: torch.device) -> Tensor:
+    """Return (256, 4) float32, the levels of the four pixels in a byte."""
+    codes = (torch.arange(256)[:, None] >> torch.tensor([0, 2, 4, 6])) & 3
+    return torch.tensor(_LEVELS)[codes].to(device)
+
+
+def _first_of_duplicates(masks: ImageMasks) -> Tensor:
+    """Return the indices of masks that no mask kept before them nearly equals."""
+    inside = (masks.probs() > 0.5).float()
+    small = (F.avg_pool2d(inside, 2, ceil_mode=True) > 0.5).float().flatten(1)
+    area = small.sum(dim=1)
+    overlap = small @ small.T
+    iou = overlap / (area[:, None] + area - overlap).clamp(min=1)
+    duplicates = (iou > _DUPLICATE_IOU).cpu().numpy()
+    kept: list[int] = []
+    for index in range(len(masks)):
+        if not duplicates[index, kept].any():
+            kept.append(index)
+    return torch.tensor(kept, dtype=torch.int64, device=masks.packed.device)
