@@ -137,7 +137,8 @@ def test_the_wheel_holds_the_configs_where_the_app_looks(tmp_path):
     subprocess.run([*build, "-w", str(tmp_path), str(ROOT)], check=True, env=environment)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if name.endswith(".yaml")}
+        configs = "lightning_samrefine/configs/"
+        held = {name for name in archive.namelist() if name.startswith(configs)}
         assert held == {
             f"lightning_samrefine/configs/{path.relative_to(config_dir()).as_posix()}"
             for path in config_dir().rglob("*.yaml")

@@ -150,7 +150,8 @@ class TestModelOutput:
     @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
     def test_mask_logits_that_are_no_numbers_cover_nothing(self, bad):
         image, probs = noisy()
-        out = Refiner(FixedSam(lambda hw: torch.full(hw, bad)))(image, probs)
+        sam = FixedSam(lambda hw: torch.full(hw, bad))
+        out = Refiner(sam, RefineConfig.preset("algorithm4"))(image, probs)
         assert not out.covered.any()
         assert torch.equal(out.labels, probs.argmax(dim=0))
         assert out.probs.isfinite().all()

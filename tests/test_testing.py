@@ -7,8 +7,7 @@ from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Segmenter, loader
 from tiny_hf import FAMILIES, build_tiny_hf
 from tiny_random_sam import build_random_sam
 
-from lightning_samrefine import Refiner, SAMRefineCallback, load_sam
-from lightning_samrefine import callback as callback_module
+from lightning_samrefine import RefineConfig, Refiner, SAMRefineCallback, attachment, load_sam
 from lightning_samrefine.models.frames import SquashedFrame
 from lightning_samrefine.models.protocol import Prompts
 from lightning_samrefine.models.sam import SamPromptable
@@ -166,16 +165,17 @@ def test_a_model_without_masks_refines_by_boxes_and_points():
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8, generator=generator)
     probs = torch.rand(3, 5, 7, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    refined = Refiner(small(BoxesOnly), precision="32")(image, probs)
+    config = RefineConfig.preset("algorithm4")
+    refined = Refiner(small(BoxesOnly), config, precision="32")(image, probs)
     assert refined.covered.any()
-    with_masks = Refiner(small(), precision="32")(image, probs)
+    with_masks = Refiner(small(), config, precision="32")(image, probs)
     assert not torch.equal(refined.regions.pred_iou, with_masks.regions.pred_iou)
 
 
 @pytest.mark.parametrize("cls", [SamPromptable, BoxesOnly])
 def test_the_log_says_once_what_a_model_does_not_take(cls, monkeypatch):
     said = []
-    monkeypatch.setattr(callback_module, "rank_zero_info", said.append)
+    monkeypatch.setattr(attachment, "rank_zero_info", said.append)
     callback = SAMRefineCallback(small(cls), num_classes=NUM_CLASSES, refine=REFINE)
     Trainer(**SILENT, callbacks=[callback]).validate(Segmenter(), loader(), verbose=False)
     assert callback.history[0]["refine_failed_images"] == 0

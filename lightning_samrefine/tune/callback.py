@@ -48,17 +48,18 @@ class TuneCallback(SAMRefineCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        evaluation = self._run.evaluation
+        evaluation = self._evaluation
         if evaluation is None or not self._is_measured(batch_idx):
             return
-        inputs = self._read(outputs, batch, evaluation.capture, dataloader_idx)
+        inputs = self._attachment.read(batch, outputs, evaluation.capture, dataloader_idx)
         if inputs is not None:
-            self._visit(self._safe_refiner.refiner, inputs)
+            self._visit(self._attachment.refiner.refiner, inputs)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
-        scoring = Scoring(self._bind(pl_module).num_classes, self.ignore_index, self.trimap_width)
+        adapter = self._attachment.bind(self.adapter, self.num_classes, pl_module)
+        scoring = Scoring(adapter.num_classes, self.ignore_index, self.trimap_width)
         if self.visitor is None:
             raise MisconfigurationException("TuneCallback: got no visitor to hand samples to")
         self._visit = self.visitor(scoring)
