@@ -1,4 +1,4 @@
-"""What the refiner is given, checked before any work."""
+"""What a refinement is given, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def check(image: Tensor, probs: Tensor, device: torch.device) -> None:
+def check_image_and_probs(image: Tensor, probs: Tensor, device: torch.device) -> None:
     """Refuse an image or probabilities that the algorithm is not defined for."""
     for name, value in (("image", image), ("probs", probs)):
         if not isinstance(value, Tensor):
@@ -35,7 +35,7 @@ def check(image: Tensor, probs: Tensor, device: torch.device) -> None:
 
 
 def checked_labels(labels: Tensor, probs: Tensor) -> Tensor:
-    """Return a label map as int64 on the probabilities' device; refuse anything else."""
+    """Return (H, W) labels as int64 on the probabilities' device, or refuse them."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: got {type(labels).__name__}, accepted is a torch tensor")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -48,7 +48,7 @@ def checked_labels(labels: Tensor, probs: Tensor) -> Tensor:
     return labels.to(device=probs.device, dtype=torch.int64)
 
 
-def argmax(probs: Tensor) -> Tensor:
+def first_argmax(probs: Tensor) -> Tensor:
     """Return the (H, W) int64 first class of the largest of (C, H, W) probabilities, no NaN."""
     if probs.device.type != "cpu":
         return probs.argmax(dim=0)

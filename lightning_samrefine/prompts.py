@@ -36,7 +36,7 @@ def build_prompts(
     boxes = _to_device(regions.boxes * np.tile(scale, 2), device)
     points = _to_device(regions.points * scale, device)
     if not with_masks:
-        return Prompts(boxes, points)
+        return Prompts(boxes, points, masks=None, mask_index=None)
     used, mask_index = np.unique(regions.classes, return_inverse=True)
     return Prompts(
         boxes=boxes,

@@ -19,7 +19,7 @@ from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fusion import MapRefinement
 from lightning_samrefine.image_masks import MASKS_VERSION, ImageMasks, generate_masks
-from lightning_samrefine.inputs import argmax, check, checked_labels
+from lightning_samrefine.inputs import check_image_and_probs, checked_labels, first_argmax
 from lightning_samrefine.models.protocol import MultimaskPromptable, Promptable, Prompts
 from lightning_samrefine.precision import autocast, autocast_dtype
 from lightning_samrefine.prompts import build_prompts
@@ -133,10 +133,10 @@ class Refiner:
             )
         raw = []
         for index in range(len(images)):
-            check(images[index], probs[index], self.sam.device)
+            check_image_and_probs(images[index], probs[index], self.sam.device)
             image_probs = probs[index].float()
             image_labels = (
-                argmax(image_probs)
+                first_argmax(image_probs)
                 if labels is None
                 else checked_labels(labels[index], image_probs)
             )
@@ -249,10 +249,10 @@ class Refiner:
             return _untouched(probs, labels, table)
         if config.smoothing:
             refined = smooth(refined, image, config.smoothing, config.stride)
-        best = argmax(refined)
+        best = first_argmax(refined)
         unknown = (labels < 0) | (labels >= len(probs))
         # Labels that are not the probabilities' argmax stay where the refinement changes nothing.
-        changed = torch.where(unknown, covered, best != argmax(probs))
+        changed = torch.where(unknown, covered, best != first_argmax(probs))
         kept = table.accepted
         return Refinement(
             labels=torch.where(changed, best, labels),
