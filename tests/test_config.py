@@ -31,6 +31,14 @@ def test_algorithm4_is_the_seed_and_overrides_replace_fields():
         ("min_region_area", 0, ValueError),
         ("max_prompts_per_batch", 0, ValueError),
         ("max_prompts_per_batch", 1.5, TypeError),
+        ("prompt_regions", 1, TypeError),
+        ("mask_prompts", None, TypeError),
+        ("points_per_side", -1, ValueError),
+        ("points_per_side", 24, ValueError),  # without soft_floor
+        ("soft_floor", 1.0, ValueError),
+        ("smoothing", -1.0, ValueError),
+        ("smoothing", 4.0, ValueError),  # without soft_floor
+        ("prompt_regions", False, ValueError),  # without points
     ],
 )
 def test_a_bad_value_is_refused_by_name(field, value, error):
