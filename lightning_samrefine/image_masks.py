@@ -79,7 +79,7 @@ def generate_masks(
     size = _CPU_PROMPTS if sam.device.type == "cpu" else _GPU_PROMPTS
     packed, pred_iou, stability = [], [], []
     for chunk in points.split(size):
-        logits, ious = sam.decode_multimask(embedding, Prompts(boxes=None, points=chunk))
+        logits, ious = sam.decode_multimask(embedding, Prompts(None, chunk, None, None))
         logits = logits[..., :height, :width].flatten(0, 1)
         stability.append(_stability(logits))
         packed.append(_pack(logits))

@@ -43,6 +43,14 @@ def test_algorithm4_is_the_seed_and_overrides_replace_fields():
         ("class_pred_iou_thresh", [0.5], TypeError),
         ("class_pred_iou_thresh", {"sky": 0.5}, TypeError),
         ("class_pred_iou_thresh", {-1: 0.5}, ValueError),
+        ("prompt_regions", 1, TypeError),
+        ("mask_prompts", None, TypeError),
+        ("points_per_side", -1, ValueError),
+        ("points_per_side", 24, ValueError),  # without soft_floor
+        ("soft_floor", 1.0, ValueError),
+        ("smoothing", -1.0, ValueError),
+        ("smoothing", 4.0, ValueError),  # without soft_floor
+        ("prompt_regions", False, ValueError),  # without points
     ],
 )
 def test_a_bad_value_is_refused_by_name(field, value, error):

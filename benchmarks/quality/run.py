@@ -1,0 +1,132 @@
+"""The quality benchmark: every method on CamVid's test frames, figures to benchmarks/QUALITY.md.
+
+Run from the root of the repository: ``python -m benchmarks.quality.run``. SAMREFINE_DATA names the
+data folder. Each frame's counts are kept in the output folder; a run that was stopped goes on where
+it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from benchmarks.camvid.data import (
+    ESPNET_WEIGHTS,
+    REPOSITORY,
+    RESOLUTIONS,
+    SAM_WEIGHTS,
+    camvid,
+    data_root,
+    missing_files,
+)
+from benchmarks.camvid.espnet import ESPNetSegmenter
+from benchmarks.quality.cityscapes import CITYSCAPES_WEIGHTS, CityscapesESPNet
+from benchmarks.quality.counts import FrameCounts, count
+from benchmarks.quality.methods import Method, build_methods
+from benchmarks.quality.page import RAW, quality_page
+from lightning_samrefine import load_sam
+from lightning_samrefine.cache import EmbeddingCache
+from lightning_samrefine.precision import autocast, autocast_dtype
+
+PAGE = REPOSITORY / "benchmarks" / "QUALITY.md"
+CITYSCAPES_EVERY = 9  # the second segmenter sees every ninth frame
+
+# inputs → method → frame → counts
+Counts = dict[str, dict[str, dict[int, FrameCounts]]]
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, run what is missing and write the page."""
+    options = _parse(arguments)
+    root = data_root()
+    missing = missing_files(root)
+    if missing:
+        sys.exit(f"SAMREFINE_DATA names {root}, where these are missing: {missing}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    cache = EmbeddingCache("disk", gb=20, folder=options.output / "cache")
+    sam = load_sam("vit_t", checkpoint=root / SAM_WEIGHTS, device=options.device)
+    methods = build_methods(sam, cache, torch.device(options.device))
+    segmenters: dict[str, torch.nn.Module] = {
+        key: ESPNetSegmenter(root / ESPNET_WEIGHTS, resolution=key).eval() for key in RESOLUTIONS
+    }
+    if (root / CITYSCAPES_WEIGHTS).exists():
+        segmenters["cityscapes"] = CityscapesESPNet(root / CITYSCAPES_WEIGHTS).eval()
+
+    data = camvid(root)
+    data.setup("validate" if options.split == "val" else "test")
+    loader = data.val_dataloader() if options.split == "val" else data.test_dataloader()
+    frames = loader.dataset
+    # Coarse to fine, so that a run that is stopped has seen the whole split.
+    order = sorted(range(0, len(frames), options.every), key=lambda i: (i % 9 > 0, i % 3 > 0, i))
+    dtype = autocast_dtype("auto", sam.device)
+    for index in track(order, description="frames"):
+        kept = options.output / f"{options.split}_{index:03d}.pt"
+        done: Counts = torch.load(kept, weights_only=False) if kept.exists() else {}
+        image, target = frames[index]["image"], frames[index]["mask"]
+        with autocast(dtype, sam.device):
+            begin = time.process_time()
+            embeddings = sam.embed([image])
+            encoder_seconds = time.process_time() - begin
+            # Methods are timed without the encoder.
+            cache.embed(sam, [image], dtype, lambda _, known=embeddings: known)
+        for key, segmenter in segmenters.items():
+            if key == "cityscapes" and index % CITYSCAPES_EVERY:
+                continue
+            of_inputs = done.setdefault(key, {})
+            todo = [m for m in methods if index % m.every == 0 and m.name not in of_inputs]
+            if todo:
+                probs = segmenter(image[None])[0].softmax(dim=0)
+                for method in todo:
+                    of_inputs[method.name] = {index: _run(method, image, probs, target)}
+                    if method.name == RAW:
+                        of_inputs[RAW][index] = replace(
+                            of_inputs[RAW][index], seconds=encoder_seconds
+                        )
+        torch.save(done, kept)
+    page = quality_page(_collect(options.output, options.split), [m.name for m in methods])
+    options.page.write_text(page, encoding="utf-8")
+    print(page, f"Written to {options.page}", sep="\n")
+
+
+def _run(method: Method, image: Tensor, probs: Tensor, target: Tensor) -> FrameCounts:
+    if method.cached:
+        method.refine(image, probs)
+    # CPU time, which other processes do not disturb.
+    begin = time.process_time()
+    labels = method.refine(image, probs)
+    return count(labels, target, time.process_time() - begin)
+
+
+def _collect(output: Path, split: str) -> Counts:
+    collected: Counts = {}
+    for path in sorted(output.glob(f"{split}_*.pt")):
+        for key, methods in torch.load(path, weights_only=False).items():
+            for name, frames in methods.items():
+                collected.setdefault(key, {}).setdefault(name, {}).update(frames)
+    return collected
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--split", choices=("test", "val"), default="test")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th frame")
+    parser.add_argument("--device", default="cpu", help="where SAM runs")
+    parser.add_argument("--output", type=Path, default=Path("outputs/quality"))
+    parser.add_argument("--page", type=Path, help="QUALITY.md for the whole test split")
+    options = parser.parse_args(arguments)
+    if options.page is None:
+        whole = options.split == "test" and options.every == 1
+        options.page = PAGE if whole else options.output / "QUALITY.md"
+    return options
+
+
+if __name__ == "__main__":
+    main()

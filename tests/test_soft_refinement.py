@@ -1,0 +1,313 @@
+"""Image-driven masks, soft fusion and smoothing: written out naively, and what must hold."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from segment_anything.utils.amg import calculate_stability_score
+from test_refiner import blobs
+
+from lightning_samrefine import RefineConfig, Refiner
+from lightning_samrefine.image_masks import ImageMasks, _best, _pack, generate_masks, point_grid
+from lightning_samrefine.models import MultimaskPromptable, Prompts
+from lightning_samrefine.smoothing import smooth
+from lightning_samrefine.support import Support
+
+LEVELS = (0.0, 0.27, 0.73, 1.0)
+
+
+def random_masks(count=9, size=(21, 30), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 1, 4, 5, generator=generator) * 6
+    logits = torch.nn.functional.interpolate(coarse, size, mode="bilinear")[:, 0]
+    pred_iou = torch.rand(count, generator=generator).sort(descending=True).values
+    return logits, pred_iou
+
+
+def packed_masks(**arguments):
+    logits, pred_iou = random_masks(**arguments)
+    return ImageMasks(_pack(logits), pred_iou, tuple(logits.shape[1:]))
+
+
+def random_probs(num_classes=4, size=(42, 60), seed=0):
+    return blobs(num_classes, size, seed)[1]
+
+
+class TestMultimask:
+    @pytest.mark.parametrize("kinds", ["points", "boxes", "both"])
+    def test_it_answers_as_segment_anything_does(self, random_sam, kinds):
+        generator = torch.Generator().manual_seed(1)
+        points = torch.rand(5, 2, generator=generator) * 64
+        boxes = torch.cat([points - 9, points + 14], dim=1)
+        given = points if kinds != "boxes" else None, boxes if kinds != "points" else None
+        embedding = random_sam.embed([blobs()[0]])[0]
+        sparse, dense = random_sam.module.prompt_encoder(
+            points=None if given[0] is None else (points[:, None], torch.ones(5, 1)),
+            boxes=given[1],
+            masks=None,
+        )
+        prompts = Prompts(given[1], given[0], None, None)
+        for multimask in (True, False):
+            logits, pred_iou = random_sam.module.mask_decoder(
+                image_embeddings=embedding,
+                image_pe=random_sam.module.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=multimask,
+            )
+            if multimask:
+                got = random_sam.decode_multimask(embedding, prompts)
+            else:
+                got = tuple(part[:, None] for part in random_sam.decode(embedding, prompts))
+            torch.testing.assert_close(got[0], logits, atol=2e-4, rtol=1e-4)
+            torch.testing.assert_close(got[1], pred_iou, atol=1e-5, rtol=1e-4)
+
+    def test_mask_prompts_on_either_side_of_it_change_nothing(self, random_sam):
+        embedding = random_sam.embed([blobs()[0]])[0]
+        points = torch.tensor([[10.0, 20.0], [40.0, 30.0]])
+        without = Prompts(None, points, None, None)
+        boxes = torch.cat([points - 9, points + 14], dim=1)
+        masks = torch.randn(1, random_sam.mask_size, random_sam.mask_size)
+        with_mask = Prompts(boxes, points, masks, torch.zeros(2, dtype=torch.int64))
+        first = random_sam.decode_multimask(embedding, without)[0]
+        random_sam.decode(embedding, with_mask)
+        assert torch.equal(random_sam.decode_multimask(embedding, without)[0], first)
+
+    def test_prompts_need_something(self):
+        with pytest.raises(ValueError, match="boxes, points: got None twice"):
+            Prompts(None, None, None, None)
+
+
+class TestImageMasks:
+    @pytest.mark.parametrize("size", [(21, 30), (5, 3), (8, 16)])
+    def test_packing_keeps_the_four_levels(self, size):
+        logits, _ = random_masks(size=size)
+        expected = np.array(LEVELS)[np.digitize(logits.numpy(), [-2, 0, 2], right=True)]
+        masks = packed_masks(size=size)
+        assert masks.packed.dtype == torch.uint8
+        assert masks.packed.shape == (9, math.ceil(size[0] * size[1] / 4))
+        np.testing.assert_allclose(masks.probs().numpy(), expected, atol=1e-6)
+
+    def test_points_are_in_the_middle_of_cells_no_closer_than_16_pixels(self):
+        points = point_grid((360, 480), (768, 1024), 24)
+        assert len(points) == 24 * 18
+        assert points[0].tolist() == pytest.approx([1024 / 48, 768 / 36])
+        assert points[1, 0] > points[0, 0]
+        assert len(point_grid((256, 256), (256, 256), 24)) == 16 * 16
+        assert len(point_grid((5, 400), (13, 1024), 24)) == 24
+
+    def test_what_is_kept_is_good_sorted_and_unlike_the_rest(self, random_sam):
+        image = blobs()[0]
+        embedding = random_sam.embed([image])[0]
+        masks = generate_masks(random_sam, embedding, (48, 60), 24)
+        assert (masks.pred_iou > 0.7).all()
+        assert (masks.pred_iou.diff() <= 0).all()
+
+    def test_duplicates_and_bad_masks_go(self):
+        logits, pred_iou = random_masks(6, seed=3)
+        logits = 10 * logits  # stable
+        logits = torch.cat([logits, logits + 0.01, -torch.ones_like(logits[:1])])
+        pred_iou = 0.75 + 0.2 * torch.cat([pred_iou, pred_iou.flip(0), torch.tensor([1.0])])
+        pred_iou[2] = 0.69
+        stability = calculate_stability_score(logits, 0, 1.0)
+        kept = _best(ImageMasks(_pack(logits), pred_iou, (21, 30)), stability)
+
+        inside = torch.nn.functional.avg_pool2d((logits > 0).float(), 2, ceil_mode=True) > 0.5
+        expected = []
+        for index in pred_iou.argsort(descending=True).tolist():
+            good = pred_iou[index] > 0.7 and stability[index] > 0.7
+            if good and all(_iou(inside[index], inside[other]) <= 0.8 for other in expected):
+                expected.append(index)
+        assert 0 < len(expected) <= 6
+        assert torch.equal(kept.pred_iou, pred_iou[expected])
+        assert torch.equal(kept.packed, _pack(logits[expected]))
+
+    def test_no_good_mask_is_no_mask(self):
+        logits, pred_iou = random_masks()
+        masks = _best(ImageMasks(_pack(logits), 0 * pred_iou, (21, 30)), torch.ones(9))
+        assert len(masks) == 0
+        assert masks.probs().shape == (0, 21, 30)
+
+
+def _iou(a, b):
+    return (a & b).sum() / max((a | b).sum(), 1)
+
+
+class TestSupport:
+    def test_image_masks_support_their_purest_class(self):
+        masks, probs = packed_masks(), random_probs()
+        support, votes = Support.of_image(masks, probs)
+
+        small = torch.nn.functional.interpolate(probs[None], (21, 30), mode="bilinear")[0].numpy()
+        expected = np.zeros((4, 21, 30))
+        for mask, pred_iou in zip(masks.probs().numpy(), masks.pred_iou.numpy(), strict=True):
+            means = [(mask * small[c]).sum() / mask.sum() for c in range(4)]
+            c = int(np.argmax(means))
+            expected[c] = np.maximum(expected[c], pred_iou * means[c] ** 2 * mask)
+        np.testing.assert_allclose(support.classes.numpy(), expected, atol=1e-5)
+
+        for x, y, c in [(0.5, 0.5, 0), (0.99, 0.01, 3), (0.2, 0.7, 1)]:
+            at = masks.probs()[:, int(y * 21), int(x * 30)] > 0.5
+            holding = masks.pred_iou[at & (votes.classes == c)]
+            best = votes.at(torch.tensor([[x, y]]), torch.tensor([c]))
+            assert best.item() == (holding.max().item() if len(holding) else 0)
+
+    def test_rejected_regions_stand_for_themselves_and_nan_for_nothing(self):
+        mask_probs = torch.full((2, 4, 6), 0.5)
+        mask_probs[0, 0, 0] = float("nan")
+        own = torch.zeros(3, 2, 3)
+        own[2, 1, 1] = 1
+        support = Support.of_regions(mask_probs, torch.tensor([1, 0]), 3, own)
+        assert support.classes[1, 0, 0] == 0
+        assert (support.classes[0] == 0.5).all()
+        assert support.classes[2].sum() == 4
+        assert support.inside.max() == 0.5
+
+    def test_a_class_keeps_its_floor_and_pixels_without_support_their_probabilities(self):
+        probs = random_probs()
+        classes = torch.zeros(4, 42, 60)
+        classes[1, :20] = 0.6
+        refined, covered = Support(classes, (classes[1] > 0).float()).apply(probs, 0.05)
+        torch.testing.assert_close(refined[:, 25:], probs[:, 25:])
+        weighted = probs[:, :15] * torch.tensor([0.05, 0.65, 0.05, 0.05]).view(4, 1, 1)
+        torch.testing.assert_close(refined[:, :15], weighted / weighted.sum(0))
+        assert torch.equal(covered, classes[1] > 0)
+
+    def test_a_permutation_of_the_classes_permutes_the_result(self):
+        masks, probs, order = packed_masks(), random_probs(), torch.tensor([2, 0, 3, 1])
+        image = blobs(size=(42, 60))[0]
+
+        def refine(maps):
+            refined, _ = Support.of_image(masks, maps)[0].apply(maps, 0.05)
+            return smooth(refined, image, 4.0, 2)
+
+        torch.testing.assert_close(refine(probs[order]), refine(probs)[order])
+
+
+class TestSmoothing:
+    @pytest.mark.parametrize("size", [(20, 34), (19, 3)])
+    def test_it_is_two_rounds_of_mean_field(self, size):
+        probs = random_probs(size=size)
+        image = torch.randint(100, 140, (3, *size), dtype=torch.uint8)
+        height, width = size[0] // 2, size[1] // 2
+        small = probs[:, : 2 * height, : 2 * width].reshape(4, height, 2, width, 2).mean((2, 4))
+        colour = image[:, : 2 * height, : 2 * width].float()
+        colour = colour.reshape(3, height, 2, width, 2).mean((2, 4)) / 10
+        unary = small.clamp(min=1e-4).log()
+        belief = small
+        for _ in range(2):
+            message = torch.zeros_like(belief)
+            for y in range(height):
+                for x in range(width):
+                    total = 1e-3
+                    for dy, dx in [(0, 1), (1, 0), (0, -1), (-1, 0)]:
+                        for radius in (1, 2, 4, 8):
+                            v, u = y + dy * radius, x + dx * radius
+                            if 0 <= v < height and 0 <= u < width:
+                                distance = (colour[:, y, x] - colour[:, v, u]).square().sum()
+                                affinity = math.exp(-0.5 * distance)
+                                total += affinity
+                                message[:, y, x] += affinity * belief[:, v, u]
+                    message[:, y, x] *= 3.0 / total
+            belief = (unary + message).softmax(dim=0)
+        message = torch.nn.functional.interpolate(message[None], size, mode="bilinear")[0]
+        expected = (probs.clamp(min=1e-4).log() + message).softmax(dim=0)
+        torch.testing.assert_close(smooth(probs, image, 3.0, 2), expected, atol=1e-5, rtol=1e-4)
+
+    def test_weight_0_changes_nothing_but_rounding(self):
+        probs = random_probs().clamp(min=1e-3)
+        probs = probs / probs.sum(0)
+        torch.testing.assert_close(smooth(probs, blobs(size=(42, 60))[0], 0.0, 2), probs)
+
+
+class TestRefiner:
+    @pytest.mark.parametrize("preset", ["default", "fast"])
+    def test_what_comes_back_is_complete(self, random_sam, preset):
+        image, probs = blobs()
+        out = Refiner(random_sam, RefineConfig.preset(preset, min_region_area=1))(image, probs)
+        torch.testing.assert_close(out.probs.sum(0), torch.ones(48, 60))
+        assert torch.equal(out.labels, out.probs.argmax(0))
+        assert len(out.regions) > 0
+        assert [r.accepted for r in out.regions] == [r.pred_iou > 0.5 for r in out.regions]
+        assert len(out.pred_iou) == int(out.regions.accepted.sum())
+
+    def test_no_masks_no_change(self, random_sam, monkeypatch):
+        image, probs = blobs()
+        decode = random_sam.decode_multimask
+
+        def hopeless(embedding, prompts):
+            logits, pred_iou = decode(embedding, prompts)
+            return logits, 0 * pred_iou
+
+        monkeypatch.setattr(random_sam, "decode_multimask", hopeless)
+        out = Refiner(random_sam)(image, probs)
+        assert torch.equal(out.probs, probs)
+        assert torch.equal(out.labels, probs.argmax(0))
+        assert not out.covered.any()
+        assert not out.regions.accepted.any()
+
+    @pytest.mark.parametrize("regions_too", [False, True])
+    def test_a_cached_image_asks_sam_nothing_again(self, random_sam, monkeypatch, regions_too):
+        config = RefineConfig.preset("default", prompt_regions=regions_too, min_region_area=1)
+        refiner = Refiner(random_sam, config, cache="memory")
+        image, probs = blobs()
+        first = refiner(image, probs)
+        uncached = Refiner(random_sam, config)(image, probs)
+        monkeypatch.setattr(random_sam, "embed", lambda _: pytest.fail("embedded again"))
+        monkeypatch.setattr(
+            random_sam, "decode_multimask", lambda *_: pytest.fail("asked about points again")
+        )
+        if not regions_too:
+            monkeypatch.setattr(random_sam, "decode", lambda *_: pytest.fail("decoded"))
+        again = refiner(image, probs)
+        assert torch.equal(first.probs, again.probs)
+        assert (first.labels != uncached.labels).float().mean() < 0.02
+        assert refiner.cache.stats.misses == 1 + regions_too
+
+    def test_cached_masks_depend_on_the_decoder_and_the_grid(self, random_sam):
+        image, probs = blobs()
+        cache = Refiner(random_sam, cache="memory").cache
+
+        def misses(**fields):
+            before = cache.stats.misses
+            Refiner(random_sam, RefineConfig.preset("default", **fields), cache=cache)(image, probs)
+            return cache.stats.misses - before
+
+        assert misses() == 1
+        assert misses() == 0
+        assert misses(points_per_side=2) == 1
+        weight = random_sam.module.mask_decoder.iou_token.weight
+        kept = weight.clone()
+        try:
+            weight.add_(0.01)
+            assert misses() == 1
+        finally:
+            weight.copy_(kept)
+
+    def test_unknown_labels_change_only_under_a_mask(self, random_sam):
+        image, probs = blobs()
+        labels = probs.argmax(0)
+        labels[:, :30] = 255
+        out = Refiner(random_sam, RefineConfig.preset("default", min_region_area=1))(
+            image, probs, labels
+        )
+        unknown = labels == 255
+        assert torch.equal(out.labels == 255, unknown & ~out.covered)
+
+    def test_a_model_without_multimask_is_prompted_by_regions(self, random_sam):
+        class Plain:
+            def __init__(self, sam):
+                self.module, self.name, self.device = sam.module, "plain", sam.device
+                self.image_size, self.mask_size = sam.image_size, sam.mask_size
+                self.input_hw, self.mask_hw, self.upscale = sam.input_hw, sam.mask_hw, sam.upscale
+                self.embed, self.decode = sam.embed, sam.decode
+
+        plain = Plain(random_sam)
+        assert isinstance(random_sam, MultimaskPromptable)
+        with pytest.warns(UserWarning, match="plain, which has no decode_multimask"):
+            refiner = Refiner(plain)
+        assert refiner.config == RefineConfig.preset("fast")
+        image, probs = blobs()
+        expected = Refiner(random_sam, RefineConfig.preset("fast"))(image, probs)
+        assert torch.equal(refiner(image, probs).labels, expected.labels)
