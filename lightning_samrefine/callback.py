@@ -156,11 +156,6 @@ class SAMRefineCallback(Callback):
         make_cache(cache, cache_gb)  # refuses what it cannot make
         check_count("every_n_epochs", every_n_epochs)
         check_count("trimap_width", trimap_width)
-        check_count("panels", panels, least=0)
-        check_count("panels_every_n_epochs", panels_every_n_epochs)
-        check_count("panels_width", panels_width, least=200)
-        if not isinstance(report, bool | str | Path):
-            raise TypeError(f"report: got {report!r}, accepted is True, False or a path")
         if max_batches is not None:
             check_count("max_batches", max_batches)
         if ignore_index is not None and not isinstance(ignore_index, int):
@@ -177,12 +172,7 @@ class SAMRefineCallback(Callback):
         self.every_n_epochs = every_n_epochs
         self.max_batches = max_batches
         self.trimap_width = trimap_width
-        self.presenter = Presenter(
-            panels,
-            panels_every_n_epochs,
-            panels_width,
-            Path(report) if isinstance(report, str) else report,
-        )
+        self.presenter = Presenter(panels, panels_every_n_epochs, panels_width, report)
         self.history: list[dict[str, Any]] = []
         self.adapter = BatchAdapter(
             image_key=image_key,
@@ -321,8 +311,7 @@ class SAMRefineCallback(Callback):
         adapter = self._attachment.bind(self.adapter, self.num_classes, pl_module)
         num_classes = adapter.num_classes
         device = trainer.strategy.root_device
-        names = self.class_names or list(map(str, range(num_classes)))
-        names = safe_names(names, trainer.loggers)
+        names = safe_names(self.class_names or map(str, range(num_classes)), trainer.loggers)
         self._evaluation = _Evaluation(
             ScoresCapture(pl_module, num_classes),
             # New ones each time: metric states from an epoch under inference_mode could not be

@@ -282,8 +282,8 @@ class ComparisonResult:
         scores = {}
         for side in SIDES:
             scores[side] = matrix_scores(self.matrices[side][-1], self.ignore_index)
-            scores[side]["boundary_iou"] = boundary_iou(self.borders[side])
-            scores[side]["boundary_f1"] = boundary_f1(self.borders[side])
+            scores[side]["boundary_iou"] = boundary_iou(self.borders[side], self.ignore_index)
+            scores[side]["boundary_f1"] = boundary_f1(self.borders[side], self.ignore_index)
         return scores
 
     @cached_property

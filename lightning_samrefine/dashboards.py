@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ _KEPT = re.compile(r"[^\w .-]")
 _KEPT_ASCII = re.compile(r"[^A-Za-z0-9_ .-]")
 
 
-def safe_names(class_names: Sequence[str], loggers: Sequence[Logger] = ()) -> list[str]:
+def safe_names(class_names: Iterable[str], loggers: Sequence[Logger] = ()) -> list[str]:
     """Make names that every logger of a run keeps apart.
 
     A class's figures are logged under one name to all loggers. Characters that one of them would

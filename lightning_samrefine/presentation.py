@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 
+from lightning_samrefine.arguments import check_count
 from lightning_samrefine.charts import draw_class_bars, draw_reliability
 from lightning_samrefine.comparison import ComparisonResult
 from lightning_samrefine.dashboards import rasterise, show_pictures
@@ -59,15 +60,24 @@ class Presenter:
         panels_width: Their width in pixels.
         report: Where the report goes: a path, True for ``report.html`` in the Trainer's log folder,
             False for none.
+
+    Raises:
+        TypeError: An argument of a wrong type.
+        ValueError: A number that is too small.
     """
 
     def __init__(
-        self, panels: int, panels_every_n_epochs: int, panels_width: int, report: bool | Path
+        self, panels: int, panels_every_n_epochs: int, panels_width: int, report: bool | str | Path
     ) -> None:
+        check_count("panels", panels, least=0)
+        check_count("panels_every_n_epochs", panels_every_n_epochs)
+        check_count("panels_width", panels_width, least=200)
+        if not isinstance(report, bool | str | Path):
+            raise TypeError(f"report: got {report!r}, accepted is True, False or a path")
         self.panels = panels
         self.panels_every_n_epochs = panels_every_n_epochs
         self.panels_width = panels_width
-        self.report = report
+        self.report = Path(report) if isinstance(report, str) else report
         self._sections: dict[tuple[str, str], ReportSection] = {}
 
     def emptied(self) -> Presenter:

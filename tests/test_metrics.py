@@ -182,6 +182,18 @@ def test_a_perfect_prediction_scores_one_whatever_is_ignored(case):
         assert (values[~values.isnan()] == 1).all(), name
 
 
+def test_a_class_that_is_ignored_is_in_no_mean():
+    target = torch.zeros(12, 12, dtype=torch.int64)
+    target[:6] = 1
+    target[:, :2] = 2  # ignored
+    raw = target.clone()
+    raw[8:, 6:] = 2  # and predicted where it is not
+    figures = compared((3, 2, raw, target, target))
+    for name in ("boundary_iou", "boundary_f1", "iou", "dice", "recall"):
+        assert figures.scores["raw"][name][2].isnan(), name
+    assert figures.figures()["boundary_iou_refined"] == 1
+
+
 def test_more_classes_than_a_word_and_a_byte_hold():
     generator = torch.Generator().manual_seed(0)
     for num_classes in (130, 300):

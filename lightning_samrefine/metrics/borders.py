@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_samrefine.metrics.bands import KnownLabels, window_reduce
+from lightning_samrefine.metrics.confusion import unscored
 
 # Cheng et al., Boundary IoU, CVPR 2021, section 5; Csurka et al., BMVC 2013, section 2.
 BOUNDARY_IOU_DISTANCE = 0.02
@@ -126,7 +127,7 @@ def border_distances(height: int, width: int) -> tuple[int, int]:
     )
 
 
-def boundary_iou(counts: Tensor) -> Tensor:
+def boundary_iou(counts: Tensor, ignore_index: int | None = None) -> Tensor:
     """Return |(G_d ∩ G) ∩ (P_d ∩ P)| / |(G_d ∩ G) ∪ (P_d ∩ P)| of every class.
 
     Cheng et al., *Boundary IoU: Improving Object-Centric Image Segmentation Evaluation*, CVPR 2021,
@@ -135,15 +136,17 @@ def boundary_iou(counts: Tensor) -> Tensor:
 
     Args:
         counts: (7, C) int64 of `BorderCounts`.
+        ignore_index: A class that is not scored, where it is in [0, C).
 
     Returns:
         (C,) float64 in [0, 1], NaN for a class without a band on either side.
     """
     shared = counts[_SHARED]
-    return shared.double() / (counts[_TRUE_BAND] + counts[_BAND] - shared).double()
+    iou = shared.double() / (counts[_TRUE_BAND] + counts[_BAND] - shared).double()
+    return unscored(iou, ignore_index)
 
 
-def boundary_f1(counts: Tensor) -> Tensor:
+def boundary_f1(counts: Tensor, ignore_index: int | None = None) -> Tensor:
     """Return the harmonic mean of the precision and the recall of every class's edge.
 
     Csurka et al., *What is a good evaluation measure for semantic segmentation?*, BMVC 2013: an
@@ -152,6 +155,7 @@ def boundary_f1(counts: Tensor) -> Tensor:
 
     Args:
         counts: (7, C) int64 of `BorderCounts`.
+        ignore_index: A class that is not scored, where it is in [0, C).
 
     Returns:
         (C,) float64 in [0, 1]; 0 where only one side has an edge, NaN where neither has.
@@ -160,4 +164,4 @@ def boundary_f1(counts: Tensor) -> Tensor:
     recall = counts[_TRUE_FOUND].double() / counts[_TRUE_EDGE].clamp(min=1)
     f1 = 2 * precision * recall / (precision + recall)
     nowhere = (counts[_EDGE] == 0) & (counts[_TRUE_EDGE] == 0)
-    return f1.nan_to_num(0.0).masked_fill(nowhere, math.nan)
+    return unscored(f1.nan_to_num(0.0).masked_fill(nowhere, math.nan), ignore_index)

@@ -155,7 +155,7 @@ def class_iou(matrix: Tensor, ignore_index: int | None = None) -> Tensor:
     """
     hits, true, predicted = class_totals(matrix)
     iou = hits.double() / (true + predicted - hits).double()
-    return _unscored(iou, ignore_index)
+    return unscored(iou, ignore_index)
 
 
 def matrix_scores(matrix: Tensor, ignore_index: int | None = None) -> dict[str, Tensor]:
@@ -174,8 +174,8 @@ def matrix_scores(matrix: Tensor, ignore_index: int | None = None) -> dict[str, 
     """
     hits, true, predicted = (totals.double() for totals in class_totals(matrix))
     iou = class_iou(matrix, ignore_index)
-    dice = _unscored(2 * hits / (true + predicted), ignore_index)
-    recall = _unscored(hits / true, ignore_index)
+    dice = unscored(2 * hits / (true + predicted), ignore_index)
+    recall = unscored(hits / true, ignore_index)
     return {
         "iou": iou,
         "dice": dice,
@@ -202,7 +202,13 @@ def class_totals(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hits, matrix.sum(dim=-1), matrix[..., :num_classes].sum(dim=-2)
 
 
-def _unscored(scores: Tensor, ignore_index: int | None) -> Tensor:
+def unscored(scores: Tensor, ignore_index: int | None) -> Tensor:
+    """Overwrite the score of the class that is not scored, where it is in [0, C), with NaN.
+
+    Args:
+        scores: (C,) float.
+        ignore_index: See `ConfusionMatrix`.
+    """
     if ignore_index is not None and 0 <= ignore_index < len(scores):
         scores[ignore_index] = math.nan
     return scores

@@ -94,10 +94,8 @@ class Gallery:
             return
         try:
             self._add(name, image, raw, refined, target, regions, found)
-        except OSError as error:  # a full disk must not end the run
-            self._broken = True
-            message = f"the report shows no image from {name} on ({error})"
-            warnings.warn(f"SAMRefineCallback: {message}", RuntimeWarning, stacklevel=2)
+        except OSError as error:
+            self._give_up(name, error)
 
     def _add(
         self,
@@ -193,11 +191,20 @@ class Gallery:
     def absorb(self, exported: dict[str, Any]) -> None:
         """Add what another process exported."""
         self.images_seen += exported["images_seen"]
-        for worth, name, text in exported["images"]:
-            self._keep_text(self._images, worth, name, text, self.max_images)
-        for kind, entries in exported["regions"].items():
-            for worth, name, text in entries:
-                self._keep_text(self._regions[kind], worth, name, text, MAX_REGIONS)
+        try:
+            for worth, name, text in exported["images"]:
+                self._keep_text(self._images, worth, name, text, self.max_images)
+            for kind, entries in exported["regions"].items():
+                for worth, name, text in entries:
+                    self._keep_text(self._regions[kind], worth, name, text, MAX_REGIONS)
+        except OSError as error:
+            self._give_up("another process", error)
+
+    def _give_up(self, name: str, error: OSError) -> None:
+        """Keep what there is: a full disk must not end the run."""
+        self._broken = True
+        message = f"the report shows no image from {name} on ({error})"
+        warnings.warn(f"SAMRefineCallback: {message}", RuntimeWarning, stacklevel=3)
 
     def close(self) -> None:
         """Give the disk's space back."""
