@@ -43,16 +43,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5000, help="of the memory run")
     parser.add_argument("--seconds", type=int, default=600, help="of fuzzing")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in args.parts:
         with tempfile.TemporaryDirectory() as folder:
-            results[part] = PARTS[part](args, Path(folder))
-        print(part, json.dumps({k: v for k, v in results[part].items() if k != "rss_mib"}))
+            figures = PARTS[part](args, Path(folder))
+        print(part, json.dumps({k: v for k, v in figures.items() if k != "rss_mib"}), flush=True)
+        results = stored() | {part: figures}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    results = stored()
     if "memory" in results:
         draw(results["memory"])
     if results.keys() == PARTS.keys():
         PAGE.write_text(page(results))
+
+
+def stored() -> dict[str, Figures]:
+    """Return what the parts counted so far."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def kills(args: argparse.Namespace, folder: Path) -> Figures:
@@ -218,7 +224,8 @@ def page(results: Mapping[str, Figures]) -> str:
         (
             f"distributed layouts against one process ({by_strategy}): {layout['figures']} figures "
             f"of {layout['processes']} processes, bit for bit, with images that fail or have no "
-            "region on one process",
+            f"region on one process; {layout['predicted_files']} files predicted with sharded "
+            "weights",
             layout["layouts"],
             "0 differ, 0 hang",
         ),

@@ -20,6 +20,7 @@ from lightning_samrefine.manifest import (
     Contents,
     Journal,
     Row,
+    file_columns,
     holds,
     journal_files,
     manifest_bytes,
@@ -126,6 +127,25 @@ class OutputFolder:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+    def write_prediction(self, row: Row, labels: bytes, probs: bytes | None) -> Row:
+        """Write an image's files.
+
+        Args:
+            row: What its row of the manifest says but for the files.
+            labels: The label map's PNG.
+            probs: The probabilities' safetensors, None where none are written.
+
+        Returns:
+            The complete row.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        self.write(self.labels(row["stem"]), labels)
+        if probs is not None:
+            self.write(self.probs(row["stem"]), probs)
+        return {**row, **file_columns("labels", labels), **file_columns("probs", probs)}
 
     def is_whole(self, row: Row) -> bool:
         """Whether an image's files are there and hold what was written: size and checksum."""

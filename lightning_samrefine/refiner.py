@@ -47,6 +47,8 @@ class Refiner:
     On CUDA the CPU waits for an image three times, however many regions it has: for the range of
     its probabilities, for its label map on the working grid, and for SAM's predicted IoUs. A
     cache adds the image itself where that is on the GPU, and an embedding that is to be kept.
+    Where memory runs out, the model is asked for half as many prompts or images at once, from then
+    on; only one prompt or image that does not fit raises.
 
     Args:
         sam: The model, as `load_sam` returns it. It decides the device.

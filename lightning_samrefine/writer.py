@@ -32,7 +32,7 @@ from lightning_samrefine.batch_search import batch_size
 from lightning_samrefine.capture import ScoresCapture
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.images import RgbConverter
-from lightning_samrefine.manifest import Contents, Journal, file_columns
+from lightning_samrefine.manifest import Contents, Journal
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.output_folder import OutputFolder
 from lightning_samrefine.precision import autocast_dtype
@@ -394,30 +394,14 @@ class SAMRefineWriter(BasePredictionWriter):
         if self.probs is not None:
             full = raw_probs if refinement is None else refinement.completed_probs(raw_probs)
             probs = storable_probs(full, self.probs)
-        regions = None if refinement is None else refinement.regions
-        row = {
-            "stem": stem,
-            "image": image,
-            "height": labels.shape[0],
-            "width": labels.shape[1],
-            "regions": 0 if regions is None else len(regions),
-            "left_out": 0 if regions is None else regions.left_out,
-            "accepted": 0 if regions is None else int(regions.accepted.sum()),
-            "pred_iou": [] if regions is None else regions.pred_iou.tolist(),
-            "failed": refinement is None,
-        }
+        row = _row(stem, image, labels.shape, refinement)
         self.counts.written += 1
-        self.counts.failed += refinement is None
+        self.counts.failed += row["failed"]
         files, journal = self._files, self._writing.journal
 
         def write() -> None:
-            content: bytes | None = label_png(labels)
-            files.write(files.labels(stem), content)
-            row.update(file_columns("labels", content))
-            content = None if probs is None else probs_safetensors(probs)
-            if content is not None:
-                files.write(files.probs(stem), content)
-            journal.add({**row, **file_columns("probs", content)})
+            stored_probs = None if probs is None else probs_safetensors(probs)
+            journal.add(files.write_prediction(row, label_png(labels), stored_probs))
 
         self._writing.background.put(write)
 
@@ -466,6 +450,24 @@ class SAMRefineWriter(BasePredictionWriter):
         if self._attached is not None:
             self._attached.release()
         self._attached = self._writing = None
+
+
+def _row(
+    stem: str, image: str, image_hw: Sequence[int], refinement: Refinement | None
+) -> dict[str, Any]:
+    """Return an image's row of the manifest, but for its files."""
+    regions = None if refinement is None else refinement.regions
+    return {
+        "stem": stem,
+        "image": image,
+        "height": image_hw[0],
+        "width": image_hw[1],
+        "regions": 0 if regions is None else len(regions),
+        "left_out": 0 if regions is None else regions.left_out,
+        "accepted": 0 if regions is None else int(regions.accepted.sum()),
+        "pred_iou": [] if regions is None else regions.pred_iou.tolist(),
+        "failed": regions is None,
+    }
 
 
 def _hashes(provenance: Provenance) -> dict[str, str]:
