@@ -30,6 +30,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from segment_anything import SamPredictor, sam_model_registry
+from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
 from benchmarks.literal_algorithm4 import SAMREFINER_DIR, SamRefiner, refine_by_class
@@ -155,6 +156,43 @@ def measure_encoders(sam: SamPromptable, costs: Costs) -> None:
         costs["transformers SamModel, bf16 autocast"].append(under(dtype, peer))
     costs["ours, float32"].append(under(None, sam._encode))
     costs["ours, bf16 autocast"].append(under(dtype, sam._encode))
+    if isinstance(encoder, ImageEncoderViT):
+        for name, kind in (("float32", torch.float32), ("bf16", dtype)):
+            products = _matrix_products(encoder, kind, device)
+            costs[f"floor: its matrix products alone, {name}"].append(seconds(device, products))
+
+
+def _matrix_products(
+    encoder: ImageEncoderViT, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """Return a run of all matrix products that an encoder cannot do without, on random numbers.
+
+    What lies beyond this on a machine is copies, additions, softmax and norms.
+    """
+    side = encoder.img_size // encoder.patch_embed.proj.stride[0]
+    dim, tokens = encoder.pos_embed.shape[-1], side * side
+    x = torch.randn(tokens, dim, device=device, dtype=dtype)
+    wide = torch.randn(tokens, 4 * dim, device=device, dtype=dtype)
+    weight = torch.randn(dim, 4 * dim, device=device, dtype=dtype)
+    attention = []
+    for block in encoder.blocks:
+        heads = block.attn.num_heads
+        keys = block.window_size**2 or tokens
+        # Windows at the edges hold fewer queries, yet padding counts among their keys.
+        query = torch.randn(heads, min(tokens, 512), dim // heads, device=device, dtype=dtype)
+        key = torch.randn(heads, keys, dim // heads, device=device, dtype=dtype)
+        attention.append((query, key, max(1, tokens // query.shape[1])))
+
+    def run() -> None:
+        for query, key, parts in attention:
+            torch.mm(x, weight[:, : 3 * dim])
+            torch.mm(x, weight[:, :dim])
+            torch.mm(x, weight)
+            torch.mm(wide, weight.T)
+            for _ in range(parts):
+                torch.bmm(torch.bmm(query, key.mT), key)
+
+    return run
 
 
 def _transformers_encoder(sam: SamPromptable, device: torch.device) -> nn.Module | None:
