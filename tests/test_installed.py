@@ -166,8 +166,8 @@ def test_it_runs_in_lightning_cli(site, tmp_path):
             ],
         }
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    done = call(site, tmp_path, TESTS / "foreign_parts.py", "validate", "--config", "config.yaml")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    done = call(site, tmp_path, TESTS / "foreign_parts.py", "validate", "--config", "run.yaml")
     assert done.returncode == 0, done.stderr
     assert "'val/miou_refined'" in done.stdout
     assert "pred_iou_thresh=0.4" in done.stdout + done.stderr
