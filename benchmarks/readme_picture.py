@@ -21,7 +21,7 @@ from PIL import Image
 PICTURE = Path(__file__).with_name("readme_picture.png")
 REPORT_PICTURE = Path(__file__).with_name("report.png")
 WIDTH = 1000
-REPORT_SIZE = (1100, 1500)
+REPORT_SIZE = (1280, 1500)
 
 
 def main() -> None:
