@@ -180,6 +180,18 @@ TARGETS = {
 }
 
 
+def counting(
+    check: Callable[[Any], None], tried: dict[str, int], name: str
+) -> Callable[[Any], None]:
+    """Return a check that counts its calls."""
+
+    def counted(value: Any) -> None:
+        tried[name] += 1
+        check(value)
+
+    return counted
+
+
 def main() -> None:
     seconds = float(sys.argv[1])
     tried = dict.fromkeys(TARGETS, 0)
@@ -189,14 +201,10 @@ def main() -> None:
             round_number += 1
             for name, fuzz in TARGETS.items():
                 strategy, check = fuzz(Path(folder) / name)
-
-                def count(value: Any, name: str = name, check: Any = check) -> None:
-                    tried[name] += 1
-                    check(value)
-
+                counted = counting(check, tried, name)
                 phases = (Phase.generate, Phase.shrink)
                 one_round = settings(SETTINGS, max_examples=300, phases=phases)
-                seed(round_number)(one_round(given(strategy)(count)))()
+                seed(round_number)(one_round(given(strategy)(counted)))()
     print(json.dumps(tried))
 
 

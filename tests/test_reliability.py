@@ -1,4 +1,4 @@
-"""Memory stays where it is, however many images are predicted."""
+"""Memory stays where it is, however many images are predicted; the page is up to date."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks.reliability import predict_many
+from benchmarks import reliability
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
 def test_memory_does_not_grow_with_the_images(tmp_path):
     # benchmarks/RELIABILITY.md has it over 5,000 images.
-    figures = predict_many(240, every=20, folder=str(tmp_path / "out"))
+    figures = reliability.predict_many(240, every=20, folder=str(tmp_path / "out"))
     assert figures["written"] == 240
     assert figures["growth"] < 0.03
+
+
+def test_the_page_shows_what_was_counted():
+    assert reliability.PAGE.read_text() == reliability.page(reliability.stored())
