@@ -56,8 +56,10 @@ class Refiner:
 
     Attributes:
         cache: The `EmbeddingCache`, None where nothing is kept.
-        config: As given; for a model without ``decode_multimask`` the preset ``"default"`` turns
-            into ``"fast"``, with a warning.
+        config: As given, but regions are prompted instead of points where the model cannot
+            answer points: ``"default"`` turns into ``"fast"`` for a model without
+            ``decode_multimask``, with a warning, and into ``"fast"`` with mask prompts for one
+            whose ``answers_points`` is False, such as the tiny SAM of the demo.
 
     Raises:
         TypeError: ``sam`` is no `Promptable`, ``config`` no `RefineConfig`, ``cache`` no cache.
@@ -355,9 +357,12 @@ class Refiner:
 
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
-    """Return the thresholds, without image-driven masks where a model cannot make them."""
-    if not config.points_per_side or isinstance(sam, MultimaskPromptable):
+    """Return the thresholds, with region prompts instead of points where a model needs it."""
+    has_method = isinstance(sam, MultimaskPromptable)
+    if not config.points_per_side or (has_method and getattr(sam, "answers_points", True)):
         return config
+    if has_method:
+        return replace(config, points_per_side=0, prompt_regions=True)
     warnings.warn(
         f"points_per_side: got {config.points_per_side} for {sam.name}, which has no "
         "decode_multimask; its regions are prompted instead, as preset 'fast' does",
