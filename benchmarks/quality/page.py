@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 
 from benchmarks.camvid.data import CLASS_NAMES
 from benchmarks.quality.counts import Frames, interval, ious, miou, shared
 
+CHOICES = Path(__file__).parent / "choices.md"  # what was tried on val, by hand
 RAW, DEFAULT = "raw", "`default`"
 TITLES = {
     "full": "ESPNet at 480x360",
@@ -42,7 +44,7 @@ def quality_page(counts: Mapping[str, Mapping[str, Frames]], names: Sequence[str
         if key in counts:
             parts += [f"## {title}", "", *_table(counts[key], names), ""]
             parts += [*_classes(counts[key]), ""]
-    return "\n".join(parts)
+    return "\n".join(parts) + CHOICES.read_text(encoding="utf-8")
 
 
 def _table(methods: Mapping[str, Frames], names: Sequence[str]) -> list[str]:
