@@ -41,7 +41,8 @@ class Refiner:
     SAM runs without gradients under an autocast of its own; thresholds and fusion are float32.
     On CUDA the CPU waits for an image three times, however many regions it has: for the range of
     its probabilities, for its label map on the working grid, and for SAM's predicted IoUs.
-    Image-driven masks add their classes, and two waits where they are made. A cache adds the image itself where that is on the GPU, and an embedding that is to be kept.
+    Image-driven masks add their classes, and two waits where they are made. A cache adds the
+    image itself where that is on the GPU, and an embedding that is to be kept.
 
     Args:
         sam: The model, as `load_sam` returns it. It decides the device.
