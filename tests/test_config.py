@@ -47,7 +47,7 @@ def test_a_bad_value_is_refused_by_name(field, value, error):
 
 
 def test_unknown_preset_and_field_are_refused():
-    with pytest.raises(ValueError, match="'algoritm4', accepted are .*'best', 'default', 'fast'"):
+    with pytest.raises(ValueError, match=r"'algoritm4', accepted are .*'best', 'default', 'fast'"):
         RefineConfig.preset("algoritm4")
     with pytest.raises(TypeError, match=r"no field iou_thresh; its fields are .*pred_iou_thresh"):
         RefineConfig.preset("default", iou_thresh=0.3)
