@@ -61,7 +61,8 @@ class EmbeddingCache:
         kind: ``"memory"`` for this process and run, ``"disk"`` for a folder that processes and
             runs share.
         gb: Limit in 10⁹ bytes, beyond which what was used longest ago is removed; 4 in memory and
-            20 on disk where None. An embedding of SAM is 4 MB in float32 and 2 MB in bf16.
+            20 on disk where None. An embedding of SAM is 4 MB in float32 and 2 MB in bf16,
+            and so are the image-driven masks that are kept in its place.
         folder: The folder on disk, `default_folder` where None.
 
     Raises:

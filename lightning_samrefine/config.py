@@ -15,7 +15,7 @@ class RefineConfig:
 
     The defaults are those of Algorithm 4 with the confidence gate off; they are the preset
     ``algorithm4``. What it does not have (``points_per_side``, ``soft_floor``, ``smoothing``) is
-    off, and on in the presets ``default`` and ``fast``.
+    off, and on in the other presets.
 
     Attributes:
         score_thresh: τ_c in [0, 1). Pixels whose largest probability is below it belong to no
@@ -114,10 +114,11 @@ class RefineConfig:
         """Build a named configuration, with single fields replaced.
 
         Args:
-            name: ``"algorithm4"`` (the seed's algorithm to the pixel), ``"default"`` (the best
-                measured: image-driven masks, soft fusion, smoothing), ``"fast"`` (at most one
-                prompt a region, soft fusion, smoothing) or ``"strict"`` (Algorithm 4 with fewer
-                changes: only sure regions, and masks of which SAM is sure).
+            name: ``"algorithm4"`` (the seed's algorithm to the pixel); ``"fast"`` (at most one
+                prompt a region, soft fusion, smoothing); ``"default"`` (image-driven masks instead,
+                which a cache keeps); ``"best"`` (both, the largest gain and the highest cost);
+                ``"strict"`` (Algorithm 4 with fewer changes: only sure regions, and masks of which
+                SAM is sure).
             **overrides: Fields of `RefineConfig`.
 
         Raises:
@@ -145,6 +146,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "min_region_area": 16,
             "max_regions": 500,
             "prompt_regions": False,
+            "points_per_side": 24,
+            "soft_floor": 0.05,
+            "smoothing": 4.0,
+        },
+        "best": {
+            "min_region_area": 16,
+            "max_regions": 500,
+            "mask_prompts": False,
             "points_per_side": 24,
             "soft_floor": 0.05,
             "smoothing": 4.0,

@@ -18,7 +18,9 @@ class Region:
         box: XYXY in image pixels, exclusive ends.
         point: The positive click, (x, y) in image pixels.
         score: Mean raw probability of the class over the region, in [0, 1].
-        pred_iou: SAM's predicted IoU.
+        pred_iou: SAM's predicted IoU. Where regions are not prompted, that of the best
+            image-driven mask which lies on the point and supports the region's class; 0 without
+            one.
         accepted: Whether ``pred_iou`` passed the threshold.
     """
 
@@ -41,7 +43,7 @@ class Regions:
         boxes: (N, 4) float32 XYXY in image pixels, exclusive ends, clipped to the image.
         points: (N, 2) float32 XY in image pixels.
         scores: (N,) float32 in [0, 1], mean raw probability over the region.
-        pred_iou: (N,) float32, SAM's predicted IoU.
+        pred_iou: (N,) float32, SAM's predicted IoU, see `Region`.
         accepted: (N,) bool, ``pred_iou`` above the threshold.
         masks: (N, h, w) bool on SAM's device, the mask that SAM answered with at its own low
             resolution, cropped to the part of the frame that the image fills. None where SAM was
@@ -81,6 +83,9 @@ class Refinement:
 
     Tensors are on the device of the raw prediction. N counts the accepted regions.
 
+    With a ``soft_floor`` (every preset but ``algorithm4``) the probabilities of every pixel sum to
+    1 and ``labels`` may change anywhere: under no mask by smoothing alone.
+
     Attributes:
         labels: (H, W) int64, S'.
         probs: (C, H, W) float32, L' to the letter: 0 for every class where a pixel is neither
@@ -88,6 +93,7 @@ class Refinement:
             accepted at all.
         covered: (H, W) bool, Σ_c L'_c > 0 as step 10 leaves it: some accepted mask lies on the
             pixel. A covered pixel inside a rejected region still keeps its raw label (step 11).
+            With a ``soft_floor``: some mask, image-driven or of an accepted region, lies on it.
         pred_iou: (N,) float32, Q.
         boxes: (N, 4) float32 XYXY in image pixels, exclusive ends, B'.
         classes: (N,) int64 in [0, C).

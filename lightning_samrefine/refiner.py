@@ -45,10 +45,11 @@ class Refiner:
 
     SAM runs without gradients under an autocast of its own; thresholds and fusion are float32.
     On CUDA the CPU waits for an image three times, however many regions it has: for the range of
-    its probabilities, for its label map on the working grid, and for SAM's predicted IoUs. A
-    cache adds the image itself where that is on the GPU, and an embedding that is to be kept.
-    Where memory runs out, the model is asked for half as many prompts or images at once, from then
-    on; only one prompt or image that does not fit raises.
+    its probabilities, for its label map on the working grid, and for SAM's predicted IoUs.
+    Image-driven masks add their classes, and two waits where they are made. A cache adds the
+    image itself where that is on the GPU, and an embedding that is to be kept. Where memory runs
+    out, the model is asked for half as many prompts or images at once, from then on; only one
+    prompt or image that does not fit raises.
 
     Args:
         sam: The model, as `load_sam` returns it. It decides the device.
@@ -63,8 +64,10 @@ class Refiner:
 
     Attributes:
         cache: The `EmbeddingCache`, None where nothing is kept.
-        config: As given; for a model without ``decode_multimask`` the preset ``"default"`` turns
-            into ``"fast"``, with a warning.
+        config: As given, but regions are prompted instead of points where the model cannot
+            answer points: ``"default"`` turns into ``"fast"`` for a model without
+            ``decode_multimask``, with a warning, and into ``"fast"`` with mask prompts for one
+            whose ``answers_points`` is False, such as the tiny SAM of the demo.
 
     Raises:
         TypeError: ``sam`` is no `Promptable`, ``config`` no `RefineConfig`, ``cache`` no cache.
@@ -349,9 +352,12 @@ class Refiner:
 
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
-    """Return the thresholds, without image-driven masks where a model cannot make them."""
-    if not config.points_per_side or isinstance(sam, MultimaskPromptable):
+    """Return the thresholds, with region prompts instead of points where a model needs it."""
+    has_method = isinstance(sam, MultimaskPromptable)
+    if not config.points_per_side or (has_method and getattr(sam, "answers_points", True)):
         return config
+    if has_method:
+        return replace(config, points_per_side=0, prompt_regions=True)
     warnings.warn(
         f"points_per_side: got {config.points_per_side} for {sam.name}, which has no "
         "decode_multimask; its regions are prompted instead, as preset 'fast' does",

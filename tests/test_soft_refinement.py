@@ -1,6 +1,7 @@
 """Image-driven masks, soft fusion and smoothing: written out naively, and what must hold."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from test_refiner import blobs
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.image_masks import ImageMasks, _best, _pack, generate_masks, point_grid
 from lightning_samrefine.models import MultimaskPromptable, Prompts
+from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.smoothing import smooth
 from lightning_samrefine.support import Support
 
@@ -311,3 +313,10 @@ class TestRefiner:
         image, probs = blobs()
         expected = Refiner(random_sam, RefineConfig.preset("fast"))(image, probs)
         assert torch.equal(refiner(image, probs).labels, expected.labels)
+
+    def test_a_model_that_answers_points_badly_is_prompted_by_regions(self, random_sam):
+        only_regions = SamPromptable(random_sam.module, "regions", answers_points=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            refiner = Refiner(only_regions)
+        assert refiner.config == RefineConfig.preset("fast", mask_prompts=True)

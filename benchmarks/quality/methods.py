@@ -61,8 +61,8 @@ def build_methods(sam: Promptable, cache: EmbeddingCache, device: torch.device) 
         Method("`fast`", preset("fast")),
         Method("`default`", preset("default"), cached=True),
         Method(
-            "`default` and a prompt a region",
-            preset("default", prompt_regions=True, mask_prompts=False),
+            "`best`",
+            preset("best"),
             every=3,
             cached=True,
         ),

@@ -70,6 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
     for index in track(order, description="frames"):
         kept = options.output / f"{options.split}_{index:03d}.pt"
         done: Counts = torch.load(kept, weights_only=False) if kept.exists() else {}
+        todo = {
+            key: [m for m in methods if index % m.every == 0 and m.name not in done.get(key, {})]
+            for key in segmenters
+            if key != "cityscapes" or index % CITYSCAPES_EVERY == 0
+        }
+        if not any(todo.values()):
+            continue
         image, target = frames[index]["image"], frames[index]["mask"]
         with autocast(dtype, sam.device):
             begin = time.process_time()
@@ -77,19 +84,13 @@ def main(arguments: list[str] | None = None) -> None:
             encoder_seconds = time.process_time() - begin
             # Methods are timed without the encoder.
             cache.embed(sam, [image], dtype, lambda _, known=embeddings: known)
-        for key, segmenter in segmenters.items():
-            if key == "cityscapes" and index % CITYSCAPES_EVERY:
-                continue
-            of_inputs = done.setdefault(key, {})
-            todo = [m for m in methods if index % m.every == 0 and m.name not in of_inputs]
-            if todo:
-                probs = segmenter(image[None])[0].softmax(dim=0)
-                for method in todo:
-                    of_inputs[method.name] = {index: _run(method, image, probs, target)}
-                    if method.name == RAW:
-                        of_inputs[RAW][index] = replace(
-                            of_inputs[RAW][index], seconds=encoder_seconds
-                        )
+        for key, waiting in todo.items():
+            probs = segmenters[key](image[None])[0].softmax(dim=0)
+            for method in waiting:
+                counts = _run(method, image, probs, target)
+                if method.name == RAW:
+                    counts = replace(counts, seconds=encoder_seconds)
+                done.setdefault(key, {})[method.name] = {index: counts}
         torch.save(done, kept)
     page = quality_page(_collect(options.output, options.split), [m.name for m in methods])
     options.page.write_text(page, encoding="utf-8")

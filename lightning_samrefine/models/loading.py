@@ -39,6 +39,7 @@ class _Architecture:
     to_module_keys: Callable[[StateDict], StateDict] = lambda state_dict: state_dict
     shipped: str | None = None
     published: RemoteFile | None = None
+    answers_points: bool = True
 
 
 # The digits in the names of segment-anything's files begin their MD5, not their SHA-256.
@@ -49,7 +50,9 @@ _MOBILE_SAM = (
 )
 
 _ARCHITECTURES: Mapping[str, _Architecture] = {
-    "tiny": _Architecture(build_tiny_sam, shipped="weights/tiny_sam.safetensors"),
+    "tiny": _Architecture(
+        build_tiny_sam, shipped="weights/tiny_sam.safetensors", answers_points=False
+    ),
     "vit_t": _Architecture(
         build_sam_vit_t,
         mobile_sam_keys,
@@ -133,13 +136,15 @@ def load_sam(
             "benchmarks.",
             stacklevel=2,
         )
-        return SamPromptable(_build(architecture).to(device), name)
+        return SamPromptable(
+            _build(architecture).to(device), name, answers_points=architecture.answers_points
+        )
     path = _path(name, architecture, checkpoint)
     state_dict = architecture.to_module_keys(_read(path, name))
     module = _build(architecture)
     _check_keys(state_dict, module, path, name)
     module.load_state_dict(state_dict, strict=True)
-    return SamPromptable(module.to(device), name)
+    return SamPromptable(module.to(device), name, answers_points=architecture.answers_points)
 
 
 def _build(architecture: _Architecture) -> Sam:

@@ -119,7 +119,8 @@ def accepts_masks(sam: Promptable) -> bool:
 class MultimaskPromptable(Promptable, Protocol):
     """A `Promptable` that also gives SAM's three masks for an ambiguous prompt, such as a point.
 
-    Image-driven masks need it.
+    Image-driven masks need it. A model that has the method, but answers single points badly, says
+    so with ``answers_points = False``; its regions are prompted instead, masks included.
     """
 
     def decode_multimask(self, embedding: Any, prompts: Prompts) -> tuple[Tensor, Tensor]:

@@ -26,11 +26,14 @@ class SamPromptable:
     Args:
         module: The model; its image encoder has ``img_size``, as all of this family do.
         name: Short name for logs.
+        answers_points: Whether a single point gets masks worth having. False for a model that was
+            trained for whole regions, box, point and mask together.
     """
 
-    def __init__(self, module: Sam, name: str) -> None:
+    def __init__(self, module: Sam, name: str, answers_points: bool = True) -> None:
         self.module = module.eval().requires_grad_(False)
         self.name = name
+        self.answers_points = answers_points
         self._encode = FastImageEncoder(self.module.image_encoder)
         self.image_size = int(module.image_encoder.img_size)
         self.mask_size = int(module.prompt_encoder.mask_input_size[0])
