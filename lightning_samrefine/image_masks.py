@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_samrefine.memory import ChunkSize
 from lightning_samrefine.models.protocol import MultimaskPromptable, Prompts
 
 # Raise this when the masks of an image change by more than rounding.
@@ -61,7 +62,11 @@ class ImageMasks:
 
 
 def generate_masks(
-    sam: MultimaskPromptable, embedding: Any, image_hw: tuple[int, int], points_per_side: int
+    sam: MultimaskPromptable,
+    embedding: Any,
+    image_hw: tuple[int, int],
+    points_per_side: int,
+    at_once: ChunkSize | None = None,
 ) -> ImageMasks:
     """Prompt a grid of points and keep the good masks, each once.
 
@@ -73,13 +78,17 @@ def generate_masks(
         image_hw: (H, W) of the image.
         points_per_side: Points along the longer side, fewer where they would come closer than 16
             pixels; the shorter side gets them at the same spacing.
+        at_once: Remembers how many points memory allows.
     """
     height, width = mask_hw = sam.mask_hw(image_hw)
     points = point_grid(image_hw, sam.input_hw(image_hw), points_per_side).to(sam.device)
     size = _CPU_PROMPTS if sam.device.type == "cpu" else _GPU_PROMPTS
     packed, pred_iou, stability = [], [], []
-    for chunk in points.split(size):
-        logits, ious = sam.decode_multimask(embedding, Prompts(None, chunk, None, None))
+
+    def ask(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return sam.decode_multimask(embedding, Prompts(None, points[start:stop], None, None))
+
+    for _, _, (logits, ious) in (at_once or ChunkSize()).run(len(points), size, ask):
         logits = logits[..., :height, :width].flatten(0, 1)
         stability.append(_stability(logits))
         packed.append(_pack(logits))

@@ -236,7 +236,8 @@ class Refiner:
             found = []
             for image in chosen:
                 size = (image.shape[1], image.shape[2])
-                masks = generate_masks(sam, known[id(image)], size, side)
+                asked = known[id(image)], size, side
+                masks = generate_masks(sam, *asked, self._prompts_at_once)
                 found.append((masks.packed, masks.pred_iou))
             return found
 

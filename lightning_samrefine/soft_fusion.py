@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -32,7 +34,8 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
         refined, covered = support.apply(refined, config.soft_floor)
         if not config.prompt_regions:
             points, classes = regions.relative_points(), torch.from_numpy(regions.classes)
-            pred_iou = votes.at(points.to(probs.device), classes.to(probs.device)).cpu()
+            found, masks = votes.at(points.to(probs.device), classes.to(probs.device))
+            pred_iou, answers = found.cpu(), replace(answers, masks=masks)
     accepted = pred_iou.numpy() > acceptance_thresholds(config, regions.classes)
     table = region_table(answers, pred_iou, accepted, config.stride)
     if config.prompt_regions and accepted.any():

@@ -111,21 +111,24 @@ class MaskVotes:
     classes: Tensor
     pred_iou: Tensor
 
-    def at(self, points: Tensor, classes: Tensor) -> Tensor:
-        """Return the best predicted IoU of a mask that supports a class at a point.
+    def at(self, points: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the mask of the best predicted IoU that supports a class at a point.
 
         Args:
             points: (N, 2) float XY in [0, 1), fractions of the image's sides.
             classes: (N,) int64.
 
         Returns:
-            (N,) float32, 0 where there is no such mask.
+            Its predicted IoU, (N,) float32, and the mask, (N, h_n, w_n) bool; 0 and nothing where
+            there is no such mask.
         """
         height, width = self.mask_probs.shape[1:]
         x = (points[:, 0] * width).long().clamp(0, width - 1)
         y = (points[:, 1] * height).long().clamp(0, height - 1)
         holds = (self.mask_probs[:, y, x] > 0.5) & (self.classes[:, None] == classes)
-        return (holds * self.pred_iou[:, None]).amax(dim=0)
+        pred_iou, best = (holds * self.pred_iou[:, None]).max(dim=0)
+        masks = self.mask_probs[best] > 0.5
+        return pred_iou, masks & (pred_iou > 0)[:, None, None]
 
 
 def _largest_by_class(

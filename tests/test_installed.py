@@ -123,7 +123,7 @@ def test_the_group_holds_the_presets_and_the_callbacks_arguments():
     assert sorted(path.stem for path in group.glob("*.yaml")) == sorted(PRESETS)
     own = OmegaConf.load(group / "callback" / "sam_refine.yaml")
     commands = OmegaConf.load(ROOT / "configs" / "callback" / "sam_refine.yaml")
-    differing = {"sam", "checkpoint", "ignore_index", "panels"}
+    differing = {"sam", "checkpoint", "ignore_index", "panels", "report"}
     assert set(own) == set(commands) | differing
     assert {k: v for k, v in own.items() if k not in differing} == {
         k: v for k, v in commands.items() if k not in differing

@@ -152,8 +152,11 @@ class TestSupport:
         for x, y, c in [(0.5, 0.5, 0), (0.99, 0.01, 3), (0.2, 0.7, 1)]:
             at = masks.probs()[:, int(y * 21), int(x * 30)] > 0.5
             holding = masks.pred_iou[at & (votes.classes == c)]
-            best = votes.at(torch.tensor([[x, y]]), torch.tensor([c]))
+            best, found = votes.at(torch.tensor([[x, y]]), torch.tensor([c]))
             assert best.item() == (holding.max().item() if len(holding) else 0)
+            assert found[0, int(y * 21), int(x * 30)] == (len(holding) > 0)
+            chosen = masks.probs()[masks.pred_iou == best] > 0.5
+            assert torch.equal(found, chosen) if len(holding) else not found.any()
 
     def test_rejected_regions_stand_for_themselves_and_nan_for_nothing(self):
         mask_probs = torch.full((2, 4, 6), 0.5)
