@@ -65,7 +65,7 @@ class RefineConfig:
             _check_count("max_prompts_per_batch", self.max_prompts_per_batch, "or None")
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> RefineConfig:
+    def preset(cls, name: str, /, **overrides: Any) -> RefineConfig:
         """Build a named configuration, with single fields replaced.
 
         Args:
