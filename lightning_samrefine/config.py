@@ -110,7 +110,7 @@ class RefineConfig:
         )
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> RefineConfig:
+    def preset(cls, name: str, /, **overrides: Any) -> RefineConfig:
         """Build a named configuration, with single fields replaced.
 
         Args:

@@ -76,6 +76,8 @@ def test_unknown_preset_and_field_are_refused():
         RefineConfig.preset("algoritm4")
     with pytest.raises(ValueError, match=r"preset: got \['default'\]"):
         RefineConfig.preset(["default"])
+    with pytest.raises(TypeError, match="no field cls, name"):
+        RefineConfig.preset("default", **{"name": None, "cls": 1})
     with pytest.raises(TypeError, match=r"no field iou_thresh; its fields are .*pred_iou_thresh"):
         RefineConfig.preset("default", iou_thresh=0.3)
 
