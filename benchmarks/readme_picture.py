@@ -87,8 +87,8 @@ def photograph(run: Path, out: Path) -> None:
             browser.save_screenshot(str(out))
         finally:
             browser.quit()
-    with Image.open(out) as picture:
-        picture.convert("RGB").quantize(256).save(out, optimize=True)
+    with Image.open(out) as picture:  # without fewer colours: swatches would change theirs
+        picture.convert("RGB").save(out, optimize=True)
 
 
 if __name__ == "__main__":
