@@ -121,8 +121,8 @@ def test_the_plugin_loads_nothing_heavy(site, tmp_path):
 def test_the_group_holds_the_presets_and_the_callbacks_arguments():
     group = ROOT / "lightning_samrefine" / "searchpath" / "samrefine"
     assert sorted(path.stem for path in group.glob("*.yaml")) == sorted(PRESETS)
-    own = OmegaConf.load(group / "callback" / "sam_refine.yaml")
-    commands = OmegaConf.load(ROOT / "configs" / "callback" / "sam_refine.yaml")
+    files = (group / "callback" / "sam_refine.yaml", ROOT / "configs/callback/sam_refine.yaml")
+    own, commands = (OmegaConf.to_container(OmegaConf.load(file)) for file in files)
     differing = {"sam", "checkpoint", "ignore_index", "panels", "report"}
     assert set(own) == set(commands) | differing
     assert {k: v for k, v in own.items() if k not in differing} == {
@@ -207,7 +207,7 @@ def sweep(site, cwd, folder, *arguments):  # noqa: F811 - the fixture of test_ap
 
 
 def test_the_jobs_of_a_sweep_share_embeddings_and_read_files(site, folder, tmp_path):  # noqa: F811
-    (tmp_path / "mine.yaml").write_text("min_region_area: 2\nclasses: [0, 1]\n")
+    (tmp_path / "mine.yaml").write_text("preset: algorithm4\nmin_region_area: 2\nclasses: [0, 1]\n")
     thresholds = "refine.pred_iou_thresh=0.3,1.0"
     _, embedded = sweep(
         site, tmp_path, folder, f"refine={tmp_path / 'mine.yaml'},strict", thresholds
