@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_samrefine.cache import EmbeddingCache, make_cache
 from lightning_samrefine.class_gate import (
-    acceptance_thresholds,
+    accepted_regions,
     check_classes,
     keep_closed,
     open_regions,
@@ -248,7 +248,7 @@ class Refiner:
         """
         config, probs, labels = self.config, answers.probs, answers.labels
         regions, image_hw = answers.regions, (labels.shape[0], labels.shape[1])
-        accepted = answers.pred_iou.numpy() > acceptance_thresholds(config, regions.classes)
+        accepted = accepted_regions(config, regions.classes, answers.pred_iou)
         table = _table(regions, answers.pred_iou, accepted, config.stride, image_hw)
         table = replace(table, masks=answers.masks)
         if not accepted.any():
