@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lightning_samrefine.answers import Answers, refinement, region_table
-from lightning_samrefine.class_gate import acceptance_thresholds
+from lightning_samrefine.class_gate import accepted_regions
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fusion import MapRefinement
 from lightning_samrefine.models.protocol import Promptable
@@ -22,7 +22,7 @@ def fuse_by_algorithm4(answers: Answers, config: RefineConfig, sam: Promptable) 
         sam: Brings masks to full resolution.
     """
     probs, labels, regions = answers.probs, answers.labels, answers.regions
-    accepted = answers.pred_iou.numpy() > acceptance_thresholds(config, regions.classes)
+    accepted = accepted_regions(config, regions.classes, answers.pred_iou)
     table = region_table(answers, answers.pred_iou, accepted, config.stride)
     if not accepted.any():  # steps 4 and 8
         return refinement(table, labels, probs)

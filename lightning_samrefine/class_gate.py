@@ -45,19 +45,20 @@ def open_regions(regions: GridRegions, classes: Sequence[int] | None) -> GridReg
     return regions.select(np.isin(regions.classes, np.array(classes, dtype=np.int64)))
 
 
-def acceptance_thresholds(config: RefineConfig, classes: np.ndarray) -> np.ndarray:
-    """Return the predicted IoU that each region must exceed (step 8).
+def accepted_regions(config: RefineConfig, classes: np.ndarray, pred_iou: Tensor) -> np.ndarray:
+    """Tell which regions are accepted (step 8).
 
     Args:
         config: Its ``class_pred_iou_thresh`` replaces ``pred_iou_thresh`` class by class.
         classes: (N,) int64, the regions' classes.
+        pred_iou: (N,) float32 on the CPU, SAM's predicted IoUs.
 
     Returns:
-        (N,) float32.
+        (N,) bool.
     """
     own = config.class_pred_iou_thresh or {}
-    values = [own.get(int(c), config.pred_iou_thresh) for c in classes]
-    return np.array(values, dtype=np.float32)
+    thresholds = [own.get(int(c), config.pred_iou_thresh) for c in classes]
+    return pred_iou.numpy() > np.array(thresholds, dtype=np.float32)
 
 
 def keep_closed(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lightning_samrefine.answers import Answers, refinement, region_table
-from lightning_samrefine.class_gate import acceptance_thresholds
+from lightning_samrefine.class_gate import accepted_regions
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.inputs import first_argmax
 from lightning_samrefine.refinement import Refinement
@@ -36,7 +36,7 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
             points, classes = regions.relative_points(), torch.from_numpy(regions.classes)
             found, masks = votes.at(points.to(probs.device), classes.to(probs.device))
             pred_iou, answers = found.cpu(), replace(answers, masks=masks)
-    accepted = pred_iou.numpy() > acceptance_thresholds(config, regions.classes)
+    accepted = accepted_regions(config, regions.classes, pred_iou)
     table = region_table(answers, pred_iou, accepted, config.stride)
     if config.prompt_regions and accepted.any():
         support = _support_of_regions(answers, accepted)

@@ -137,14 +137,19 @@ def test_the_wheel_holds_the_configs_where_the_app_looks(tmp_path):
     subprocess.run([*build, "-w", str(tmp_path), str(ROOT)], check=True, env=environment)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        configs = "lightning_samrefine/configs/"
-        held = {name for name in archive.namelist() if name.startswith(configs)}
+        held = {name for name in archive.namelist() if name.endswith(".yaml")}
+        group = ROOT / "lightning_samrefine" / "searchpath"
         assert held == {
-            f"lightning_samrefine/configs/{path.relative_to(config_dir()).as_posix()}"
-            for path in config_dir().rglob("*.yaml")
+            f"lightning_samrefine/{name}/{path.relative_to(folder).as_posix()}"
+            for name, folder in (("configs", config_dir()), ("searchpath", group))
+            for path in folder.rglob("*.yaml")
         }
         page = {"lightning_samrefine/report/template.html", "lightning_samrefine/report/report.js"}
         assert page <= set(archive.namelist())
+        # Hydra imports every module of hydra_plugins; of ours there is one, and no second copy.
+        plugin = "hydra_plugins/lightning_samrefine_searchpath.py"
+        assert plugin in archive.namelist()
+        assert "lightning_samrefine/hydra_plugin.py" not in archive.namelist()
         archive.extractall(tmp_path / "site")
     # Out of the checkout, without torch: where the unpacked package finds its configs.
     find = "from lightning_samrefine.app import config_dir; print(config_dir())"

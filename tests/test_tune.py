@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 from test_app import CLASSES, composed, execute, folder, overrides  # noqa: F401 - a fixture
 from test_refiner import blobs
 
@@ -114,6 +115,36 @@ def test_an_image_without_finite_scores_stays_raw(random_sam):
 def test_a_wrong_grid_is_refused(values, error, message):
     with pytest.raises(error, match=message):
         Grid(*values)
+
+
+@pytest.mark.data
+def test_cells_are_runs_on_ten_real_frames(data_root):
+    from benchmarks.camvid.data import ESPNET_WEIGHTS, SAM_WEIGHTS, VOID, camvid
+    from benchmarks.camvid.espnet import ESPNetSegmenter
+    from lightning_samrefine import load_sam
+
+    grid = Grid([0.0, 0.5], [8.0], [0.3, 0.8])
+    base = RefineConfig(min_region_area=16)
+    refiner = Refiner(
+        load_sam("vit_t", data_root / SAM_WEIGHTS), base, cache=EmbeddingCache("memory")
+    )
+    sweep = Sweep(grid, base, Scoring(VOID, VOID, trimap_width=3))
+    model = ESPNetSegmenter(data_root / ESPNET_WEIGHTS, resolution="half").eval()
+    frames = camvid(data_root)
+    frames.setup("validate")
+    changed = 0
+    for number, batch in enumerate(frames.val_dataloader()):
+        if number == 10:
+            break
+        with torch.inference_mode():
+            probs = model(batch["image"])[0].softmax(dim=0)
+        image, raw = batch["image"][0], probs.argmax(dim=0)
+        found = sweep.labels(refiner, image, probs, raw)
+        for labels, cell in zip(found, grid.cells, strict=True):
+            single = Refiner(refiner.sam, cell.config(base), cache=refiner.cache)
+            assert torch.equal(labels, single(image, probs).labels)
+            changed += int((labels != raw).sum())
+    assert changed > 10_000
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 Run from the root of the repository: ``python -m benchmarks.camvid.tune``. It tunes as
 ``samrefine task=tune`` does, prints what it expects, and only then looks at the test frames.
+``--judge`` looks at the test frames with what an earlier run wrote.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from lightning_samrefine import RefineConfig, Refiner, load_sam
 from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.data import FolderDataModule
 from lightning_samrefine.models import Promptable
+from lightning_samrefine.refine_files import read_refine
 from lightning_samrefine.tune.callback import TuneCallback
 from lightning_samrefine.tune.choice import class_ious, gain
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
 from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.report import print_tuning, write_tuning
 from lightning_samrefine.tune.rule import Rule
-from lightning_samrefine.tune.task import Tuning, tune
+from lightning_samrefine.tune.task import tune
 
 SCORING = Scoring(num_classes=VOID, ignore_index=VOID, trimap_width=3)
 PRED_IOU_THRESH = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -59,24 +61,31 @@ def main() -> None:
     for key in options.resolution:
         model = ESPNetSegmenter(root / ESPNET_WEIGHTS, resolution=key).eval()
         folder = options.output / key
-        folder.mkdir(parents=True, exist_ok=True)
-        callback = TuneCallback(
-            sam,
-            num_classes=VOID,
-            ignore_index=VOID,
-            class_names=CLASS_NAMES,
-            refine=base,
-            cache=cache,
-        )
-        trainer = Trainer(
-            logger=False, callbacks=[callback], enable_checkpointing=False, accelerator="cpu"
-        )
-        with tempfile.TemporaryDirectory() as temporary:
-            data = every_nth_val_frame(root, options.every, Path(temporary))
-            tuning = tune(trainer, model, data, grid, Rule(margin=options.margin), options.folds)
-        write_tuning(tuning, folder)
-        print_tuning(tuning, folder)
-        Console().print(judge(tuning, root, sam, model, cache, options.every, key))
+        if not options.judge:
+            folder.mkdir(parents=True, exist_ok=True)
+            callback = TuneCallback(
+                sam,
+                num_classes=VOID,
+                ignore_index=VOID,
+                class_names=CLASS_NAMES,
+                refine=base,
+                cache=cache,
+            )
+            trainer = Trainer(
+                logger=False, callbacks=[callback], enable_checkpointing=False, accelerator="cpu"
+            )
+            rule = Rule(margin=options.margin)
+            with tempfile.TemporaryDirectory() as temporary:
+                data = every_nth_val_frame(root, options.every, Path(temporary))
+                tuning = tune(trainer, model, data, grid, rule, options.folds)
+            write_tuning(tuning, folder)
+            print_tuning(tuning, folder)
+        configs = {
+            options.preset: base,
+            "best cell": read_refine(folder / "best_cell.yaml"),
+            "calibrated": read_refine(folder / "tuned.yaml"),
+        }
+        Console().print(judge(configs, root, sam, model, cache, options.every, key))
 
 
 def every_nth_val_frame(root: Path, every: int, folder: Path) -> FolderDataModule:
@@ -90,7 +99,7 @@ def every_nth_val_frame(root: Path, every: int, folder: Path) -> FolderDataModul
 
 @torch.inference_mode()
 def judge(
-    tuning: Tuning,
+    configs: dict[str, RefineConfig],
     root: Path,
     sam: Promptable,
     model: ESPNetSegmenter,
@@ -98,13 +107,7 @@ def judge(
     every: int,
     key: str,
 ) -> Table:
-    """Refine every n-th test frame uncalibrated and calibrated, and tabulate the gains."""
-    configs = {
-        "preset": tuning.base,
-        "best cell": tuning.cell_config,
-        "gate alone": tuning.choice.config(tuning.grid, tuning.base),
-        "calibrated": tuning.config,
-    }
+    """Refine every n-th test frame with each configuration, and tabulate the gains."""
     counts = GridCounts(SCORING, len(configs))
     data = camvid(root)
     data.setup("test")
@@ -145,6 +148,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--mask-prompt-scale", type=float, nargs="+", default=[2.0, 4.0, 8.0, 16.0])
     parser.add_argument("--margin", type=float, default=0.0, help="see tune.margin of samrefine")
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--judge", action="store_true", help="do not tune again")
     parser.add_argument("--every", type=int, default=1, help="every n-th frame of val and test")
     parser.add_argument("--resolution", nargs="+", choices=RESOLUTIONS, default=list(RESOLUTIONS))
     parser.add_argument(

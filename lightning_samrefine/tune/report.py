@@ -80,7 +80,7 @@ def draw_surface(tuning: Tuning) -> Figure:
     """Draw the gain of every cell, in points: a row a pair, a column a ``pred_iou_thresh``."""
     grid, ious = tuning.grid, tuning.grid.pred_iou_thresh
     gains = _gains(tuning).reshape(len(grid.pairs), len(ious))
-    height, width = 1.6 + 0.32 * len(grid.pairs), 3.2 + 0.62 * len(ious)
+    height, width = 1.8 + 0.32 * len(grid.pairs), 3.2 + 0.62 * len(ious)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     limit = max(np.abs(gains).max(), 1e-9)
@@ -100,7 +100,7 @@ def draw_surface(tuning: Tuning) -> Figure:
     axes.set_xticks(range(len(ious)), [f"{iou:g}" for iou in ious])
     axes.set_yticks(range(len(grid.pairs)), [f"{s:g}, {m:g}" for s, m in grid.pairs])
     axes.set_xlabel("pred_iou_thresh")
-    axes.set_ylabel("score_thresh, mask_prompt_scale")
+    axes.set_ylabel("score_thresh,\nmask_prompt_scale")
     name = _NAMES[tuning.rule.objective]
     axes.set_title(f"gain in {name} on {len(tuning.counts)} images, in points", fontsize=10)
     figure.colorbar(image)

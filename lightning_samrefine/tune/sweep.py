@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.adapter import RefineInputs
+from lightning_samrefine.class_gate import accepted_regions
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.refiner import Refiner
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
@@ -63,9 +64,14 @@ class Sweep:
         for score_thresh, scale in self.grid.pairs:
             config = replace(self.base, score_thresh=score_thresh, mask_prompt_scale=scale)
             (answers,) = _with(refiner, config).ask([image], [probs], [raw])
+            # Fusing depends on the threshold by the accepted regions alone, often the same ones.
+            fused: dict[bytes, Tensor] = {}
             for iou in self.grid.pred_iou_thresh:
-                fusing = _with(refiner, replace(config, pred_iou_thresh=iou))
-                found.append(fusing.fuse(answers).labels)
+                fusing = replace(config, pred_iou_thresh=iou)
+                accepted = accepted_regions(fusing, answers.regions.classes, answers.pred_iou)
+                if (key := accepted.tobytes()) not in fused:
+                    fused[key] = _with(refiner, fusing).fuse(answers).labels
+                found.append(fused[key])
         return found
 
 

@@ -1,0 +1,54 @@
+"""Thresholds from a YAML file, in Python and on the command line."""
+
+import pytest
+from hydra.core.config_store import ConfigStore
+
+from lightning_samrefine.arguments import parse_refine
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.refine_files import read_refine, with_refine_files
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_what_a_file_leaves_out_is_the_default(tmp_path):
+    path = write(tmp_path / "mine.yaml", "classes: [2, 0]\nclass_pred_iou_thresh: {2: 0.7}\n")
+    expected = RefineConfig.preset("default", classes=(0, 2), class_pred_iou_thresh={2: 0.7})
+    assert read_refine(path) == expected
+    assert parse_refine(path) == expected
+    path = write(tmp_path / "strict.yml", "preset: strict\nstride: 4\n")
+    assert parse_refine(path) == RefineConfig.preset("strict", stride=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("pred_iou_tresh: 0.7", TypeError, r"refine=\S+mine.yaml: RefineConfig has no field pred"),
+        ("stride: half", TypeError, r"refine=\S+mine.yaml: stride: got 'half' of type str"),
+        ("- 1", ValueError, r"refine: got \S+mine.yaml, accepted is a mapping"),
+        (None, FileNotFoundError, r"refine: no file \S+mine.yaml"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, text, error, message):
+    path = tmp_path / "mine.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(error, match=message):
+        with_refine_files(["task=test", f"refine={path}"])
+
+
+def test_files_become_options_and_other_arguments_stay(tmp_path):
+    first = write(tmp_path / "tuned.yaml", "stride: 3")
+    (tmp_path / "other").mkdir()
+    second = write(tmp_path / "other" / "tuned.yaml", "stride: 5")
+    arguments = ["-m", f"refine={first},strict,{second}", "refine.stride=2", "data=folder"]
+    found = with_refine_files(arguments)
+    assert [found[0], *found[2:]] == ["-m", "refine.stride=2", "data=folder"]
+    one, strict, two = found[1].removeprefix("refine=").split(",")
+    assert strict == "strict"
+    strides = [
+        ConfigStore.instance().load(f"refine/{name}.yaml").node.stride for name in (one, two)
+    ]
+    assert strides == [3, 5]
