@@ -222,3 +222,10 @@ def test_one_image_is_too_few(folder, tmp_path):  # noqa: F811
     values = overrides(folder, *SMALL, "trainer.limit_val_batches=1")
     with pytest.raises(Exception, match="got 1 images from the validation loader, accepted are at"):
         run(composed(tmp_path, *values))
+
+
+def test_thresholds_without_influence_are_not_tried():
+    grid = Grid([0.0, 0.5], [4.0, 8.0], [0.3, 0.6])
+    assert grid.acting_on(RefineConfig.preset("algorithm4")) == grid
+    assert grid.acting_on(RefineConfig.preset("fast")) == Grid([0.0, 0.5], [8.0], [0.3, 0.6])
+    assert grid.acting_on(RefineConfig.preset("default")) == Grid([0.0], [8.0], [0.5])

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_samrefine.adapter import RefineInputs
 from lightning_samrefine.callback import SAMRefineCallback
+from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.refiner import Refiner
 from lightning_samrefine.tune.counts import Scoring
 
@@ -28,6 +29,11 @@ class TuneCallback(SAMRefineCallback):
     """
 
     visitor: Callable[[Scoring], Visitor] | None = None
+
+    @property
+    def acting_config(self) -> RefineConfig:
+        """What refines: ``refine_config``, or what stands in for it with SAM as it is."""
+        return self._attachment.refiner.refiner.config
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

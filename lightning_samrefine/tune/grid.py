@@ -51,6 +51,17 @@ class Grid:
         for field in fields(self):
             object.__setattr__(self, field.name, _values(field.name, getattr(self, field.name)))
 
+    def acting_on(self, base: RefineConfig) -> Grid:
+        """Return the grid without thresholds that change nothing, those of ``base`` in their place.
+
+        Where regions are not prompted none of the three has a part in the fusion, and without mask
+        prompts their scale has none.
+        """
+        idle = set() if base.mask_prompts else {"mask_prompt_scale"}
+        if not base.prompt_regions:
+            idle = {field.name for field in fields(self)}
+        return replace(self, **{name: (getattr(base, name),) for name in idle})
+
     @property
     def pairs(self) -> list[tuple[float, float]]:
         """The combinations of τ_c and τ_m: SAM is asked once for each."""

@@ -118,12 +118,13 @@ def tune(
     seen: list[Sweep] = []
 
     def start(scoring: Scoring) -> Visitor:
-        seen.append(Sweep(grid, callback.refine_config, scoring))
+        base = callback.acting_config
+        seen.append(Sweep(grid.acting_on(base), base, scoring))
         return seen[-1]
 
     visit(start)
     (sweep,) = seen
-    counts = sweep.counts
+    grid, counts = sweep.grid, sweep.counts
     if len(counts) < 2:
         raise MisconfigurationException(
             f"task=tune: got {len(counts)} images from the validation loader, accepted are at "
