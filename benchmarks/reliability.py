@@ -251,8 +251,9 @@ def _layout_rows(figures: Figures) -> list[Row]:
     by_strategy = ", ".join(f"{n} under {name}" for name, n in figures["by_strategy"].items())
     what = (
         f"distributed layouts against one process ({by_strategy}): {figures['figures']:,} figures "
-        f"of {figures['processes']} processes, bit for bit, with images that fail or have no "
-        f"region on one process; {figures['predicted_files']} files predicted with sharded weights"
+        f"of {figures['processes']} processes, bit for bit (among the processes where "
+        f"`max_batches` counts batches of each), with images that fail or have no region on one "
+        f"process; {figures['predicted_files']} files predicted with sharded weights"
     )
     return [(what, figures["layouts"], "0 differ, 0 hang")]
 
