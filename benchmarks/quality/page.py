@@ -44,7 +44,7 @@ def quality_page(counts: Mapping[str, Mapping[str, Frames]], names: Sequence[str
         if key in counts:
             parts += [f"## {title}", "", *_table(counts[key], names), ""]
             parts += [*_classes(counts[key]), ""]
-    return "\n".join(parts) + CHOICES.read_text(encoding="utf-8")
+    return "\n".join(parts) + "\n" + CHOICES.read_text(encoding="utf-8")
 
 
 def _table(methods: Mapping[str, Frames], names: Sequence[str]) -> list[str]:
