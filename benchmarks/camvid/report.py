@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.camvid.data import CLASS_NAMES, RESOLUTIONS
 from benchmarks.camvid.verify import Verification
 from lightning_samrefine import RefineConfig
+from lightning_samrefine.config import PRESETS
 
 Metrics = Mapping[str, float | None]
 
@@ -84,11 +85,17 @@ def _summary(metrics: Mapping[str, Metrics]) -> str:
 
 
 def _thresholds(config: RefineConfig) -> str:
+    known = next((name for name in PRESETS if config == RefineConfig.preset(name)), None)
+    own = {
+        name: value
+        for name, value in vars(config).items()
+        if value != getattr(RefineConfig(), name)
+    }
+    listed = ", ".join(f"`{name}` {value}" for name, value in own.items())
+    named = f"the preset `{known}`: " if known else ""
     return (
-        f"Thresholds, chosen on val frames alone: `score_thresh` {config.score_thresh}, "
-        f"`mask_prompt_scale` {config.mask_prompt_scale}, `pred_iou_thresh` "
-        f"{config.pred_iou_thresh}, `stride` {config.stride}, `min_region_area` "
-        f"{config.min_region_area}; everything else is the preset `algorithm4`."
+        f"Refined with {named}{listed or 'nothing else'}; everything else is that of "
+        "`algorithm4`. All of it was chosen on val frames alone."
     )
 
 
