@@ -60,12 +60,7 @@ def build_methods(sam: Promptable, cache: EmbeddingCache, device: torch.device) 
         Method("`algorithm4`, `min_region_area` 16", preset("algorithm4", min_region_area=16)),
         Method("`fast`", preset("fast")),
         Method("`default`", preset("default"), cached=True),
-        Method(
-            "`best`",
-            preset("best"),
-            every=3,
-            cached=True,
-        ),
+        Method("`best`", preset("best"), cached=True),
         Method(
             "`default` without smoothing", preset("default", smoothing=0.0), every=9, cached=True
         ),

@@ -8,6 +8,7 @@ from statistics import median
 
 from benchmarks.camvid.data import CLASS_NAMES
 from benchmarks.quality.counts import Frames, interval, ious, miou, shared
+from lightning_samrefine.demo.scenes import CLASS_NAMES as SCENE_CLASSES
 
 CHOICES = Path(__file__).parent / "choices.md"  # what was tried on val, by hand
 RAW, DEFAULT = "raw", "`default`"
@@ -15,6 +16,7 @@ TITLES = {
     "full": "ESPNet at 480x360",
     "half": "ESPNet at 240x176, enlarged",
     "cityscapes": "ESPNet trained on Cityscapes, classes mapped",
+    "scenes": "Procedural scenes, their true labels coarsened 16-fold",
 }
 _PER_CLASS = (RAW, "`algorithm4`, `min_region_area` 16", "`fast`", DEFAULT, "`best`")
 
@@ -43,7 +45,8 @@ def quality_page(counts: Mapping[str, Mapping[str, Frames]], names: Sequence[str
     for key, title in TITLES.items():
         if key in counts:
             parts += [f"## {title}", "", *_table(counts[key], names), ""]
-            parts += [*_classes(counts[key]), ""]
+            names_of_classes = SCENE_CLASSES if key == "scenes" else CLASS_NAMES
+            parts += [*_classes(counts[key], names_of_classes), ""]
     return "\n".join(parts) + "\n" + CHOICES.read_text(encoding="utf-8")
 
 
@@ -73,7 +76,7 @@ def _difference(frames: Frames, others: Frames, what: str = "whole") -> str:
     return f"{gain:+.2f} ({low:+.1f}…{high:+.1f})"
 
 
-def _classes(methods: Mapping[str, Frames]) -> list[str]:
+def _classes(methods: Mapping[str, Frames], class_names: Sequence[str]) -> list[str]:
     names = [name for name in _PER_CLASS if name in methods]
     raw, gains = ious(methods[RAW]), {}
     for name in names:
@@ -83,7 +86,7 @@ def _classes(methods: Mapping[str, Frames]) -> list[str]:
         f"| class | raw IoU | {' | '.join(names[1:])} |",
         "| --- | ---: |" + " ---: |" * (len(names) - 1),
     ]
-    for c, class_name in enumerate(CLASS_NAMES):
+    for c, class_name in enumerate(class_names):
         cells = " | ".join(f"{100 * gains[name][c].item():+.2f}" for name in names[1:])
         lines.append(f"| {class_name} | {100 * raw[c].item():.2f} | {cells} |")
     return lines

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
@@ -33,10 +34,15 @@ from benchmarks.quality.methods import Method, build_methods
 from benchmarks.quality.page import RAW, quality_page
 from lightning_samrefine import load_sam
 from lightning_samrefine.cache import EmbeddingCache
+from lightning_samrefine.demo.scenes import CLASS_NAMES as SCENE_CLASSES
+from lightning_samrefine.demo.scenes import make_scene
 from lightning_samrefine.precision import autocast, autocast_dtype
 
 PAGE = REPOSITORY / "benchmarks" / "QUALITY.md"
 CITYSCAPES_EVERY = 9  # the second segmenter sees every ninth frame
+
+SCENES, SCENES_SEED = 24, 7  # a second data set, with labels where a segmenter would be
+COARSENESS = 16
 
 # inputs → method → frame → counts
 Counts = dict[str, dict[str, dict[int, FrameCounts]]]
@@ -67,17 +73,18 @@ def main(arguments: list[str] | None = None) -> None:
     # Coarse to fine, so that a run that is stopped has seen the whole split.
     order = sorted(range(0, len(frames), options.every), key=lambda i: (i % 9 > 0, i % 3 > 0, i))
     dtype = autocast_dtype("auto", sam.device)
-    for index in track(order, description="frames"):
-        kept = options.output / f"{options.split}_{index:03d}.pt"
+
+    def measure(
+        image: Tensor, target: Tensor, inputs: dict[str, Tensor | None], index: int, kept: Path
+    ) -> None:
+        """Run on one image what was not run on it before; a prediction of None is computed."""
         done: Counts = torch.load(kept, weights_only=False) if kept.exists() else {}
         todo = {
             key: [m for m in methods if index % m.every == 0 and m.name not in done.get(key, {})]
-            for key in segmenters
-            if key != "cityscapes" or index % CITYSCAPES_EVERY == 0
+            for key in inputs
         }
         if not any(todo.values()):
-            continue
-        image, target = frames[index]["image"], frames[index]["mask"]
+            return
         with autocast(dtype, sam.device):
             begin = time.process_time()
             embeddings = sam.embed([image])
@@ -85,16 +92,35 @@ def main(arguments: list[str] | None = None) -> None:
             # Methods are timed without the encoder.
             cache.embed(sam, [image], dtype, lambda _, known=embeddings: known)
         for key, waiting in todo.items():
-            probs = segmenters[key](image[None])[0].softmax(dim=0)
+            probs = inputs[key]
+            if probs is None:
+                probs = segmenters[key](image[None])[0].softmax(dim=0)
             for method in waiting:
                 counts = _run(method, image, probs, target)
                 if method.name == RAW:
                     counts = replace(counts, seconds=encoder_seconds)
                 done.setdefault(key, {})[method.name] = {index: counts}
         torch.save(done, kept)
-    page = quality_page(_collect(options.output, options.split), [m.name for m in methods])
+
+    for index in track(order, description="frames"):
+        keys = [k for k in segmenters if k != "cityscapes" or index % CITYSCAPES_EVERY == 0]
+        kept = options.output / f"{options.split}_{index:03d}.pt"
+        measure(frames[index]["image"], frames[index]["mask"], dict.fromkeys(keys), index, kept)
+    for index in range(0 if options.split == "val" else SCENES):
+        scene = make_scene(SCENES_SEED, index)
+        inputs = {"scenes": coarsened(scene.labels)}
+        measure(scene.image, scene.labels, inputs, index, options.output / f"scene_{index:03d}.pt")
+    counts = _collect(options.output, options.split)
+    page = quality_page(counts, [method.name for method in methods])
     options.page.write_text(page, encoding="utf-8")
     print(page, f"Written to {options.page}", sep="\n")
+
+
+def coarsened(labels: Tensor) -> Tensor:
+    """Blur true labels (H, W), sides multiples of `COARSENESS`, to (C, H, W) probabilities."""
+    truth = F.one_hot(labels, len(SCENE_CLASSES)).permute(2, 0, 1)[None].float()
+    coarse = F.avg_pool2d(truth, COARSENESS)
+    return F.interpolate(coarse, scale_factor=COARSENESS, mode="bilinear")[0]
 
 
 def _run(method: Method, image: Tensor, probs: Tensor, target: Tensor) -> FrameCounts:
@@ -108,7 +134,8 @@ def _run(method: Method, image: Tensor, probs: Tensor, target: Tensor) -> FrameC
 
 def _collect(output: Path, split: str) -> Counts:
     collected: Counts = {}
-    for path in sorted(output.glob(f"{split}_*.pt")):
+    scenes = output.glob("scene_*.pt") if split == "test" else []
+    for path in (*sorted(output.glob(f"{split}_*.pt")), *sorted(scenes)):
         for key, methods in torch.load(path, weights_only=False).items():
             for name, frames in methods.items():
                 collected.setdefault(key, {}).setdefault(name, {}).update(frames)
