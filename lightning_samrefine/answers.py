@@ -24,7 +24,7 @@ class Answers:
         regions: N regions on the working grid.
         low_res_logits: The masks of prompted regions, N maps (m, m) float32; empty where regions
             are not prompted.
-        pred_iou: (N,) float32 on the CPU; empty with it.
+        pred_iou: (N,) float32 on the CPU; 0 where regions are not prompted.
         extents: (N, 2, m) bool, see `lightning_samrefine.upscaling.extents`; None on a GPU.
         masks: (N, h_n, w_n) bool, the masks themselves; None without any.
         image_masks: Masks of the image alone, None where none were asked for.

@@ -281,7 +281,9 @@ class Refiner:
         image_masks: ImageMasks | None,
     ) -> Answers:
         """Steps 5 to 7 for one image; without a region SAM is not asked (step 4)."""
-        asked = Answers(image, probs, labels, regions, [], torch.zeros(0), image_masks=image_masks)
+        asked = Answers(
+            image, probs, labels, regions, [], torch.zeros(len(regions)), image_masks=image_masks
+        )
         config, image_hw = self.config, asked.image_hw
         if len(regions) == 0 or not config.prompt_regions:
             return asked

@@ -229,3 +229,21 @@ def test_thresholds_without_influence_are_not_tried():
     assert grid.acting_on(RefineConfig.preset("algorithm4")) == grid
     assert grid.acting_on(RefineConfig.preset("fast")) == Grid([0.0, 0.5], [8.0], [0.3, 0.6])
     assert grid.acting_on(RefineConfig.preset("default")) == Grid([0.0], [8.0], [0.5])
+
+
+@pytest.mark.parametrize("preset", ["default", "best"])
+def test_image_driven_presets_are_swept_too(random_sam, preset):
+    base = RefineConfig.preset(preset, min_region_area=4)
+    grid = Grid([0.0], [8.0], [0.2, 0.6]).acting_on(base)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8, generator=generator)
+    probs = (
+        torch.rand(3, 8, 10, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    )
+    probs = probs / probs.sum(dim=0)
+    refiner = Refiner(random_sam, base, "32")
+    found = Sweep(grid, base, Scoring(3, 255, 3)).labels(refiner, image, probs, probs.argmax(dim=0))
+    for labels, cell in zip(found, grid.cells, strict=True):
+        assert torch.equal(
+            labels, Refiner(random_sam, cell.config(base), "32")(image, probs).labels
+        )
