@@ -28,6 +28,7 @@ class Answers:
         extents: (N, 2, m) bool, see `lightning_samrefine.upscaling.extents`; None on a GPU.
         masks: (N, h_n, w_n) bool, the masks themselves; None without any.
         image_masks: Masks of the image alone, None where none were asked for.
+        labels_are_argmax: Whether the labels are known to be the argmax of the probabilities.
     """
 
     image: Tensor
@@ -39,6 +40,7 @@ class Answers:
     extents: np.ndarray | None = None
     masks: Tensor | None = None
     image_masks: ImageMasks | None = None
+    labels_are_argmax: bool = False
 
     @property
     def image_hw(self) -> tuple[int, int]:

@@ -200,13 +200,22 @@ class Refiner:
         nothing = [None] * len(chosen)
         embeddings = self._embed(chosen) if config.prompt_regions else nothing
         masks = self._image_masks(chosen, embeddings) if config.points_per_side else nothing
-        asked = dict(zip(prompted, zip(embeddings, masks, strict=True), strict=True))
-        return (
-            self._answers(
-                images[index], *raw[index], regions[index], *asked.get(index, (None,) * 2)
+        known = dict(zip(prompted, zip(embeddings, masks, strict=True), strict=True))
+
+        def asked(i: int) -> Answers:
+            embedding, found = known.get(i, (None, None))
+            bare = Answers(
+                images[i],
+                *raw[i],
+                regions[i],
+                low_res_logits=[],
+                pred_iou=torch.zeros(len(regions[i])),
+                image_masks=found,
+                labels_are_argmax=labels is None,
             )
-            for index in range(len(images))
-        )
+            return self._with_prompts(bare, embedding)
+
+        return (asked(i) for i in range(len(images)))
 
     def _tell_of_left_out(self, regions: Sequence[GridRegions]) -> None:
         worst = max(regions, key=lambda found: found.left_out, default=None)
@@ -271,22 +280,11 @@ class Refiner:
         return self.cache.embed(self.sam, images, dtype, compute, derived)
 
     @torch.no_grad()
-    def _answers(
-        self,
-        image: Tensor,
-        probs: Tensor,
-        labels: Tensor,
-        regions: GridRegions,
-        embedding: Any,
-        image_masks: ImageMasks | None,
-    ) -> Answers:
-        """Steps 5 to 7 for one image; without a region SAM is not asked (step 4)."""
-        asked = Answers(
-            image, probs, labels, regions, [], torch.zeros(len(regions)), image_masks=image_masks
-        )
-        config, image_hw = self.config, asked.image_hw
+    def _with_prompts(self, answers: Answers, embedding: Any) -> Answers:
+        """Ask about the regions (steps 5 to 7); without one SAM is not asked (step 4)."""
+        config, regions, image_hw = self.config, answers.regions, answers.image_hw
         if len(regions) == 0 or not config.prompt_regions:
-            return asked
+            return answers
         prompts = build_prompts(
             regions,
             self.sam,
@@ -299,7 +297,7 @@ class Refiner:
         rows, columns = self.sam.mask_hw(image_hw)
         masks = torch.stack([logits[:rows, :columns] > 0 for logits in low_res_logits])
         return replace(
-            asked,
+            answers,
             low_res_logits=low_res_logits,
             pred_iou=pred_iou,
             extents=mask_extents,

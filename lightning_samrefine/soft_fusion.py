@@ -49,7 +49,8 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     best = first_argmax(refined)
     unknown = (labels < 0) | (labels >= len(probs))
     # Labels that are not the probabilities' argmax stay where the refinement changes nothing.
-    changed = torch.where(unknown, covered, best != first_argmax(probs))
+    raw_best = labels if answers.labels_are_argmax else first_argmax(probs)
+    changed = torch.where(unknown, covered, best != raw_best)
     return refinement(table, torch.where(changed, best, labels), refined, covered)
 
 

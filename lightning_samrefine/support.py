@@ -69,9 +69,10 @@ class Support:
         """
         mask_probs = masks.probs()
         small = F.interpolate(probs[None], masks.mask_hw, mode="bilinear", align_corners=False)[0]
-        area = mask_probs.sum(dim=(1, 2))
-        means = (mask_probs.flatten(1) @ small.flatten(1).T) / area.clamp(min=1e-6)[:, None]
-        purity, classes = means.max(dim=1)
+        # One product gives each class's sum in each mask and, by a plane of ones, its area.
+        planes = torch.cat([small, torch.ones_like(small[:1])]).flatten(1)
+        sums = planes @ mask_probs.flatten(1).T
+        purity, classes = (sums[:-1] / sums[-1].clamp(min=1e-6)).max(dim=0)
         weight = masks.pred_iou * purity**_PURITY_POWER
         support = _largest_by_class(mask_probs, weight, classes, len(probs))
         votes = MaskVotes(mask_probs, classes, masks.pred_iou)

@@ -151,6 +151,7 @@ def test_cells_are_runs_on_ten_real_frames(data_root):
 
 SMALL = [
     "task=tune",
+    "refine=algorithm4",
     "tune.score_thresh=[0.0,0.4]",
     "tune.mask_prompt_scale=[8.0]",
     "tune.pred_iou_thresh=[0.3,0.5,0.7]",
@@ -175,7 +176,7 @@ def test_the_surface_is_that_of_single_runs(folder, tuned, tmp_path):  # noqa: F
     row = surface[4]
     thresholds = ("score_thresh", "mask_prompt_scale", "pred_iou_thresh")
     assert [float(row[name]) for name in thresholds] == [0.4, 8.0, 0.5]
-    values = [f"refine.{name}={row[name]}" for name in thresholds]
+    values = ["refine=algorithm4", *(f"refine.{name}={row[name]}" for name in thresholds)]
     _, metrics = execute(tmp_path, *overrides(folder, *values))
     for name in ("miou_raw", "miou_refined", "trimap_miou_refined"):
         assert float(row[name]) == pytest.approx(metrics[f"val/{name}"], abs=1e-7)
@@ -187,7 +188,7 @@ def test_the_best_cell_runs_again_to_the_digit(folder, tuned, tmp_path):  # noqa
     best = max(float(row["miou_refined"]) for row in rows(out / "surface.csv"))
     fields = asdict(read_refine(out / "best_cell.yaml"))
     values = [f"refine.{name}={value}" for name, value in fields.items() if value is not None]
-    _, metrics = execute(tmp_path, *overrides(folder, *values))
+    _, metrics = execute(tmp_path, *overrides(folder, "refine=algorithm4", *values))
     assert metrics["val/miou_refined"] == pytest.approx(best, abs=1e-7)
 
 
