@@ -440,7 +440,7 @@ class TestArguments:
             ({"class_names": "abc"}, TypeError, "class_names: got 'abc'"),
             ({"class_names": ["a", "b", "a"]}, ValueError, "class_names: got a more than once"),
             ({"ignore_index": "255"}, TypeError, "ignore_index: got '255'"),
-            ({"refine": "best"}, ValueError, "preset: got 'best'"),
+            ({"refine": "bets"}, ValueError, "preset: got 'bets'"),
             ({"refine": {"tau": 1}}, TypeError, "RefineConfig has no field tau"),
             ({"refine": 0.5}, TypeError, "refine: got float"),
             ({"precision": "fp8"}, ValueError, "precision: got 'fp8'"),
