@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_samrefine.adapter import BatchAdapter
+from lightning_samrefine.adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.arguments import (
     check_count,
     check_sam,
@@ -255,16 +255,9 @@ class SAMRefineCallback(Callback):
         if evaluation is None or not self._is_measured(batch_idx):
             return
         inputs = self._attachment.read(batch, outputs, evaluation.capture, dataloader_idx)
-        if trainer.sanity_checking:
-            return
-        loader = evaluation.loaders[dataloader_idx]
-        if inputs is None:
-            loader.lose(batch_size(batch))
-            return
-        inputs = loader.real(inputs)
-        if len(inputs) > 0:
-            names = sample_names(batch, len(inputs), batch_label(trainer, batch_idx))
-            loader.add(inputs, *self._attachment.refiner(inputs), names)
+        if not trainer.sanity_checking:
+            label = batch_label(trainer, batch_idx)
+            self._take(evaluation.loaders[dataloader_idx], inputs, batch, label)
 
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
@@ -328,6 +321,18 @@ class SAMRefineCallback(Callback):
                 for loader in evaluation_dataloaders(trainer)
             ],
         )
+
+    def _take(
+        self, loader: LoaderEvaluation, inputs: RefineInputs | None, batch: Any, label: str
+    ) -> None:
+        """Refine and compare a batch; None for one that could not be read."""
+        if inputs is None:
+            loader.lose(batch_size(batch))
+            return
+        inputs = loader.real(inputs)
+        if len(inputs) > 0:
+            names = sample_names(batch, len(inputs), label)
+            loader.add(inputs, *self._attachment.refiner(inputs), names)
 
     def _report(self, trainer: Trainer, stage: str) -> None:
         """Log the figures of every loader, remember them, and show what they come from."""

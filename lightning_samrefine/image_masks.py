@@ -34,9 +34,6 @@ _LOGIT_STEPS = (-2.0, 0.0, 2.0)
 _LEVELS = (0.0, 0.27, 0.73, 1.0)
 _PER_BYTE = 4
 
-_CPU_PROMPTS = 4  # measured on one core, FP32 and BF16
-_GPU_PROMPTS = 64
-
 
 @dataclass(frozen=True)
 class ImageMasks:
@@ -73,6 +70,7 @@ def generate_masks(
     embedding: Any,
     image_hw: tuple[int, int],
     points_per_side: int,
+    prompts_per_batch: int,
     at_once: ChunkSize | None = None,
 ) -> ImageMasks:
     """Prompt a grid of points and keep the good masks, each once.
@@ -85,17 +83,17 @@ def generate_masks(
         image_hw: (H, W) of the image.
         points_per_side: Points along the longer side, fewer where they would come closer than 16
             pixels; the shorter side gets them at the same spacing.
-        at_once: Remembers how many points memory allows.
+        prompts_per_batch: How many points to decode at once.
+        at_once: Remembers how many of them memory allows.
     """
     height, width = mask_hw = sam.mask_hw(image_hw)
     points = point_grid(image_hw, sam.input_hw(image_hw), points_per_side).to(sam.device)
-    size = _CPU_PROMPTS if sam.device.type == "cpu" else _GPU_PROMPTS
     packed, pred_iou, stability = [], [], []
 
     def ask(start: int, stop: int) -> tuple[Tensor, Tensor]:
         return sam.decode_multimask(embedding, Prompts(None, points[start:stop], None, None))
 
-    for _, _, (logits, ious) in (at_once or ChunkSize()).run(len(points), size, ask):
+    for _, _, (logits, ious) in (at_once or ChunkSize()).run(len(points), prompts_per_batch, ask):
         logits = logits[..., :height, :width].flatten(0, 1)
         stability.append(_stability(logits))
         packed.append(_pack(logits))

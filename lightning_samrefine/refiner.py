@@ -245,8 +245,9 @@ class Refiner:
             found = []
             for image in chosen:
                 size = (image.shape[1], image.shape[2])
-                asked = known[id(image)], size, side
-                masks = generate_masks(sam, *asked, self._prompts_at_once)
+                masks = generate_masks(
+                    sam, known[id(image)], size, side, self._batch_size(), self._prompts_at_once
+                )
                 found.append((masks.packed, masks.pred_iou))
             return found
 
@@ -321,6 +322,9 @@ class Refiner:
             fused = fuse_by_algorithm4(answers, config, self.sam)
         return keep_closed(fused, answers.probs, answers.labels, config.classes)
 
+    def _batch_size(self) -> int:
+        return self.config.max_prompts_per_batch or _prompts_per_batch(self.sam.device)
+
     def _decode(
         self, embedding: Any, prompts: Prompts
     ) -> tuple[list[Tensor], Tensor, np.ndarray | None]:
@@ -331,7 +335,7 @@ class Refiner:
         """
         device = self.sam.device
         logits, ious, masks_extents = [], [], []
-        size = self.config.max_prompts_per_batch or _prompts_per_batch(device)
+        size = self._batch_size()
         with autocast(autocast_dtype(self.precision, device), device):
             for _, _, (chunk_logits, chunk_iou) in self._prompts_at_once.run(
                 len(prompts),

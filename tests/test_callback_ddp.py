@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import ddp_layouts
 import ddp_run
 import pytest
+from scripts import run_script
 
 
 def read(folder: Path, devices: int) -> list[list[dict[str, float]]]:
@@ -53,15 +52,7 @@ def shown(folder: Path) -> list[tuple[list[dict], list[dict]]]:
 
 
 def test_ddp_equals_one_process_on_every_rank(folder, single, tmp_path):
-    done = subprocess.run(
-        [sys.executable, ddp_run.__file__, "ddp", "2", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_script(ddp_run, "ddp", "2", tmp_path)
     assert "sync_dist" not in done.stderr, "Lightning warned that ranks might differ"
     ranks = read(tmp_path, 2)
     assert ranks[0] == ranks[1]
@@ -96,15 +87,7 @@ def test_ddp_spawn_pickles_the_callback(single, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks its processes")
 def test_uneven_layouts_log_what_one_process_logs(tmp_path):
     # All of them are in benchmarks/RELIABILITY.md; these include sharded weights (fully_shard).
-    done = subprocess.run(
-        [sys.executable, ddp_layouts.__file__, str(tmp_path), "short"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_script(ddp_layouts, tmp_path, "short")
     compared = json.loads(done.stdout.splitlines()[-1])
     assert compared["layouts"] == 5
     assert compared["by_strategy"] == {"ddp": 4, "model_parallel": 1}

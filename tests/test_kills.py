@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 
 import kill_trials
 import pytest
+from scripts import run_script
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and a subreaper")
 def test_killed_runs_end_in_the_same_bytes(tmp_path):
     # A few here; benchmarks/RELIABILITY.md has the full count.
-    done = subprocess.run(
-        [sys.executable, kill_trials.__file__, str(tmp_path), "5", "8", "0"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_script(kill_trials, tmp_path, "5", "8", "0")
     trials = json.loads(done.stdout.splitlines()[-1])
     assert trials["random_kills"] == 5
     assert trials["step_kills"] == 8

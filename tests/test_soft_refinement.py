@@ -102,7 +102,7 @@ class TestImageMasks:
     def test_what_is_kept_is_good_sorted_and_unlike_the_rest(self, random_sam):
         image = blobs()[0]
         embedding = random_sam.embed([image])[0]
-        masks = generate_masks(random_sam, embedding, (48, 60), 24)
+        masks = generate_masks(random_sam, embedding, (48, 60), 24, 4)
         assert (masks.pred_iou > 0.7).all()
         assert (masks.pred_iou.diff() <= 0).all()
 

@@ -58,7 +58,7 @@ def test_names_that_no_file_below_the_folder_can_have(name):
 
 @given(st.text())
 def test_whatever_the_text_the_file_lies_below_the_folder(text):
-    root = Path("/root/folder")
+    root = Path("/any/folder")
     try:
         stem = to_stem(text)
     except ValueError:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lightning_samrefine.models.folded_attention import (
     attend_to_image,
-    fold,
+    folded_scores,
     per_head,
     project,
     query_scale,
@@ -213,11 +213,7 @@ class FastMaskDecoder:
 
         attention = layer.cross_attn_token_to_image
         q = project(attention.q_proj, queries + tokens, attention) * query_scale(attention)
-        scores = torch.baddbmm(
-            per_head(q, image.keys).flatten(1, 2),
-            fold(q, attention.k_proj.weight @ last),
-            masks,
-        )
+        scores = folded_scores(q, image.keys, attention.k_proj.weight @ last, masks)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
         heads = weights.unflatten(1, (attention.num_heads, -1))
         from_embedding = per_head(heads, image.values)
@@ -228,11 +224,7 @@ class FastMaskDecoder:
 
         attention = layer.cross_attn_image_to_token
         k = project(attention.k_proj, queries + tokens, attention) * query_scale(attention)
-        scores = torch.baddbmm(
-            per_head(k, image.queries).flatten(1, 2),
-            fold(k, attention.q_proj.weight @ last),
-            masks,
-        )
+        scores = folded_scores(k, image.queries, attention.q_proj.weight @ last, masks)
         weights = softmax_over_tokens(scores, attention)
         # The mask prompt's own share of X rides along as 16 more rows.
         weights = torch.cat([weights, masks], dim=1)
@@ -354,9 +346,7 @@ def _later_layer(
 
     attention = layer.cross_attn_image_to_token
     k = project(attention.k_proj, queries + tokens, attention) * query_scale(attention)
-    scores = torch.baddbmm(
-        per_head(k, pe_queries).flatten(1, 2), fold(k, attention.q_proj.weight), keys.mT
-    )
+    scores = folded_scores(k, pe_queries, attention.q_proj.weight, keys.mT)
     weights = softmax_over_tokens(scores, attention)
     keys = torch.baddbmm(keys, weights.mT, token_outputs(attention, queries))
     return queries, layer.norm4(keys)

@@ -29,13 +29,23 @@ def attend_to_image(attention: Attention, q: Tensor, keys: Tensor, pe_keys: Tens
         (N, P, C).
     """
     q = project(attention.q_proj, q, attention) * query_scale(attention)
-    scores = torch.baddbmm(
-        per_head(q, pe_keys).flatten(1, 2), fold(q, attention.k_proj.weight), keys.mT
-    )
+    scores = folded_scores(q, pe_keys, attention.k_proj.weight, keys.mT)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
     mean = (weights @ keys).unflatten(1, (attention.num_heads, -1))
     value = unfold(mean, attention.v_proj.weight).transpose(1, 2).flatten(2)
     return attention.out_proj(value + attention.v_proj.bias)
+
+
+def folded_scores(x: Tensor, constant: Tensor, weight: Tensor, channels: Tensor) -> Tensor:
+    """Return (N, H · P, T) scores of tokens against the image: x·constant + (x·weight)·channels.
+
+    Args:
+        x: (N, H, P, d), the tokens' side, scaled.
+        constant: (H, d, T), the part of the image's side that the prompts share.
+        weight: (H · d, K), projects the part that they do not share.
+        channels: (N, K, T), that part.
+    """
+    return torch.baddbmm(per_head(x, constant).flatten(1, 2), fold(x, weight), channels)
 
 
 def softmax_over_tokens(scores: Tensor, attention: Attention) -> Tensor:

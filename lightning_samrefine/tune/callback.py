@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_samrefine.adapter import RefineInputs
 from lightning_samrefine.callback import SAMRefineCallback
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.evaluation import LoaderEvaluation
 from lightning_samrefine.refiner import Refiner
 from lightning_samrefine.tune.counts import Scoring
 
@@ -45,19 +46,9 @@ class TuneCallback(SAMRefineCallback):
 
     @override
     @torch.no_grad()
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def _take(
+        self, loader: LoaderEvaluation, inputs: RefineInputs | None, batch: Any, label: str
     ) -> None:
-        evaluation = self._evaluation
-        if evaluation is None or not self._is_measured(batch_idx):
-            return
-        inputs = self._attachment.read(batch, outputs, evaluation.capture, dataloader_idx)
         if inputs is not None:
             self._visit(self._attachment.refiner.refiner, inputs)
 
