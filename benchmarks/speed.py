@@ -41,6 +41,7 @@ from lightning_samrefine import RefineConfig, Refiner, load_sam, refiner
 from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.precision import autocast, autocast_dtype
+from lightning_samrefine.regions import PendingSplit, split_regions
 
 CLASSES = 12
 SIZE = (720, 960)
@@ -106,7 +107,8 @@ def step_clock(own: Refiner, spent: dict[str, float]) -> Iterator[None]:
 
     with (
         patch.object(own, "_embed", timed("encoder", own._embed)),
-        patch.object(refiner, "split_regions", timed("regions", refiner.split_regions)),
+        patch.object(refiner, "begin_split", timed("regions", refiner.begin_split)),
+        patch.object(PendingSplit, "finish", timed("regions", PendingSplit.finish)),
         patch.object(refiner, "build_prompts", timed("prompts", refiner.build_prompts)),
         patch.object(own, "_decode", timed("decoder", own._decode)),
     ):
@@ -161,9 +163,7 @@ def measure_refinements(
 def _official_decoder(sam: SamPromptable, image: Tensor, labels: Tensor, probs: Tensor) -> float:
     """Return the seconds of segment-anything's prompt encoder and decoder, a region at a time."""
     config, image_hw = CONFIG, (image.shape[1], image.shape[2])
-    found = refiner.split_regions(
-        labels, probs, config.score_thresh, config.stride, config.min_region_area
-    )
+    found = split_regions(labels, probs, config.score_thresh, config.stride, config.min_region_area)
     prompts = refiner.build_prompts(
         found, sam, image_hw, config.score_thresh, config.mask_prompt_scale
     )

@@ -1,4 +1,4 @@
-"""Running out of memory: ask the model for less at a time, and remember how much it took."""
+"""How much to ask a model for at a time, and less of it where memory runs out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,28 @@ _MESSAGES = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+
+# Four prompts at once fit a core's cache and beat one, eight and forty (measured, FP32 and BF16).
+_CPU_PROMPTS = 4
+_BYTES_PER_PROMPT = 3e9  # the seed's b_size: one prompt for every 3·10⁹ bytes that are free
+_MAX_PROMPTS = 32
+
+
+def prompts_at_once(device: torch.device) -> int:
+    """Return the seed's b_size on CUDA (step 7), and what suits a cache elsewhere."""
+    if device.type != "cuda":
+        return _CPU_PROMPTS
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(_MAX_PROMPTS, max(1, int(free // _BYTES_PER_PROMPT)))
+
+
+def images_at_once(device: torch.device, count: int) -> int:
+    """Return how many of ``count`` images to split before they are embedded.
+
+    One on CUDA, so that the CPU splits the next while the GPU encodes it; all of them elsewhere,
+    where nothing overlaps and a model may gain from embedding them together.
+    """
+    return 1 if device.type == "cuda" else max(1, count)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,21 +23,16 @@ from lightning_samrefine.class_gate import check_classes, keep_closed, open_regi
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.image_masks import MASKS_VERSION, ImageMasks, generate_masks
 from lightning_samrefine.inputs import check_image_and_probs, checked_labels, first_argmax
-from lightning_samrefine.memory import ChunkSize
+from lightning_samrefine.memory import ChunkSize, images_at_once, prompts_at_once
 from lightning_samrefine.models.protocol import MultimaskPromptable, Promptable, Prompts
 from lightning_samrefine.precision import autocast, autocast_dtype
 from lightning_samrefine.prompts import build_prompts
 from lightning_samrefine.refinement import Refinement
-from lightning_samrefine.regions import GridRegions, split_regions
+from lightning_samrefine.regions import GridRegions, PendingSplit, begin_split
 from lightning_samrefine.soft_fusion import fuse_softly
 from lightning_samrefine.upscaling import extents
 
 _log = logging.getLogger(__name__)
-
-# Four prompts at once fit a core's cache and beat one, eight and forty (measured, FP32 and BF16).
-_CPU_PROMPTS = 4
-_BYTES_PER_PROMPT = 3e9  # the seed's b_size: one prompt for every 3·10⁹ bytes that are free
-_MAX_PROMPTS = 32
 
 
 class Refiner:
@@ -45,7 +40,8 @@ class Refiner:
 
     SAM runs without gradients under an autocast of its own; thresholds and fusion are float32.
     On CUDA the CPU waits for an image three times, however many regions it has: for the range of
-    its probabilities, for its label map on the working grid, and for SAM's predicted IoUs.
+    its probabilities, for its label map on the working grid, which it splits while the GPU encodes
+    the image before it in the batch, and for SAM's predicted IoUs.
     Image-driven masks add their classes, and two waits where they are made. A cache adds the
     image itself where that is on the GPU, and an embedding that is to be kept. Where memory runs
     out, the model is asked for half as many prompts or images at once, from then on; only one
@@ -179,43 +175,63 @@ class Refiner:
             raw.append((image_probs, image_labels))
 
         config = self.config
-        regions = [
-            open_regions(
-                split_regions(
-                    image_labels,
-                    image_probs,
-                    config.score_thresh,
-                    config.stride,
-                    config.min_region_area,
-                    config.max_regions,
-                ),
-                config.classes,
+        # All set out for the CPU before the first is waited for.
+        splits = [
+            begin_split(
+                image_labels,
+                image_probs,
+                config.score_thresh,
+                config.stride,
+                config.min_region_area,
+                config.max_regions,
             )
             for image_probs, image_labels in raw
         ]
+        regions, embeddings = self._split_and_embed(images, splits)
         self._tell_of_left_out(regions)
-        # An image without a region asks SAM nothing, so it is not embedded either (step 4).
-        prompted = [index for index, found in enumerate(regions) if len(found) > 0]
-        chosen = [images[index] for index in prompted]
-        nothing = [None] * len(chosen)
-        embeddings = self._embed(chosen) if config.prompt_regions else nothing
-        masks = self._image_masks(chosen, embeddings) if config.points_per_side else nothing
-        known = dict(zip(prompted, zip(embeddings, masks, strict=True), strict=True))
+        masks: dict[int, ImageMasks] = {}
+        if config.points_per_side:
+            prompted = list(embeddings)
+            chosen = [images[index] for index in prompted]
+            found = self._image_masks(chosen, list(embeddings.values()))
+            masks = dict(zip(prompted, found, strict=True))
 
         def asked(i: int) -> Answers:
-            embedding, found = known.get(i, (None, None))
             bare = Answers(
                 images[i],
                 *raw[i],
                 regions[i],
                 low_res_logits=[],
                 pred_iou=torch.zeros(len(regions[i])),
-                image_masks=found,
+                image_masks=masks.get(i),
                 labels_are_argmax=labels is None,
             )
-            return self._with_prompts(bare, embedding)
+            return self._with_prompts(bare, embeddings.get(i))
 
         return (asked(i) for i in range(len(images)))
+
+    def _split_and_embed(
+        self, images: Sequence[Tensor] | Tensor, splits: Sequence[PendingSplit]
+    ) -> tuple[list[GridRegions], dict[int, Any]]:
+        """Find every image's regions, and embed the images that have one.
+
+        Returns:
+            B regions in order, and by its index the embedding of each image with a region, None
+            where no region is prompted.
+        """
+        regions: list[GridRegions] = []
+        embeddings: dict[int, Any] = {}
+        at_once = images_at_once(self.sam.device, len(splits))
+        for start in range(0, len(splits), at_once):
+            part = range(start, min(start + at_once, len(splits)))
+            regions.extend(open_regions(splits[i].finish(), self.config.classes) for i in part)
+            # An image without a region asks SAM nothing, so it is not embedded either (step 4).
+            prompted = [i for i in part if len(regions[i]) > 0]
+            embedded: list[Any] = [None] * len(prompted)
+            if self.config.prompt_regions:
+                embedded = self._embed([images[i] for i in prompted])
+            embeddings.update(zip(prompted, embedded, strict=True))
+        return regions, embeddings
 
     def _tell_of_left_out(self, regions: Sequence[GridRegions]) -> None:
         worst = max(regions, key=lambda found: found.left_out, default=None)
@@ -323,7 +339,7 @@ class Refiner:
         return keep_closed(fused, answers.probs, answers.labels, config.classes)
 
     def _batch_size(self) -> int:
-        return self.config.max_prompts_per_batch or _prompts_per_batch(self.sam.device)
+        return self.config.max_prompts_per_batch or prompts_at_once(self.sam.device)
 
     def _decode(
         self, embedding: Any, prompts: Prompts
@@ -369,11 +385,3 @@ def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
         stacklevel=3,
     )
     return replace(config, points_per_side=0, prompt_regions=True, mask_prompts=False)
-
-
-def _prompts_per_batch(device: torch.device) -> int:
-    """Return the seed's b_size on CUDA (step 7), and what suits a cache elsewhere."""
-    if device.type != "cuda":
-        return _CPU_PROMPTS
-    free, _ = torch.cuda.mem_get_info(device)
-    return min(_MAX_PROMPTS, max(1, int(free // _BYTES_PER_PROMPT)))

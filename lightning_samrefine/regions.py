@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.geometry import grid_shape
+from lightning_samrefine.transfer import Download
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,22 @@ def split_regions(
     min_region_area: int,
     max_regions: int | None = None,
 ) -> GridRegions:
-    """Find the regions of a raw prediction (ALGORITHM.md steps 1 to 3).
+    """Find the regions of a raw prediction: `begin_split` and `PendingSplit.finish` in one."""
+    return begin_split(labels, probs, score_thresh, stride, min_region_area, max_regions).finish()
 
-    All classes' components are found in one pass over the grid and all regions' distances in
-    another; the rest works on the runs of equal component along the rows. Of CUDA tensors the
-    grid's labels and their probabilities travel to the CPU, pinned, with one synchronisation.
+
+def begin_split(
+    labels: Tensor,
+    probs: Tensor,
+    score_thresh: float,
+    stride: int,
+    min_region_area: int,
+    max_regions: int | None = None,
+) -> PendingSplit:
+    """Begin to find the regions of a raw prediction (ALGORITHM.md steps 1 to 3).
+
+    Of CUDA tensors the grid's labels and their probabilities set out for the CPU, and nothing is
+    waited for: splits of several images can be begun before the first is finished.
 
     Args:
         labels: (H, W) int64, S. Values outside [0, C) are unknown.
@@ -101,30 +113,56 @@ def split_regions(
     own = probs_d.gather(0, labels_d.clamp(max=num_classes - 1)[None])[0]
     # Background is 0 for cc3d and edt, hence the unknown class moves there and the others up.
     shifted = ((labels_d + 1) % (num_classes + 1)).to(torch.int32)
-    grid, own_probs = _to_cpu(shifted, own)
+    return PendingSplit(Download(shifted, own), probs_d, score_thresh, min_region_area, max_regions)
 
-    components, count = cc3d.connected_components(
-        grid.view(np.uint32), connectivity=8, return_N=True, out_dtype=np.uint32
-    )
-    runs = _Runs.of(components)
-    first, area, sums = runs.first(count), runs.area(count), runs.sums(own_probs, count)
-    scores = (sums / np.maximum(area, 1)).astype(np.float32)
-    large = (area >= min_region_area) & (scores > np.float32(score_thresh))
-    ids = 1 + np.flatnonzero(large[1:])
-    found = len(ids)
-    if max_regions is not None and found > max_regions:
-        ids = ids[np.lexsort((first[ids], -area[ids]))[:max_regions]]
-    ids = ids[np.lexsort((first[ids], grid.ravel()[first[ids]]))]
-    return GridRegions(
-        classes=grid.ravel()[first[ids]].astype(np.int64) - 1,
-        boxes=runs.boxes(count)[ids],
-        points=_interior_points(components, runs, count, ids),
-        scores=scores[ids],
-        components=components,
-        component_ids=ids,
-        probs=probs_d,
-        left_out=found - len(ids),
-    )
+
+@dataclass(frozen=True)
+class PendingSplit:
+    """A split that the working grid has still to reach the CPU for; made by `begin_split`.
+
+    Attributes:
+        grid: (h_d, w_d) int32 classes + 1, 0 for unknown, and the class's probability, float32.
+        probs: (C, h_d, w_d) float32, L_d.
+        score_thresh: τ_c.
+        min_region_area: As in `begin_split`.
+        max_regions: The same.
+    """
+
+    grid: Download
+    probs: Tensor
+    score_thresh: float
+    min_region_area: int
+    max_regions: int | None
+
+    def finish(self) -> GridRegions:
+        """Wait for this image's grid, and for nothing after it, and split it on the CPU.
+
+        All classes' components are found in one pass over the grid and all regions' distances in
+        another; the rest works on the runs of equal component along the rows.
+        """
+        grid, own_probs = self.grid.wait()
+        components, count = cc3d.connected_components(
+            grid.view(np.uint32), connectivity=8, return_N=True, out_dtype=np.uint32
+        )
+        runs = _Runs.of(components)
+        first, area, sums = runs.first(count), runs.area(count), runs.sums(own_probs, count)
+        scores = (sums / np.maximum(area, 1)).astype(np.float32)
+        large = (area >= self.min_region_area) & (scores > np.float32(self.score_thresh))
+        ids = 1 + np.flatnonzero(large[1:])
+        found = len(ids)
+        if self.max_regions is not None and found > self.max_regions:
+            ids = ids[np.lexsort((first[ids], -area[ids]))[: self.max_regions]]
+        ids = ids[np.lexsort((first[ids], grid.ravel()[first[ids]]))]
+        return GridRegions(
+            classes=grid.ravel()[first[ids]].astype(np.int64) - 1,
+            boxes=runs.boxes(count)[ids],
+            points=_interior_points(components, runs, count, ids),
+            scores=scores[ids],
+            components=components,
+            component_ids=ids,
+            probs=self.probs,
+            left_out=found - len(ids),
+        )
 
 
 def _downsample(labels: Tensor, probs: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -147,18 +185,6 @@ def _nearest(source: int, target: int, device: torch.device) -> Tensor:
     # In float32, for torch places the pixels by the data's type; it is exact for a side's indices.
     indices = torch.arange(source, dtype=torch.float32, device=device)
     return F.interpolate(indices[None, None], target, mode="nearest")[0, 0].to(torch.int64)
-
-
-def _to_cpu(*tensors: Tensor) -> list[np.ndarray]:
-    """Download tensors together: pinned and asynchronous on CUDA, with a single wait."""
-    device = tensors[0].device
-    if device.type != "cuda":
-        return [tensor.cpu().numpy() for tensor in tensors]
-    pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-    for target, tensor in zip(pinned, tensors, strict=True):
-        target.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(device).synchronize()
-    return [target.numpy() for target in pinned]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from lightning_samrefine import RefineConfig, Refiner
+from lightning_samrefine import RefineConfig, Refiner, regions
+from lightning_samrefine import refiner as refiner_module
 from lightning_samrefine.precision import autocast_dtype
+from lightning_samrefine.transfer import Download
 
 
 @pytest.fixture
@@ -157,3 +159,83 @@ def test_bf16_changes_few_labels_and_a_surrounding_autocast_none(random_sam):
     mixed = Refiner(random_sam, precision="bf16-mixed")(image, probs)
     assert mixed.probs.dtype == torch.float32
     assert (mixed.labels != exact.labels).float().mean() < 0.1
+
+
+# --- the order of the work on a GPU, played through on the CPU ---
+
+
+@pytest.fixture
+def events(refiner, monkeypatch):
+    """What a batch of three makes happen, in order; the second image has no region."""
+    happened = []
+
+    class Recorded(Download):
+        def __init__(self, *tensors):
+            super().__init__(*tensors)
+            self.number = sum(name == "enqueue" for name, _ in happened)
+            happened.append(("enqueue", self.number))
+
+        def wait(self):
+            happened.append(("wait", self.number))
+            return super().wait()
+
+    def embed(images):
+        happened.append(("embed", tuple(int(image[0, 0, 0]) for image in images)))
+        return type(refiner.sam).embed(refiner.sam, images)
+
+    monkeypatch.setattr(regions, "Download", Recorded)
+    monkeypatch.setattr(refiner.sam, "embed", embed)
+    return happened
+
+
+def three(size=(48, 60)):
+    images, probs = zip(*(blobs(size=size, seed=seed) for seed in range(3)), strict=True)
+    for index, image in enumerate(images):
+        image[0, 0, 0] = index
+    labels = [p.argmax(dim=0) for p in probs]
+    labels[1].fill_(255)
+    return images, probs, labels
+
+
+def test_on_a_gpu_an_image_is_split_while_the_one_before_is_encoded(refiner, events, monkeypatch):
+    monkeypatch.setattr(refiner_module, "images_at_once", lambda device, count: 1)
+    refiner.refine_batch(*three())
+    assert events == [
+        *(("enqueue", i) for i in range(3)),
+        *[("wait", 0), ("embed", (0,))],
+        ("wait", 1),  # and SAM is not asked about an image without a region
+        *[("wait", 2), ("embed", (2,))],
+    ]
+
+
+def test_on_the_cpu_all_images_are_embedded_in_one_call(refiner, events):
+    refiner.refine_batch(*three())
+    assert events[:6] == [*(("enqueue", i) for i in range(3)), *(("wait", i) for i in range(3))]
+    assert events[6:] == [("embed", (0, 2))]
+
+
+@pytest.mark.parametrize("preset", ["algorithm4", "best"])
+def test_the_order_of_the_work_changes_no_bit(random_sam, preset, monkeypatch):
+    config = RefineConfig.preset(preset, pred_iou_thresh=0.3, min_region_area=1)
+    together = Refiner(random_sam, config, "32").refine_batch(*three())
+    monkeypatch.setattr(refiner_module, "images_at_once", lambda device, count: 1)
+    in_steps = Refiner(random_sam, config, "32").refine_batch(*three())
+    for one, other in zip(together, in_steps, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.probs, other.probs)
+        assert torch.equal(one.regions.pred_iou, other.regions.pred_iou)
+    assert len(together[1].regions) == 0 < len(together[0].regions)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_download_waits_for_its_own_tensors_alone():
+    source = torch.arange(10**6, device="cuda", dtype=torch.int32)
+    download = Download(source, source.float())
+    big = torch.randn(8192, 8192, device="cuda")
+    for _ in range(50):
+        big = big @ big
+    end = torch.cuda.Event()
+    end.record()
+    integers, floats = download.wait()
+    assert not end.query()
+    assert integers.tolist() == floats.tolist() == list(range(10**6))

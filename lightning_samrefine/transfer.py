@@ -1,0 +1,38 @@
+"""From the GPU to the CPU without a wait where none is needed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Download:
+    """Tensors on their way to the CPU, all of one device.
+
+    From CUDA they travel to pinned memory, behind the work that was enqueued before them and
+    beside whatever is enqueued after. Elsewhere they are there at once.
+
+    Args:
+        tensors: Of any shapes and dtypes that NumPy has.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        device = tensors[0].device
+        self._arrived: torch.cuda.Event | None = None
+        if device.type != "cuda":
+            self._on_cpu = [tensor.cpu() for tensor in tensors]
+            return
+        self._on_cpu = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        for target, tensor in zip(self._on_cpu, tensors, strict=True):
+            target.copy_(tensor, non_blocking=True)
+        # On the stream of the copies: the event is reached once they have ended. The sources may
+        # be let go before; their memory is only used again by work behind the copies.
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> list[np.ndarray]:
+        """Wait for these tensors, not for what was enqueued after them, and return them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [tensor.numpy() for tensor in self._on_cpu]
