@@ -140,9 +140,9 @@ class _Recorder(Refiner):
 
     masks: list[Tensor]
 
-    def _decode(self, embedding: Any, prompts: Prompts) -> tuple[list[Tensor], Tensor, Any]:
-        decoded = super()._decode(embedding, prompts)
-        self.masks = decoded[0]
+    def _decode(self, embeddings: list[Any], prompts: list[Prompts]) -> list[Any]:
+        decoded = super()._decode(embeddings, prompts)
+        self.masks = decoded[0].low_res_logits
         return decoded
 
 

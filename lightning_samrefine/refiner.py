@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from lightning_samrefine.answers import Answers
 from lightning_samrefine.cache import EmbeddingCache, make_cache
 from lightning_samrefine.class_gate import check_classes, keep_closed, open_regions
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.decoding import Decoded, decode_prompts, decodes_jointly
 from lightning_samrefine.image_masks import MASKS_VERSION, ImageMasks, generate_masks
 from lightning_samrefine.inputs import check_image_and_probs, checked_labels, first_argmax
 from lightning_samrefine.memory import ChunkSize, images_at_once, prompts_at_once
@@ -30,7 +30,6 @@ from lightning_samrefine.prompts import build_prompts
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.regions import GridRegions, PendingSplit, begin_split
 from lightning_samrefine.soft_fusion import fuse_softly
-from lightning_samrefine.upscaling import extents
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +40,8 @@ class Refiner:
     SAM runs without gradients under an autocast of its own; thresholds and fusion are float32.
     On CUDA the CPU waits for an image three times, however many regions it has: for the range of
     its probabilities, for its label map on the working grid, which it splits while the GPU encodes
-    the image before it in the batch, and for SAM's predicted IoUs.
+    the image before it in the batch, and for SAM's predicted IoUs; for these once a batch of images
+    where the model decodes their prompts together.
     Image-driven masks add their classes, and two waits where they are made. A cache adds the
     image itself where that is on the GPU, and an embedding that is to be kept. Where memory runs
     out, the model is asked for half as many prompts or images at once, from then on; only one
@@ -151,7 +151,8 @@ class Refiner:
             labels: As for `refine_batch`.
 
         Returns:
-            B answers in order; an image is decoded when its turn comes.
+            B answers in order; an image is decoded when its turn comes. A GPU decodes all of them
+            together where the model can (`JointPromptable`) and ``max_prompts_per_batch`` is None.
 
         Raises:
             TypeError: A wrong type or dtype.
@@ -196,19 +197,25 @@ class Refiner:
             found = self._image_masks(chosen, list(embeddings.values()))
             masks = dict(zip(prompted, found, strict=True))
 
-        def asked(i: int) -> Answers:
-            bare = Answers(
-                images[i],
-                *raw[i],
-                regions[i],
-                low_res_logits=[],
-                pred_iou=torch.zeros(len(regions[i])),
-                image_masks=masks.get(i),
-                labels_are_argmax=labels is None,
-            )
-            return self._with_prompts(bare, embeddings.get(i))
+        def answered() -> Iterator[Answers]:
+            at_once = len(images) if decodes_jointly(self.sam, config) else 1
+            for start in range(0, len(images), at_once):
+                part = range(start, min(start + at_once, len(images)))
+                bare = [
+                    Answers(
+                        images[i],
+                        *raw[i],
+                        regions[i],
+                        low_res_logits=[],
+                        pred_iou=torch.zeros(len(regions[i])),
+                        image_masks=masks.get(i),
+                        labels_are_argmax=labels is None,
+                    )
+                    for i in part
+                ]
+                yield from self._with_prompts(bare, [embeddings.get(i) for i in part])
 
-        return (asked(i) for i in range(len(images)))
+        return answered()
 
     def _split_and_embed(
         self, images: Sequence[Tensor] | Tensor, splits: Sequence[PendingSplit]
@@ -297,29 +304,37 @@ class Refiner:
         return self.cache.embed(self.sam, images, dtype, compute, derived)
 
     @torch.no_grad()
-    def _with_prompts(self, answers: Answers, embedding: Any) -> Answers:
-        """Ask about the regions (steps 5 to 7); without one SAM is not asked (step 4)."""
-        config, regions, image_hw = self.config, answers.regions, answers.image_hw
-        if len(regions) == 0 or not config.prompt_regions:
-            return answers
-        prompts = build_prompts(
-            regions,
-            self.sam,
-            image_hw,
-            config.score_thresh,
-            config.mask_prompt_scale,
-            config.mask_prompts,
-        )
-        low_res_logits, pred_iou, mask_extents = self._decode(embedding, prompts)
-        rows, columns = self.sam.mask_hw(image_hw)
-        masks = torch.stack([logits[:rows, :columns] > 0 for logits in low_res_logits])
-        return replace(
-            answers,
-            low_res_logits=low_res_logits,
-            pred_iou=pred_iou,
-            extents=mask_extents,
-            masks=masks,
-        )
+    def _with_prompts(
+        self, answers: Sequence[Answers], embeddings: Sequence[Any]
+    ) -> Iterator[Answers]:
+        """Ask about the regions of images (steps 5 to 7); without one SAM is not asked (step 4)."""
+        config = self.config
+        asked = [
+            index
+            for index, bare in enumerate(answers)
+            if len(bare.regions) > 0 and config.prompt_regions
+        ]
+        prompts = [
+            build_prompts(
+                answers[index].regions,
+                self.sam,
+                answers[index].image_hw,
+                config.score_thresh,
+                config.mask_prompt_scale,
+                config.mask_prompts,
+            )
+            for index in asked
+        ]
+        decoded = self._decode([embeddings[index] for index in asked], prompts)
+        known = dict(zip(asked, decoded, strict=True))
+        for index, bare in enumerate(answers):
+            if index not in known:
+                yield bare
+                continue
+            found = known.pop(index)
+            rows, columns = self.sam.mask_hw(bare.image_hw)
+            masks = torch.stack([logits[:rows, :columns] > 0 for logits in found.low_res_logits])
+            yield replace(bare, masks=masks, **vars(found))
 
     @torch.no_grad()
     def fuse(self, answers: Answers) -> Refinement:
@@ -341,35 +356,9 @@ class Refiner:
     def _batch_size(self) -> int:
         return self.config.max_prompts_per_batch or prompts_at_once(self.sam.device)
 
-    def _decode(
-        self, embedding: Any, prompts: Prompts
-    ) -> tuple[list[Tensor], Tensor, np.ndarray | None]:
-        """Return one (m, m) float32 logit map a prompt, and what is needed of them on the CPU.
-
-        That is the (N,) float32 IoUs, and (N, 2, m) bool extents of the masks where SAM is on the
-        CPU. On a GPU whole frames cost less than the many small launches of windows.
-        """
-        device = self.sam.device
-        logits, ious, masks_extents = [], [], []
-        size = self._batch_size()
-        with autocast(autocast_dtype(self.precision, device), device):
-            for _, _, (chunk_logits, chunk_iou) in self._prompts_at_once.run(
-                len(prompts),
-                size,
-                lambda start, stop: self.sam.decode(embedding, prompts.chunk(start, stop)),
-            ):
-                logits.extend(chunk_logits.float())
-                ious.append(chunk_iou.float())
-                if device.type == "cpu":
-                    masks_extents.append(extents(chunk_logits))
-        on_cpu = torch.cat(masks_extents).numpy() if masks_extents else None
-        pred_iou = torch.cat(ious).cpu()
-        if not bool(pred_iou.isfinite().all()):
-            raise FloatingPointError(
-                f"SAM {self.sam.name} predicted an IoU of NaN or infinity under "
-                f"precision={self.precision!r}; with precision='32' half precision cannot overflow"
-            )
-        return logits, pred_iou, on_cpu
+    def _decode(self, embeddings: Sequence[Any], prompts: Sequence[Prompts]) -> list[Decoded]:
+        size, chunks = self._batch_size(), self._prompts_at_once
+        return decode_prompts(self.sam, embeddings, prompts, self.precision, size, chunks)
 
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:

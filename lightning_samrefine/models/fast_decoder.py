@@ -13,9 +13,9 @@ channels instead of 256.
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor, nn
 
+from lightning_samrefine.models.decoder_sides import ImageSide, Memo, ModelSide, beside, cast
 from lightning_samrefine.models.folded_attention import (
     attend_to_image,
     folded_scores,
@@ -36,82 +37,12 @@ from lightning_samrefine.models.folded_attention import (
     token_outputs,
     unfold,
 )
-from lightning_samrefine.models.protocol import Prompts
+from lightning_samrefine.models.identity import Identity, all_weights, stamp
+from lightning_samrefine.models.protocol import Prompts, join
 from lightning_samrefine.precision import autocast
 
 # Image tokens upscaled at once on a CPU: their 16 mask pixels × 32 channels stay in its cache.
 _CPU_TILE = 512
-
-
-@dataclass(frozen=True)
-class _ModelSide:
-    """What depends on the weights alone: T image tokens, H heads of d channels.
-
-    Attributes:
-        pe_keys: One (H, d, T) for each attention to the image after the first layer, the last
-            being the final attention: the positional encoding as keys.
-        pe_queries: One (H, d, T) for each attention from the image after the first layer: the
-            positional encoding as queries, with the queries' bias.
-        up1: (4 · C/4, C), the first transposed convolution as a matrix.
-        up1_bias: (4 · C/4,).
-        up2: (4 · C/8, C/4), the second one.
-        up2_bias: (4 · C/8,).
-    """
-
-    pe_keys: list[Tensor]
-    pe_queries: list[Tensor]
-    up1: Tensor
-    up1_bias: Tensor
-    up2: Tensor
-    up2_bias: Tensor
-
-
-@dataclass(frozen=True)
-class _ImageSide:
-    """What depends on the image as well; the bias of the mask prompt's last layer is in all.
-
-    Attributes:
-        tokens: (1, T, C), the embedding E.
-        keys: (H, d, T), with positional encoding, as the first layer's keys without bias.
-        values: (H, T, d), as its values with bias.
-        queries: (H, d, T), with positional encoding, as its queries with bias.
-    """
-
-    tokens: Tensor
-    keys: Tensor
-    values: Tensor
-    queries: Tensor
-
-
-_Side = TypeVar("_Side", _ModelSide, _ImageSide)
-
-
-class _Identity:
-    """Equal for one and the same tensor, alive and not written to since."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._version = _version(tensor)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Identity) or self._version != other._version:
-            return False
-        tensor = self._tensor()
-        return tensor is not None and tensor is other._tensor()
-
-    __hash__ = None
-
-
-@dataclass
-class _Memo:
-    """The constant sides of the latest call, and what they were made from."""
-
-    stamp: tuple[Any, ...]
-    model: _ModelSide
-    embedding: _Identity | None = None
-    image: _ImageSide | None = None
-    masks: _Identity | None = None
-    mask_channels: Tensor | None = None
 
 
 class FastMaskDecoder:
@@ -129,7 +60,7 @@ class FastMaskDecoder:
 
     def __init__(self, sam: Sam) -> None:
         self._sam = sam
-        self._memo: _Memo | None = None
+        self._memo: Memo | None = None
 
     @property
     def _prompt_encoder(self) -> PromptEncoder:
@@ -155,10 +86,39 @@ class FastMaskDecoder:
         Returns:
             Low-resolution logits (N, 4h, 4w) float32 and predicted IoU (N,) float32.
         """
-        decoder = self._mask_decoder
         memo = self._recall(embedding, prompts.masks)
-        model, image = memo.model, memo.image
         masks = memo.mask_channels[prompts.mask_index]  # (N, 16, T)
+        return self._forward(memo.model, memo.image, masks, prompts, *embedding.shape[-2:])
+
+    def decode_images(
+        self, embeddings: Sequence[Tensor], prompts: Sequence[Prompts]
+    ) -> tuple[Tensor, Tensor]:
+        """Decode prompts on several images in one batch.
+
+        Args:
+            embeddings: K × (1, C, h, w) float32.
+            prompts: As many; N_k ≥ 1 each.
+
+        Returns:
+            What a call for each image returns, one after the other.
+        """
+        memos = [self._recall(e, own.masks) for e, own in zip(embeddings, prompts, strict=True)]
+        masks = [m.mask_channels[own.mask_index] for m, own in zip(memos, prompts, strict=True)]
+        image, joined = beside(memos, prompts), join(prompts)
+        size = embeddings[0].shape[-2:]
+        return self._forward(memos[-1].model, image, torch.cat(masks), joined, *size)
+
+    def _forward(
+        self,
+        model: ModelSide,
+        image: ImageSide,
+        masks: Tensor,
+        prompts: Prompts,
+        height: int,
+        width: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode N prompts with masks (N, 16, T) on images of h × w tokens."""
+        decoder = self._mask_decoder
         tokens = self._tokens(prompts)
         layers = decoder.transformer.layers
 
@@ -177,7 +137,6 @@ class FastMaskDecoder:
         queries = decoder.transformer.norm_final_attn(queries)
         pred_iou = decoder.iou_prediction_head(queries[:, 0])[:, 0]
         mixing = decoder.output_hypernetworks_mlps[0](queries[:, 1])  # (N, C/8)
-        height, width = embedding.shape[-2:]
         return self._upscale(keys, mixing, model, height, width).float(), pred_iou.float()
 
     def _tokens(self, prompts: Prompts) -> Tensor:
@@ -195,7 +154,7 @@ class FastMaskDecoder:
         return torch.cat([output.expand(len(prompts), -1, -1), sparse], dim=1)
 
     def _first_layer(
-        self, layer: TwoWayAttentionBlock, tokens: Tensor, image: _ImageSide, masks: Tensor
+        self, layer: TwoWayAttentionBlock, tokens: Tensor, image: ImageSide, masks: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run the layer whose image side is the embedding plus a class's mask prompt.
 
@@ -234,7 +193,7 @@ class FastMaskDecoder:
         return queries, layer.norm4(keys)
 
     def _upscale(
-        self, keys: Tensor, mixing: Tensor, model: _ModelSide, height: int, width: int
+        self, keys: Tensor, mixing: Tensor, model: ModelSide, height: int, width: int
     ) -> Tensor:
         """Upscale image tokens fourfold and mix their channels into one mask.
 
@@ -265,35 +224,35 @@ class FastMaskDecoder:
         mask = torch.cat([m.flatten() for m in masks]).view(count, height, width, 2, 2, 2, 2)
         return mask.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, 4 * height, 4 * width)
 
-    def _recall(self, embedding: Tensor, masks: Tensor) -> _Memo:
+    def _recall(self, embedding: Tensor, masks: Tensor) -> Memo:
         """Return the constant sides of this call, made anew where something changed."""
         device = embedding.device
         dtype = torch.float32
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        stamp = (dtype, _stamp(self._prompt_encoder, self._mask_decoder))
+        state = (dtype, stamp(self._prompt_encoder, self._mask_decoder))
         old = self._memo
         with autocast(None, device):
-            if old is None or old.stamp != stamp:
-                old = _Memo(stamp, _cast(self._model_side(), dtype))
+            if old is None or old.state != state:
+                old = Memo(state, cast(self._model_side(), dtype))
             # A new memo instead of a changed one: another thread may be reading the old.
-            new = replace(old, embedding=_Identity(embedding), masks=_Identity(masks))
+            new = replace(old, embedding=Identity(embedding), masks=Identity(masks))
             if old.image is None or old.embedding != new.embedding:
-                new.image = _cast(self._image_side(embedding), dtype)
+                new.image = cast(self._image_side(embedding), dtype)
             if old.mask_channels is None or old.masks != new.masks:
                 channels = self._prompt_encoder.mask_downscaling[:-1](masks[:, None])
                 new.mask_channels = channels.flatten(2).to(dtype)
         self._memo = new
         return new
 
-    def _model_side(self) -> _ModelSide:
+    def _model_side(self) -> ModelSide:
         transformer = self._mask_decoder.transformer
         pe = self._prompt_encoder.get_dense_pe()[0].flatten(1)  # (C, T)
         later = transformer.layers[1:]
         to_image = [layer.cross_attn_token_to_image for layer in later]
         from_image = [layer.cross_attn_image_to_token for layer in later]
         up1, _, _, up2, _ = self._mask_decoder.output_upscaling
-        return _ModelSide(
+        return ModelSide(
             pe_keys=[
                 (a.k_proj.weight @ pe).unflatten(0, (a.num_heads, -1))
                 for a in (*to_image, transformer.final_attn_token_to_image)
@@ -312,7 +271,7 @@ class FastMaskDecoder:
         """Return (C,), what the dense prompt adds to every image token."""
         return self._prompt_encoder.mask_downscaling[-1].bias
 
-    def _image_side(self, embedding: Tensor) -> _ImageSide:
+    def _image_side(self, embedding: Tensor) -> ImageSide:
         layer = self._mask_decoder.transformer.layers[0]
         to_image, from_image = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
         bias = self._dense_bias()
@@ -321,7 +280,7 @@ class FastMaskDecoder:
         heads = (to_image.num_heads, -1)
         v = F.linear(x.T, to_image.v_proj.weight, to_image.v_proj.bias)
         q = from_image.q_proj.weight @ with_pe + from_image.q_proj.bias[:, None]
-        return _ImageSide(
+        return ImageSide(
             tokens=x.T.contiguous()[None],
             keys=(to_image.k_proj.weight @ with_pe).unflatten(0, heads),
             values=v.unflatten(1, heads).transpose(0, 1).contiguous(),
@@ -368,29 +327,7 @@ def supports(sam: Sam) -> bool:
     for module in (module for part in parts for module in part.modules()):
         if type(module) not in _KNOWN or module._forward_hooks or module._forward_pre_hooks:
             return False
-    if any(tensor.dtype != torch.float32 for tensor in _weights(*parts)):
+    if any(tensor.dtype != torch.float32 for tensor in all_weights(*parts)):
         return False
     layers = sam.mask_decoder.transformer.layers
     return [layer.skip_first_layer_pe for layer in layers] == [True] + [False] * (len(layers) - 1)
-
-
-def _weights(*modules: nn.Module) -> list[Tensor]:
-    return [t for m in modules for t in (*m.parameters(), *m.buffers())]
-
-
-def _stamp(*modules: nn.Module) -> list[tuple[Any, ...]]:
-    """Return what changes when a weight is replaced, moved or written to."""
-    return [(t.data_ptr(), t.device, _version(t)) for t in _weights(*modules)]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _cast(side: _Side, dtype: torch.dtype) -> _Side:
-    """Return a side with its tensors in the type that the matrix products run in."""
-
-    def cast(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        return [v.to(dtype) for v in value] if isinstance(value, list) else value.to(dtype)
-
-    return type(side)(**{f.name: cast(getattr(side, f.name)) for f in fields(side)})

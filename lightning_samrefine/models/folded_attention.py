@@ -41,7 +41,8 @@ def folded_scores(x: Tensor, constant: Tensor, weight: Tensor, channels: Tensor)
 
     Args:
         x: (N, H, P, d), the tokens' side, scaled.
-        constant: (H, d, T), the part of the image's side that the prompts share.
+        constant: (H, d, T), the part of the image's side that the prompts share; (N, H, d, T)
+            where they do not share it.
         weight: (H · d, K), projects the part that they do not share.
         channels: (N, K, T), that part.
     """
@@ -87,7 +88,12 @@ def unfold(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def per_head(x: Tensor, matrices: Tensor) -> Tensor:
-    """Multiply (N, H, P, K) by (H, K, L), one matrix a head for all N: (N, H, P, L)."""
+    """Multiply (N, H, P, K) by (H, K, L), one matrix a head for all N: (N, H, P, L).
+
+    Or by (N, H, K, L), where each of the N has its own.
+    """
+    if matrices.ndim == 4:
+        return x @ matrices
     count, heads, tokens, _ = x.shape
     product = x.transpose(0, 1).flatten(1, 2) @ matrices
     return product.view(heads, count, tokens, -1).transpose(0, 1)

@@ -7,19 +7,16 @@ alone: all four masks cost little more than one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import TwoWayTransformer
 from segment_anything.modeling.transformer import TwoWayAttentionBlock
 from torch import Tensor
 
-from lightning_samrefine.models.fast_decoder import (
-    _CPU_TILE,
-    FastMaskDecoder,
-    _ImageSide,
-    _later_layer,
-    _ModelSide,
-)
+from lightning_samrefine.models.decoder_sides import ImageSide, ModelSide, beside
+from lightning_samrefine.models.fast_decoder import _CPU_TILE, FastMaskDecoder, _later_layer
 from lightning_samrefine.models.folded_attention import (
     attend_to_image,
     per_head,
@@ -28,7 +25,7 @@ from lightning_samrefine.models.folded_attention import (
     softmax_over_tokens,
     token_outputs,
 )
-from lightning_samrefine.models.protocol import Prompts
+from lightning_samrefine.models.protocol import Prompts, join
 from lightning_samrefine.precision import autocast
 
 _SINGLE, _MULTI = slice(0, 1), slice(1, 4)  # of SAM's four mask tokens
@@ -55,9 +52,37 @@ class FastMultimaskDecoder(FastMaskDecoder):
             Low-resolution logits (N, M, 4h, 4w) float32 and predicted IoU (N, M) float32, M = 3
             or 1.
         """
-        decoder = self._mask_decoder
         memo = self._recall(embedding, self._no_masks(embedding))
-        model, image = memo.model, memo.image
+        return self._forward(memo.model, memo.image, prompts, multimask, *embedding.shape[-2:])
+
+    def decode_images(
+        self, embeddings: Sequence[Tensor], prompts: Sequence[Prompts], multimask: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Decode prompts on several images in one batch.
+
+        Args:
+            embeddings: K × (1, C, h, w) float32.
+            prompts: As many, without masks; N_k ≥ 1 each.
+            multimask: As for one image.
+
+        Returns:
+            What a call for each image returns, one after the other.
+        """
+        memos = [self._recall(e, self._no_masks(e)) for e in embeddings]
+        image, joined = beside(memos, prompts), join(prompts)
+        return self._forward(memos[-1].model, image, joined, multimask, *embeddings[0].shape[-2:])
+
+    def _forward(
+        self,
+        model: ModelSide,
+        image: ImageSide,
+        prompts: Prompts,
+        multimask: bool,
+        height: int,
+        width: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode N prompts on images of h × w tokens."""
+        decoder = self._mask_decoder
         chosen = _MULTI if multimask else _SINGLE
         tokens = self._tokens(prompts)
         transformer: TwoWayTransformer = decoder.transformer
@@ -80,7 +105,6 @@ class FastMultimaskDecoder(FastMaskDecoder):
             [network(queries[:, 1 + chosen.start + i]) for i, network in enumerate(networks)],
             dim=-1,
         )  # (N, C/8, M)
-        height, width = embedding.shape[-2:]
         return self._upscale_all(keys, mixing, model, height, width).float(), pred_iou.float()
 
     def _no_masks(self, embedding: Tensor) -> Tensor:
@@ -106,7 +130,7 @@ class FastMultimaskDecoder(FastMaskDecoder):
         return self._prompt_encoder.no_mask_embed.weight[0]
 
     def _first_layer_without_mask(
-        self, layer: TwoWayAttentionBlock, tokens: Tensor, image: _ImageSide
+        self, layer: TwoWayAttentionBlock, tokens: Tensor, image: ImageSide
     ) -> tuple[Tensor, Tensor]:
         queries = layer.norm1(layer.self_attn(q=tokens, k=tokens, v=tokens))
 
@@ -128,7 +152,7 @@ class FastMultimaskDecoder(FastMaskDecoder):
         return queries, layer.norm4(keys)
 
     def _upscale_all(
-        self, keys: Tensor, mixing: Tensor, model: _ModelSide, height: int, width: int
+        self, keys: Tensor, mixing: Tensor, model: ModelSide, height: int, width: int
     ) -> Tensor:
         """Upscale image tokens fourfold, once for all M masks of a prompt.
 

@@ -51,14 +51,29 @@ class Prompts:
         return Prompts(part(self.boxes), part(self.points), self.masks, part(self.mask_index))
 
 
+def join(prompts: Sequence[Prompts]) -> Prompts:
+    """Return boxes and points of several images' prompts as those of one; masks are left out.
+
+    Args:
+        prompts: All with boxes or all without, and the same of points.
+    """
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(own, name) for own in prompts]
+        return None if parts[0] is None else torch.cat(parts)
+
+    return Prompts(joined("boxes"), joined("points"))
+
+
 @runtime_checkable
 class Promptable(Protocol):
     """A model that turns an image and prompts into masks and predicted IoUs.
 
-    Two members are optional. ``accepts_masks = False`` says that the model takes no mask prompts:
+    Three members are optional. ``accepts_masks = False`` says that the model takes no mask prompts:
     it then gets `Prompts` without masks, and the log says so. ``decode_multimask(embedding,
     prompts)`` returns SAM's three masks, (N, 3, m, m) float32 logits, with their predicted IoU,
-    (N, 3) float32.
+    (N, 3) float32. ``decode_images(embeddings, prompts)`` decodes prompts on several images in one
+    batch, see `JointPromptable`.
 
     Frames differ between models, hence `input_hw`, `mask_hw` and `upscale`; the two in use are in
     `lightning_samrefine.models.frames`. `lightning_samrefine.testing` checks a model of yours.
@@ -128,5 +143,24 @@ class MultimaskPromptable(Promptable, Protocol):
 
         Returns:
             Low-resolution logits (N, 3, m, m) float32 and predicted IoU (N, 3) float32.
+        """
+        ...
+
+
+@runtime_checkable
+class JointPromptable(Promptable, Protocol):
+    """A `Promptable` that decodes prompts on several images in one batch, for a busier GPU."""
+
+    def decode_images(
+        self, embeddings: Sequence[Any], prompts: Sequence[Prompts]
+    ) -> tuple[Tensor, Tensor]:
+        """Decode prompts on K images, N_k ≥ 1 on each.
+
+        Args:
+            embeddings: K of them, as `embed` returns them.
+            prompts: As many; either all have masks or none has, and the same of boxes and points.
+
+        Returns:
+            What `decode` returns for each, one after the other: (Σ N_k, m, m) and (Σ N_k,).
         """
         ...

@@ -86,6 +86,25 @@ class SamPromptable:
             logits, pred_iou = self._decode_by_module(embedding, prompts, multimask=False)
         return logits[:, 0], pred_iou[:, 0]
 
+    def decode_images(
+        self, embeddings: Sequence[Tensor], prompts: Sequence[Prompts]
+    ) -> tuple[Tensor, Tensor]:
+        """Decode prompts on several images in one batch, where their parts are segment-anything's.
+
+        Returns:
+            Logits (Σ N_k, m, m) float32 and predicted IoU (Σ N_k,) float32, image by image.
+        """
+        first = prompts[0]
+        if all(self._can_be_fast(embedding) for embedding in embeddings):
+            if first.masks is None:
+                logits, pred_iou = self._fast_multimask_decoder.decode_images(embeddings, prompts)
+                return logits[:, 0], pred_iou[:, 0]
+            if first.boxes is not None and first.points is not None:
+                return self._fast_decoder.decode_images(embeddings, prompts)
+        answers = [self.decode(*pair) for pair in zip(embeddings, prompts, strict=True)]
+        logits, pred_iou = zip(*answers, strict=True)
+        return torch.cat(logits), torch.cat(pred_iou)
+
     def decode_multimask(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Decode N ≥ 1 prompts on one image, SAM's three masks each.
 

@@ -1,0 +1,111 @@
+"""Asking a model about prompts, in chunks that fit it (ALGORITHM.md step 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.memory import ChunkSize
+from lightning_samrefine.models.protocol import JointPromptable, Promptable, Prompts
+from lightning_samrefine.precision import autocast, autocast_dtype
+from lightning_samrefine.upscaling import extents
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a model says to the N prompts on one image.
+
+    Attributes:
+        low_res_logits: N maps (m, m) float32.
+        pred_iou: (N,) float32 on the CPU.
+        extents: (N, 2, m) bool, see `lightning_samrefine.upscaling.extents`. None on a GPU, where
+            whole frames cost less than the many small launches of windows.
+    """
+
+    low_res_logits: list[Tensor]
+    pred_iou: Tensor
+    extents: np.ndarray | None
+
+
+def decodes_jointly(sam: Promptable, config: RefineConfig) -> bool:
+    """Whether prompts on several images share a batch: they keep a GPU busy, not a CPU core.
+
+    ``max_prompts_per_batch`` asks for batches that are equal from run to run, so with it they do
+    not depend on which images come together either.
+    """
+    on_gpu = sam.device.type == "cuda"
+    return on_gpu and config.max_prompts_per_batch is None and isinstance(sam, JointPromptable)
+
+
+def decode_prompts(
+    sam: Promptable,
+    embeddings: Sequence[Any],
+    prompts: Sequence[Prompts],
+    precision: str,
+    size: int,
+    chunks: ChunkSize,
+) -> list[Decoded]:
+    """Decode the prompts on K images, the last of one image and the first of the next together.
+
+    Args:
+        sam: The model; a `JointPromptable` where K > 1.
+        embeddings: K of them.
+        prompts: As many; N_k ≥ 1 each.
+        precision: See `autocast_dtype`.
+        size: How many prompts to decode at once.
+        chunks: Decodes fewer where memory runs out.
+
+    Returns:
+        K answers.
+
+    Raises:
+        FloatingPointError: A predicted IoU that is not finite.
+    """
+    if not prompts:
+        return []
+    device = sam.device
+    logits, ious, masks_extents = [], [], []
+
+    def decode(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        parts = list(_parts(embeddings, prompts, start, stop))
+        if len(parts) == 1:
+            return sam.decode(*parts[0])
+        return sam.decode_images(*zip(*parts, strict=True))
+
+    ends = np.cumsum([len(own) for own in prompts]).tolist()
+    with autocast(autocast_dtype(precision, device), device):
+        for _, _, (chunk_logits, chunk_iou) in chunks.run(ends[-1], size, decode):
+            logits.extend(chunk_logits.float())
+            ious.append(chunk_iou.float())
+            if device.type == "cpu":
+                masks_extents.append(extents(chunk_logits))
+    on_cpu = torch.cat(masks_extents).numpy() if masks_extents else None
+    pred_iou = torch.cat(ious).cpu()
+    if not bool(pred_iou.isfinite().all()):
+        raise FloatingPointError(
+            f"SAM {sam.name} predicted an IoU of NaN or infinity under precision={precision!r}; "
+            "with precision='32' half precision cannot overflow"
+        )
+    own = [slice(end - len(of_image), end) for end, of_image in zip(ends, prompts, strict=True)]
+    return [
+        Decoded(logits[part], pred_iou[part], None if on_cpu is None else on_cpu[part])
+        for part in own
+    ]
+
+
+def _parts(
+    embeddings: Sequence[Any], prompts: Sequence[Prompts], start: int, stop: int
+) -> Iterator[tuple[Any, Prompts]]:
+    """Yield what prompts ``start`` to ``stop``, counted through all images, are of each image."""
+    before = 0
+    for embedding, own in zip(embeddings, prompts, strict=True):
+        first, last = max(0, start - before), min(len(own), stop - before)
+        if first < last:
+            yield embedding, own.chunk(first, last)
+        before += len(own)
