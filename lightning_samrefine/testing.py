@@ -145,6 +145,25 @@ def check_multimask(sam: Promptable) -> None:
         _shaped(pred_iou, (len(given), 3), f"decode_multimask's predicted IoU of {what}")
 
 
+def check_decode_images(sam: Promptable) -> None:
+    """If it has `decode_images`, that answers as `decode` does, image by image."""
+    if not hasattr(sam, "decode_images"):
+        return
+    sizes = _IMAGE_SIZES[:2]
+    embeddings = _embed(sam, [_image(sam, image_hw) for image_hw in sizes])
+    kinds = (_kinds(_prompts(sam, image_hw)) for image_hw in sizes)
+    for (what, first), (_, second) in zip(*kinds, strict=True):
+        given = [first, second.chunk(0, 1)]
+        with torch.no_grad(), autocast(None, sam.device):
+            together = sam.decode_images(embeddings, given)
+        apart = [_decode(sam, *pair) for pair in zip(embeddings, given, strict=True)]
+        names = ("logits", "predicted IoU")
+        for name, found, *expected in zip(names, together, *apart, strict=True):
+            wanted = torch.cat(expected)
+            _shaped(found, tuple(wanted.shape), f"decode_images' {name} of {what}")
+            _close(found, wanted, f"decode_images' {name} of {what} and those of each image")
+
+
 def check_upscale(sam: Promptable) -> None:
     """Upscaled masks lie where `mask_hw` says, at full resolution."""
     for image_hw in _IMAGE_SIZES[:3]:
@@ -183,6 +202,7 @@ CHECKS: tuple[Callable[[Promptable], None], ...] = (
     check_decode,
     check_prompts_matter,
     check_multimask,
+    check_decode_images,
     check_upscale,
     check_autocast,
 )

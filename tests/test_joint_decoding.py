@@ -74,6 +74,16 @@ def test_a_joint_call_leaves_nothing_behind(sam):
     assert_near(sam.decode(embeddings[0], prompts[0]), first)
 
 
+def test_a_subclass_with_answers_of_its_own_gives_them(sam):
+    class Certain(SamPromptable):
+        def decode(self, embedding, prompts):
+            logits, pred_iou = super().decode(embedding, prompts)
+            return logits, torch.ones_like(pred_iou)
+
+    _, pred_iou = Certain(sam.module, "certain").decode_images(*several(sam))
+    assert pred_iou.tolist() == [1] * sum(COUNTS)
+
+
 def test_under_autocast_joint_masks_agree(sam):
     embeddings, prompts = several(sam)
     with torch.autocast("cpu", torch.bfloat16):
@@ -84,27 +94,33 @@ def test_under_autocast_joint_masks_agree(sam):
     assert ((logits > 0) == (expected > 0)).float().mean() > 0.99
 
 
-class Counting(SamPromptable):
-    """Notes how many prompts of each image a call brings."""
+def counting(module, limit=None):
+    """Return a SAM that notes how many prompts of each image a call brings, and the notes.
 
-    def __init__(self, module):
-        super().__init__(module, "counting")
-        self.calls = []
+    More than ``limit`` prompts of several images do not fit into its memory.
+    """
+    sam, calls = SamPromptable(module, "counting"), []
+    decode, decode_images = sam.decode, sam.decode_images
 
-    def decode(self, embedding, prompts):
-        self.calls.append([len(prompts)])
-        return super().decode(embedding, prompts)
+    def one(embedding, prompts):
+        calls.append([len(prompts)])
+        return decode(embedding, prompts)
 
-    def decode_images(self, embeddings, prompts):
-        self.calls.append([len(own) for own in prompts])
-        return super().decode_images(embeddings, prompts)
+    def several(embeddings, prompts):
+        if limit is not None and sum(map(len, prompts)) > limit:
+            raise MemoryError
+        calls.append([len(own) for own in prompts])
+        return decode_images(embeddings, prompts)
+
+    sam.decode, sam.decode_images = one, several
+    return sam, calls
 
 
 def test_chunks_reach_over_the_ends_of_images():
-    sam = Counting(shaken(build_random_sam()))
+    sam, calls = counting(shaken(build_random_sam()))
     embeddings, prompts = several(sam)
     answers = decode_prompts(sam, embeddings, prompts, "32", 8, ChunkSize())
-    assert sam.calls == [[5, 1, 2], [8], [2, 3]]
+    assert calls == [[5, 1, 2], [8], [2, 3]]
     for answer, embedding, own in zip(answers, embeddings, prompts, strict=True):
         logits, pred_iou = sam.decode(embedding, own)
         assert_near((torch.stack(answer.low_res_logits), answer.pred_iou), (logits, pred_iou))
@@ -112,16 +128,10 @@ def test_chunks_reach_over_the_ends_of_images():
 
 
 def test_where_memory_runs_out_fewer_prompts_come_together():
-    class Small(Counting):
-        def decode_images(self, embeddings, prompts):
-            if sum(map(len, prompts)) > 4:
-                raise MemoryError
-            return super().decode_images(embeddings, prompts)
-
-    sam = Small(shaken(build_random_sam()))
+    sam, calls = counting(shaken(build_random_sam()), limit=4)
     embeddings, prompts = several(sam)
     answers = decode_prompts(sam, embeddings, prompts, "32", 8, ChunkSize())
-    assert sam.calls == [[4], [1, 1, 2], [4], [4], [2, 2], [1]]
+    assert calls == [[4], [1, 1, 2], [4], [4], [2, 2], [1]]
     assert [len(answer.pred_iou) for answer in answers] == list(COUNTS)
 
 
@@ -140,14 +150,14 @@ def scenes():
 @pytest.mark.parametrize("preset", ["algorithm4", "fast", "best", "default"])
 def test_a_refiner_that_decodes_jointly_gives_the_same(preset, monkeypatch):
     config = RefineConfig.preset(preset, pred_iou_thresh=0.3, min_region_area=4)
-    sam = Counting(build_random_sam())
+    sam, calls = counting(build_random_sam())
     apart = Refiner(sam, config, "32").refine_batch(*scenes())
-    assert all(len(call) == 1 for call in sam.calls)
-    sam.calls.clear()
+    assert all(len(call) == 1 for call in calls)
+    calls.clear()
     monkeypatch.setattr(refiner_module, "decodes_jointly", lambda sam, config: True)
     monkeypatch.setattr(refiner_module, "prompts_at_once", lambda device: 32)
     together = Refiner(sam, config, "32").refine_batch(*scenes())
-    assert config.prompt_regions == any(len(call) == 2 for call in sam.calls)
+    assert config.prompt_regions == any(len(call) == 2 for call in calls)
     for one, other in zip(apart, together, strict=True):
         assert_near([other.regions.pred_iou, other.probs], [one.regions.pred_iou, one.probs])
         assert (one.labels == other.labels).float().mean() > 0.999

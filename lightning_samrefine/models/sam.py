@@ -95,7 +95,9 @@ class SamPromptable:
             Logits (Σ N_k, m, m) float32 and predicted IoU (Σ N_k,) float32, image by image.
         """
         first = prompts[0]
-        if all(self._can_be_fast(embedding) for embedding in embeddings):
+        # A subclass with answers of its own gives them here too.
+        own = type(self).decode is SamPromptable.decode
+        if own and all(self._can_be_fast(embedding) for embedding in embeddings):
             if first.masks is None:
                 logits, pred_iou = self._fast_multimask_decoder.decode_images(embeddings, prompts)
                 return logits[:, 0], pred_iou[:, 0]
