@@ -77,7 +77,7 @@ def _arithmetic(base: Mapping[str, Any]) -> list[str]:
     if rest < needed:
         left = f"leaves {rest:.2f}" if rest > 0 else f"is {-rest:.2f} less than these products take"
         texts.append(
-            f"Nor does a first epoch {FIRST_EPOCH}x faster fit: it may take {literal:.2f} / "
+            f"A first epoch {FIRST_EPOCH}x faster does not fit: it may take {literal:.2f} / "
             f"{FIRST_EPOCH} = {may_take:.2f}, which {left}, for all but the encoder's matrix "
             f"products; decoder, regions, prompts and fusion take {needed:.2f} of that already."
         )

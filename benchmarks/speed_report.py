@@ -21,7 +21,9 @@ from benchmarks.speed_bars import bars
 from lightning_samrefine import RefineConfig, Refiner, load_sam
 from lightning_samrefine.models.protocol import Prompts
 
-RESULTS, PAGE = (Path(__file__).with_name(name) for name in ("speed.json", "SPEED.md"))
+RESULTS, PAGE, NOTES = (
+    Path(__file__).with_name(name) for name in ("speed.json", "SPEED.md", "speed_notes.md")
+)
 FRAMES = 10
 STEPS = ("encoder", "regions", "prompts", "decoder", "upscaling and fusion")
 
@@ -49,6 +51,7 @@ def page(results: Mapping[str, Any]) -> str:
         f"Machine: {'; '.join(machines)}.\n"
     )
     parts = [head, bars(results), *map(section, figures), _bf16(results.get("bf16"))]
+    parts.append(NOTES.read_text())  # what was tried, by hand
     return "\n".join(part for part in parts if part)
 
 

@@ -2,6 +2,18 @@
 
 from lightning_samrefine.models.hf import HfPromptable
 from lightning_samrefine.models.loading import load_sam
-from lightning_samrefine.models.protocol import MultimaskPromptable, Promptable, Prompts
+from lightning_samrefine.models.protocol import (
+    JointPromptable,
+    MultimaskPromptable,
+    Promptable,
+    Prompts,
+)
 
-__all__ = ["HfPromptable", "MultimaskPromptable", "Promptable", "Prompts", "load_sam"]
+__all__ = [
+    "HfPromptable",
+    "JointPromptable",
+    "MultimaskPromptable",
+    "Promptable",
+    "Prompts",
+    "load_sam",
+]

@@ -1,0 +1,90 @@
+"""The page of `benchmarks.speed`: what it claims follows from the figures it is given."""
+
+import json
+
+import pytest
+
+from benchmarks import speed, speed_report
+from benchmarks.speed_bars import bars
+
+STEPS = {"encoder": 0.34, "regions": 0.002, "prompts": 0.001, "decoder": 0.045}
+STEPS["upscaling and fusion"] = 0.01
+
+
+def costs(neither=1.0):
+    """A case's ratios; ``neither`` scales what is neither encoder nor decoder."""
+    spent = {s: v * (1 if s in ("encoder", "decoder") else neither) for s, v in STEPS.items()}
+    figures = {"literal encoder": 1.0, "literal rest": 0.4, "official decoder": 0.23}
+    for precision in ("32", "bf16-mixed"):
+        for epoch, total in (("first", sum(spent.values())), ("second", 0.06)):
+            figures |= {f"{precision} {epoch} {step}": value for step, value in spent.items()}
+            figures[f"{precision} {epoch} total"] = total
+    return figures
+
+
+def figures(model="vit_b", where="1 core", floor=0.29, large=3.0):
+    cases = [(40, 720, 1.0), (160, 720, 3.5), (40, 1440, large), (160, 1440, large * 3.5)]
+    return {
+        "model": model,
+        "trained": model == "vit_t",
+        "where": where,
+        "machine": "a machine",
+        "encoders": {
+            "segment-anything, float32": 1.0,
+            "ours, bf16 autocast": 0.34,
+            "floor: its matrix products alone, bf16": floor,
+        },
+        "refinements": [
+            {"regions": n, "height": h, "width": h * 4 // 3, "costs": costs(neither)}
+            for n, h, neither in cases
+        ],
+        "peaks": {"encoder, ours, bf16": 0.07, "whole, ours, bf16": 0.09},
+        "errors": [6.6e-3, 1.2e-6],
+    }
+
+
+def reached(text):
+    """Return the last column of the table of bars by its first."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: row[-1].strip() for row in rows[2:]}
+
+
+def test_bars_are_judged_by_the_figures():
+    found = reached(bars({"vit_b, 1 core": figures(large=4.1)}))
+    assert found["encoder"] == "no"
+    assert found["decoder and prompts, faster"] == "yes"
+    assert found["neither encoder nor decoder"] == "yes"
+    assert found["first epoch, faster than literal"] == "no"
+    assert found["second epoch, faster than literal"] == "yes"
+    assert found["neither, growth: `vit_b`, 40 to 160 regions"] == "yes"
+    assert found["neither, growth: `vit_b`, 40 regions, 4 times the pixels"] == "no"
+    assert not any("vit_t" in name or "labels" in name for name in found)
+
+
+def test_the_arithmetic_is_that_of_the_figures():
+    text = bars({"vit_b, 1 core": figures()})
+    assert "bf16 and without a single copy, addition, softmax or norm, take 0.29. Ours" in text
+    assert "1.40 / 4.5 = 0.31, which leaves 0.02," in text
+    over = bars({"vit_b, 1 core": figures(floor=0.33)})
+    assert "which is 0.02 less than these products take," in over
+    # Where the floor is low enough, nothing is said to be out of reach.
+    assert "beyond this machine" not in bars({"vit_b, 1 core": figures(floor=0.15)})
+    assert "does not fit" not in bars({"vit_b, 1 core": figures(floor=0.15)})
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    for module in (speed_report, speed):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "speed.json")
+    monkeypatch.setattr(speed_report, "PAGE", tmp_path / "SPEED.md")
+    return tmp_path
+
+
+def test_core_counts_measured_apart_share_a_page(files):
+    speed.keep({"vit_b, 1 core": figures()})
+    speed.keep({"vit_b, 2 cores": figures(where="2 cores"), "bf16": None})
+    page = (files / "SPEED.md").read_text()
+    assert page.index("## vit_b, random weights, 1 core") < page.index("weights, 2 cores")
+    assert "## What was to be reached" in page
+    assert page.count("a machine") == 1
+    assert page == speed_report.page(json.loads((files / "speed.json").read_text()))
