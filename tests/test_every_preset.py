@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_faults import noisy
@@ -18,6 +20,31 @@ class SureSam(SamPromptable):
     def decode_multimask(self, embedding, prompts):
         logits, pred_iou = super().decode_multimask(embedding, prompts)
         return 20 * logits, 0.75 + 0.2 * pred_iou.sigmoid()
+
+
+class SmallSam(SureSam):
+    """Has memory for one prompt and one image at once, and says how many it was asked for."""
+
+    def __init__(self):
+        super().__init__(build_random_sam(), "sure")
+        self.asked = []
+
+    def remember(self, count):
+        self.asked.append(count)
+        if count > 1:
+            raise MemoryError
+
+    def embed(self, images):
+        self.remember(len(images))
+        return super().embed(images)
+
+    def decode(self, embedding, prompts):
+        self.remember(len(prompts))
+        return super().decode(embedding, prompts)
+
+    def decode_multimask(self, embedding, prompts):
+        self.remember(len(prompts))
+        return super().decode_multimask(embedding, prompts)
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +141,25 @@ def test_chunks_of_prompts_and_the_order_of_a_batch_change_nothing(refiner, sure
         alone = refiner(image, prob)
         assert torch.equal(alone.labels, out.labels)
         assert torch.equal(alone.probs, out.probs)
-    fields = {**vars(refiner.config), "max_prompts_per_batch": 1}
-    one_by_one = Refiner(sure_sam, RefineConfig(**fields), "32")
+    one_by_one = Refiner(sure_sam, replace(refiner.config, max_prompts_per_batch=1), "32")
     for image, prob, out in zip(images, probs, outs, strict=True):
         other = one_by_one(image, prob)
         assert (other.labels != out.labels).float().mean() < 0.01
         # A mask whose border is at a threshold may count for or against with the last bit.
         assert (other.probs - out.probs).abs().median() < 1e-4
+
+
+def test_memory_that_runs_out_is_asked_for_less_and_for_no_more_later(refiner, sure_sam):
+    images, probs = zip(*(noisy(seed=seed) for seed in range(3)), strict=True)
+    small = SmallSam()
+    spare = Refiner(small, replace(refiner.config, max_prompts_per_batch=4), "32")
+    outs = spare.refine_batch(images, probs)
+    assert max(small.asked) > 1
+    one_by_one = Refiner(sure_sam, replace(refiner.config, max_prompts_per_batch=1), "32")
+    for image, prob, out in zip(images, probs, outs, strict=True):
+        expected = one_by_one(image, prob)
+        assert torch.equal(out.labels, expected.labels)
+        assert torch.equal(out.probs, expected.probs)
+    small.asked.clear()
+    spare.refine_batch(images, probs)
+    assert set(small.asked) == {1}
