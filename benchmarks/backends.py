@@ -23,10 +23,10 @@ from lightning_samrefine.models import Promptable, Prompts
 from lightning_samrefine.models.hf import HfPromptable
 from lightning_samrefine.models.protocol import accepts_masks
 from lightning_samrefine.precision import PRECISIONS, autocast, autocast_dtype
+from lightning_samrefine.refiner import _prompts_per_batch
 
 IMAGE_HW = (720, 960)
 REGIONS = 8
-BATCH = 2  # the refiner's on a CPU
 BASE = "vit_t"
 
 
@@ -120,13 +120,13 @@ def prompts_for(sam: Promptable) -> Prompts:
 @torch.no_grad()
 def seconds(sam: Promptable, image: torch.Tensor, precision: str) -> tuple[float, float]:
     """Return CPU seconds to embed an image, and to decode one region."""
-    prompts = prompts_for(sam)
+    prompts, batch = prompts_for(sam), _prompts_per_batch(sam.device)
     with autocast(autocast_dtype(precision, sam.device), sam.device):
         start = time.process_time()  # not disturbed by what else runs
         (embedding,) = sam.embed([image])
         embedded = time.process_time()
-        for begin in range(0, REGIONS, BATCH):
-            sam.decode(embedding, prompts.chunk(begin, begin + BATCH))
+        for begin in range(0, REGIONS, batch):
+            sam.decode(embedding, prompts.chunk(begin, begin + batch))
         decoded = time.process_time()
     return embedded - start, (decoded - embedded) / REGIONS
 

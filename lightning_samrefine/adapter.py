@@ -331,7 +331,7 @@ def to_labels(target: Tensor, labels: Tensor) -> Tensor:
         labels: (B, H, W), the prediction that it must fit.
 
     Raises:
-        ValueError: Another shape, or fractions.
+        ValueError: Another shape, fractions, NaN or infinity.
     """
     maps = target[:, 0] if target.ndim == 4 and target.shape[1] == 1 else target
     if maps.shape != labels.shape:
@@ -340,12 +340,13 @@ def to_labels(target: Tensor, labels: Tensor) -> Tensor:
             f"the image's {tuple(labels.shape)}; targets of another size or one-hot targets need "
             "an adapter"
         )
-    if maps.is_floating_point() and not bool((maps == maps.round()).all()):
+    # Infinity equals itself rounded, and as an integer would be whatever the machine makes of it.
+    if maps.is_floating_point() and not bool(((maps == maps.round()) & maps.isfinite()).all()):
         low, high = torch.stack(torch.aminmax(maps.float())).tolist()
         raise ValueError(
-            f"target: got {target.dtype} with fractions between {low:.4g} and {high:.4g}, accepted "
-            "are whole numbers: class indices (a mask that was resized bilinearly or scaled to "
-            "[0, 1] has lost them)"
+            f"target: got {target.dtype} with fractions, NaN or infinity ({low:.4g} to "
+            f"{high:.4g}), accepted are whole numbers: class indices (a mask that was resized "
+            "bilinearly or scaled to [0, 1] has lost them)"
         )
     return maps.to(torch.int64)
 

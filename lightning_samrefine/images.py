@@ -80,6 +80,11 @@ class RgbConverter:
                 f"image: got shape {tuple(images.shape)}, accepted is (B, 3, H, W) RGB or "
                 f"(B, 1, H, W) grey{hint}. For other channels give an adapter that returns RGB."
             )
+        if images.dtype == torch.bool or images.is_complex():
+            # Read as 0 to 255, bool would be a black image and no error.
+            raise ValueError(
+                f"image: got dtype {images.dtype}, accepted are integers in 0 to 255 and floats"
+            )
         if images.dtype == torch.uint8:
             return images.expand(-1, 3, -1, -1)
         if not images.is_floating_point():

@@ -3,6 +3,9 @@
 While a run writes, each of its processes appends a line to a journal of its own for every image
 whose files are complete. At the end the journals become ``manifest.parquet``, which tells nothing
 of how many processes there were, nor of how often they were killed.
+
+Journals, and not one Parquet file a process, because a Parquet file is unreadable before its footer
+is written: a kill would lose every row of its process, where a journal loses the line it tore.
 """
 
 from __future__ import annotations

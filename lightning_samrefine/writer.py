@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_samrefine.adapter import BatchAdapter, RefineInputs
+from lightning_samrefine.adapter import BatchAdapter
 from lightning_samrefine.arguments import (
     check_count,
     check_sam,
@@ -27,46 +25,19 @@ from lightning_samrefine.arguments import (
     parse_refine,
 )
 from lightning_samrefine.attachment import Attachment
-from lightning_samrefine.background import BackgroundWriter
 from lightning_samrefine.batch_search import batch_size
 from lightning_samrefine.capture import ScoresCapture
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.images import RgbConverter
-from lightning_samrefine.manifest import Contents, Journal
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.output_folder import OutputFolder
 from lightning_samrefine.precision import autocast_dtype
-from lightning_samrefine.prediction_files import (
-    MAX_CLASSES,
-    PROBS_KINDS,
-    ProbsKind,
-    label_png,
-    probs_safetensors,
-    storable_labels,
-    storable_probs,
-)
+from lightning_samrefine.prediction_files import MAX_CLASSES, PROBS_KINDS, ProbsKind
+from lightning_samrefine.prediction_run import PredictCounts, PredictionRun, image_hash
 from lightning_samrefine.provenance import Provenance
-from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.stems import find_stems
 
 _NAME = "SAMRefineWriter"
-
-
-@dataclass
-class PredictCounts:
-    """What one process did with its images in a run.
-
-    Attributes:
-        written: Images whose files were written.
-        kept: Images whose files an earlier run had completed.
-        failed: Images among the written whose refining failed: the files hold the raw prediction.
-        unread: Images of batches that could not be read: there are no files for them.
-    """
-
-    written: int = 0
-    kept: int = 0
-    failed: int = 0
-    unread: int = 0
 
 
 @dataclass
@@ -76,9 +47,7 @@ class _Writing:
     capture: ScoresCapture
     provenance: Provenance
     generation: int
-    contents: Contents
-    journal: Journal
-    background: BackgroundWriter
+    run: PredictionRun
 
 
 class SAMRefineWriter(BasePredictionWriter):
@@ -241,9 +210,14 @@ class SAMRefineWriter(BasePredictionWriter):
             capture=ScoresCapture(pl_module, num_classes),
             provenance=provenance,
             generation=generation,
-            contents=self._files.contents(before=generation),
-            journal=self._files.journal(generation, trainer.global_rank),
-            background=BackgroundWriter(self.queue_size),
+            run=PredictionRun(
+                self._files,
+                generation,
+                trainer.global_rank,
+                self.probs,
+                self.queue_size,
+                self.counts,
+            ),
         )
 
     @override
@@ -278,18 +252,18 @@ class SAMRefineWriter(BasePredictionWriter):
         stems = find_stems(batch, len(inputs), self.stem_key, batch_indices)
         if trainer.predict_loop.num_dataloaders > 1:
             stems = [f"{dataloader_idx}/{stem}" for stem in stems]
-        images = [_image_hash(image) for image in inputs.images]
+        images = [image_hash(image) for image in inputs.images]
         missing = [
             index
             for index, (stem, image) in enumerate(zip(stems, images, strict=True))
-            if not self._is_done(stem, image)
+            if not writing.run.is_done(stem, image)
         ]
         if not missing:
             return
         wanted = inputs.take(missing)
         refinements, _ = attached.refiner(wanted)
         for position, (index, refinement) in enumerate(zip(missing, refinements, strict=True)):
-            self._write(stems[index], images[index], wanted, position, refinement)
+            writing.run.write(stems[index], images[index], wanted, position, refinement)
 
     @override
     def on_exception(
@@ -361,50 +335,6 @@ class SAMRefineWriter(BasePredictionWriter):
             raise MisconfigurationException(f"{_NAME}: {error}")
         return generation
 
-    def _is_done(self, stem: str, image: str) -> bool:
-        """Whether an earlier run completed an image's files; if so, note that they stay."""
-        assert self._writing is not None
-        row = self._writing.contents.find(stem)
-        done = (
-            row is not None
-            and row["image"] == image
-            and not row["failed"]  # it may have been a matter of memory
-            and self._files.is_whole(row)
-        )
-        if done:
-            self._writing.journal.keep(stem, image)
-            self.counts.kept += 1
-        return done
-
-    def _write(
-        self,
-        stem: str,
-        image: str,
-        inputs: RefineInputs,
-        index: int,
-        refinement: Refinement | None,
-    ) -> None:
-        """Hand the files of one image to the thread that writes."""
-        assert self._writing is not None
-        raw_labels, raw_probs = inputs.labels[index], inputs.probs[index]
-        labels = storable_labels(
-            raw_labels if refinement is None else refinement.labels, len(raw_probs)
-        )
-        probs = None
-        if self.probs is not None:
-            full = raw_probs if refinement is None else refinement.completed_probs(raw_probs)
-            probs = storable_probs(full, self.probs)
-        row = _row(stem, image, labels.shape, refinement)
-        self.counts.written += 1
-        self.counts.failed += row["failed"]
-        files, journal = self._files, self._writing.journal
-
-        def write() -> None:
-            stored_probs = None if probs is None else probs_safetensors(probs)
-            journal.add(files.write_prediction(row, label_png(labels), stored_probs))
-
-        self._writing.background.put(write)
-
     def _finish(self, trainer: Trainer) -> None:
         """Wait for the files of every process, then list them."""
         writing = self._writing
@@ -441,33 +371,12 @@ class SAMRefineWriter(BasePredictionWriter):
         if self._writing is None:
             return
         self._writing.capture.remove()
-        try:
-            self._writing.background.close()
-        finally:
-            self._writing.journal.close()
+        self._writing.run.close()
 
     def _release(self) -> None:
         if self._attached is not None:
             self._attached.release()
         self._attached = self._writing = None
-
-
-def _row(
-    stem: str, image: str, image_hw: Sequence[int], refinement: Refinement | None
-) -> dict[str, Any]:
-    """Return an image's row of the manifest, but for its files."""
-    regions = None if refinement is None else refinement.regions
-    return {
-        "stem": stem,
-        "image": image,
-        "height": image_hw[0],
-        "width": image_hw[1],
-        "regions": 0 if regions is None else len(regions),
-        "left_out": 0 if regions is None else regions.left_out,
-        "accepted": 0 if regions is None else int(regions.accepted.sum()),
-        "pred_iou": [] if regions is None else regions.pred_iou.tolist(),
-        "failed": regions is None,
-    }
 
 
 def _hashes(provenance: Provenance) -> dict[str, str]:
@@ -476,10 +385,3 @@ def _hashes(provenance: Provenance) -> dict[str, str]:
         "sam_fingerprint": provenance.sam["weights"],
         "segmenter_fingerprint": provenance.segmenter["weights"] or "",
     }
-
-
-def _image_hash(image: Tensor) -> str:
-    """Return 16 hexadecimal digits of an image's size and pixels."""
-    digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=8)
-    digest.update(memoryview(image.contiguous().cpu().numpy().reshape(-1)))
-    return digest.hexdigest()

@@ -196,6 +196,8 @@ def test_a_target_is_optional_where_none_is_needed():
         ((IMAGE, TARGET[:, :3]), LOGITS, r"target: got shape \(2, 3, 8\)"),
         ((IMAGE, LOGITS), LOGITS, r"target: got shape \(2, 4, 6, 8\).*one-hot"),
         ((IMAGE, TARGET / 3), LOGITS, r"target: got torch.float32 with fractions"),
+        ((IMAGE, TARGET * float("nan")), LOGITS, r"target: got torch.float32 .*NaN or infinity"),
+        ((IMAGE, TARGET.float() + float("inf")), LOGITS, r"target: got .*NaN or infinity"),
         ((IMAGE, TARGET), LOGITS[:1], r"scores: got 1 samples, accepted is the image's 2"),
         ((LOGITS, TARGET), LOGITS, r"image: got shape \(2, 4, 6, 8\).*adapter"),
         ((IMAGE / 64 - 2, TARGET), LOGITS, r"image: got values .* set image_mean"),

@@ -129,6 +129,30 @@ def test_every_family_refines_in_a_trainer(family):
     assert figures["miou_refined"] != figures["miou_raw"]
 
 
+@pytest.mark.parametrize("preset", ["default", "best"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_a_grid_of_points_in_a_trainer(family, preset, monkeypatch):
+    sam = build_tiny_hf(family)
+    points = []
+    ask = sam.decode_multimask
+
+    def sure(embedding, prompts):
+        logits, pred_iou = ask(embedding, prompts)
+        points.append(len(prompts))
+        return 20 * logits, 0.75 + 0.2 * pred_iou  # random weights are not sure of any mask
+
+    monkeypatch.setattr(sam, "decode_multimask", sure)
+    callback = SAMRefineCallback(
+        sam, num_classes=NUM_CLASSES, refine={"preset": preset, "min_region_area": 4}
+    )
+    loaders = loader(2, hw=(64, 80))
+    Trainer(**SILENT, callbacks=[callback]).validate(Segmenter(), loaders, verbose=False)
+    (figures,) = callback.history
+    assert figures["refine_failed_images"] == 0
+    assert sum(points) == 2 * 4 * 5  # of every image once
+    assert figures["miou_refined"] != figures["miou_raw"]
+
+
 @pytest.mark.parametrize("family", ["sam", "sam2"])
 def test_embeddings_are_cached(family):
     sam = build_tiny_hf(family)

@@ -105,6 +105,12 @@ def test_other_channels_are_refused(shape):
         RgbConverter()(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
+def test_other_types_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"image: got dtype {dtype}"):
+        RgbConverter()(torch.ones(2, 3, 8, 8).to(dtype))
+
+
 def test_channels_last_are_refused_with_a_hint():
     with pytest.raises(ValueError, match="channels come first"):
         RgbConverter()(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))

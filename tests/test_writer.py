@@ -58,7 +58,9 @@ def predict(folder, loaders=None, module=None, sam=None, trainer=None, **kwargs)
         folder, sam, **{"num_classes": NUM_CLASSES, "refine": REFINE, **kwargs}
     )
     Trainer(**SILENT, **(trainer or {}), callbacks=[writer]).predict(
-        module or Predicting(), named() if loaders is None else loaders, return_predictions=False
+        Predicting() if module is None else module,
+        named() if loaders is None else loaders,
+        return_predictions=False,
     )
     return writer, sam.embedded
 
