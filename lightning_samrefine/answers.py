@@ -23,10 +23,11 @@ class Answers:
         labels: (H, W) int64, the raw S.
         regions: N regions on the working grid.
         low_res_logits: The masks of prompted regions, N maps (m, m) float32; empty where regions
-            are not prompted.
+            are not prompted, or under a ``soft_floor``.
         pred_iou: (N,) float32 on the CPU; 0 where regions are not prompted.
         extents: (N, 2, m) bool, see `lightning_samrefine.upscaling.extents`; None on a GPU.
         masks: (N, h_n, w_n) bool, the masks themselves; None without any.
+        region_masks: The N masks of prompted regions under a ``soft_floor``, None otherwise.
         image_masks: Masks of the image alone, None where none were asked for.
         labels_are_argmax: Whether the labels are known to be the argmax of the probabilities.
     """
@@ -39,6 +40,7 @@ class Answers:
     pred_iou: Tensor
     extents: np.ndarray | None = None
     masks: Tensor | None = None
+    region_masks: ImageMasks | None = None
     image_masks: ImageMasks | None = None
     labels_are_argmax: bool = False
 

@@ -31,11 +31,15 @@ class CacheStats:
         hits: Embeddings that were found.
         misses: Embeddings that had to be computed.
         nbytes: Bytes held, in the whole folder for a cache on disk.
+        prompt_hits: Prompts of regions whose answers were found.
+        prompt_misses: Prompts of regions that the model had to answer.
     """
 
     hits: int
     misses: int
     nbytes: int
+    prompt_hits: int = 0
+    prompt_misses: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -96,6 +100,7 @@ class EmbeddingCache:
             WeakKeyDictionary()
         )
         self._hits = self._misses = 0
+        self._prompt_hits = self._prompt_misses = 0
         self._epoch = _Epoch()
         self._wrote: set[str] = set()
         self._writing = True
@@ -107,7 +112,13 @@ class EmbeddingCache:
     @property
     def stats(self) -> CacheStats:
         """Hits, misses and bytes since the cache was made."""
-        return CacheStats(self._hits, self._misses, self._store.nbytes)
+        return CacheStats(
+            self._hits,
+            self._misses,
+            self._store.nbytes,
+            self._prompt_hits,
+            self._prompt_misses,
+        )
 
     def embed(
         self,
@@ -147,6 +158,55 @@ class EmbeddingCache:
         for key, embedding in zip(missing, computed, strict=True):
             found[key] = self._put(key, embedding, dtype)
         return [found[key] for key in keys]
+
+    def recall(
+        self, sam: Promptable, image: Tensor, dtype: torch.dtype | None, derived: str
+    ) -> tuple[Tensor, ...] | None:
+        """Return what `keep` was last given for an image, on the CPU; None where nothing is held.
+
+        Args:
+            sam: The model that the tensors come from.
+            image: (3, H, W) uint8.
+            dtype: Of the autocast that they were made under; None for float32.
+            derived: As for `embed`.
+        """
+        try:
+            key = _key(self._fingerprint(sam, derived), image, dtype, sam.device)
+        except Exception as error:
+            self._give_up(error)
+            return None
+        return self._get(key, torch.device("cpu"))
+
+    def keep(
+        self,
+        sam: Promptable,
+        image: Tensor,
+        dtype: torch.dtype | None,
+        derived: str,
+        tensors: tuple[Tensor, ...],
+    ) -> None:
+        """Hold tensors for `recall`, in place of those that are held.
+
+        Args:
+            sam: The model that the tensors come from.
+            image: (3, H, W) uint8.
+            dtype: Of the autocast that they were made under; None for float32.
+            derived: As for `embed`.
+            tensors: Integers, for floats would be rounded to ``dtype``.
+        """
+        if not self._writing:
+            return
+        try:
+            key = _key(self._fingerprint(sam, derived), image, dtype, sam.device)
+        except Exception as error:
+            self._give_up(error)
+            return
+        self._put(key, tensors, dtype)
+
+    def count_prompts(self, hits: int, misses: int) -> None:
+        """Count prompts whose answers were found, and those that were not."""
+        self._prompt_hits += hits
+        self._prompt_misses += misses
 
     def end_epoch(self, stage: str) -> None:
         """Close an epoch, so that a cache that never hits is noticed.

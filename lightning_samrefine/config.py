@@ -33,7 +33,9 @@ class RefineConfig:
             memory that does not change the result. ``None`` takes it from free memory, as in
             Algorithm 4.
         prompt_regions: Whether SAM is asked about the regions.
-        mask_prompts: Whether regions are prompted with a mask besides box and point.
+        mask_prompts: Whether regions are prompted with a mask besides box and point. Without one
+            and with a ``soft_floor`` boxes and points are moved to a coarse lattice, so that a
+            cache knows most of them again when a prediction changes a little.
         points_per_side: SAM is asked about a grid of this many points along the image's longer
             side. These masks depend on the image alone, so a cache keeps them whole, and where no
             regions are prompted an image costs SAM nothing from the second time on. 0 is none.
@@ -109,16 +111,20 @@ class RefineConfig:
             self, "class_pred_iou_thresh", _checked_thresholds(self.class_pred_iou_thresh)
         )
 
+    @property
+    def on_lattice(self) -> bool:
+        """Whether boxes and points of regions are moved to a lattice."""
+        return self.prompt_regions and not self.mask_prompts and self.soft_floor > 0
+
     @classmethod
     def preset(cls, name: str, /, **overrides: Any) -> RefineConfig:
         """Build a named configuration, with single fields replaced.
 
         Args:
             name: ``"algorithm4"`` (the seed's algorithm to the pixel); ``"fast"`` (at most one
-                prompt a region, soft fusion, smoothing); ``"default"`` (image-driven masks instead,
-                which a cache keeps); ``"best"`` (both, the largest gain and the highest cost);
-                ``"strict"`` (Algorithm 4 with fewer changes: only sure regions, and masks of which
-                SAM is sure).
+                prompt a region, soft fusion, smoothing); ``"default"`` (the same with image-driven
+                masks besides: the largest gain measured); ``"strict"`` (Algorithm 4 with fewer
+                changes: only sure regions, and masks of which SAM is sure).
             **overrides: Fields of `RefineConfig`.
 
         Raises:
@@ -143,14 +149,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "algorithm4": {},
         "default": {
-            "min_region_area": 16,
-            "max_regions": 500,
-            "prompt_regions": False,
-            "points_per_side": 24,
-            "soft_floor": 0.05,
-            "smoothing": 4.0,
-        },
-        "best": {
             "min_region_area": 16,
             "max_regions": 500,
             "mask_prompts": False,

@@ -96,7 +96,7 @@ def generate_masks(
     for _, _, (logits, ious) in (at_once or ChunkSize()).run(len(points), prompts_per_batch, ask):
         logits = logits[..., :height, :width].flatten(0, 1)
         stability.append(_stability(logits))
-        packed.append(_pack(logits))
+        packed.append(pack_masks(logits))
         pred_iou.append(ious.flatten().float())
     masks = ImageMasks(torch.cat(packed), torch.cat(pred_iou), mask_hw)
     return _best(masks, torch.cat(stability))
@@ -133,8 +133,8 @@ def _stability(logits: Tensor) -> Tensor:
     return above / below.clamp(min=1)
 
 
-def _pack(logits: Tensor) -> Tensor:
-    """Pack (N, h, w) logits, NaN counting as outside."""
+def pack_masks(logits: Tensor) -> Tensor:
+    """Pack (N, h, w) logits to (N, B) uint8 as in `ImageMasks`, NaN counting as outside."""
     codes = sum((logits > step).to(torch.uint8) for step in _LOGIT_STEPS).flatten(1)
     codes = F.pad(codes, (0, -codes.shape[1] % _PER_BYTE)).unflatten(1, (-1, _PER_BYTE))
     return sum(codes[..., i] << 2 * i for i in range(_PER_BYTE))

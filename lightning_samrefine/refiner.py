@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +22,18 @@ from lightning_samrefine.cache import EmbeddingCache, make_cache
 from lightning_samrefine.class_gate import check_classes, keep_closed, open_regions
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.decoding import Decoded, decode_prompts, decodes_jointly
-from lightning_samrefine.image_masks import MASKS_VERSION, ImageMasks, generate_masks
+from lightning_samrefine.image_masks import (
+    MASKS_VERSION,
+    ImageMasks,
+    generate_masks,
+    pack_masks,
+)
 from lightning_samrefine.inputs import check_image_and_probs, checked_labels, first_argmax
 from lightning_samrefine.memory import ChunkSize, images_at_once, prompts_at_once
 from lightning_samrefine.models.protocol import MultimaskPromptable, Promptable, Prompts
 from lightning_samrefine.precision import autocast, autocast_dtype
-from lightning_samrefine.prompts import build_prompts
+from lightning_samrefine.prompt_memory import KnownMasks, PromptMemory
+from lightning_samrefine.prompts import build_prompts, lattice_prompts, prompts_at
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.regions import GridRegions, PendingSplit, begin_split
 from lightning_samrefine.soft_fusion import fuse_softly
@@ -188,14 +195,13 @@ class Refiner:
             )
             for image_probs, image_labels in raw
         ]
-        regions, embeddings = self._split_and_embed(images, splits)
+        regions, asked = self._split_and_embed(images, splits)
         self._tell_of_left_out(regions)
         masks: dict[int, ImageMasks] = {}
         if config.points_per_side:
-            prompted = list(embeddings)
-            chosen = [images[index] for index in prompted]
-            found = self._image_masks(chosen, list(embeddings.values()))
-            masks = dict(zip(prompted, found, strict=True))
+            chosen = [images[index] for index in asked]
+            found = self._image_masks(chosen, [one.embedding for one in asked.values()])
+            masks = dict(zip(asked, found, strict=True))
 
         def answered() -> Iterator[Answers]:
             at_once = len(images) if decodes_jointly(self.sam, config) else 1
@@ -213,32 +219,48 @@ class Refiner:
                     )
                     for i in part
                 ]
-                yield from self._with_prompts(bare, [embeddings.get(i) for i in part])
+                yield from self._with_prompts(bare, [asked.get(i) for i in part])
 
         return answered()
 
     def _split_and_embed(
         self, images: Sequence[Tensor] | Tensor, splits: Sequence[PendingSplit]
-    ) -> tuple[list[GridRegions], dict[int, Any]]:
-        """Find every image's regions, and embed the images that have one.
+    ) -> tuple[list[GridRegions], dict[int, _Asked]]:
+        """Find every image's regions, and embed the images of which SAM has to be asked.
 
         Returns:
-            B regions in order, and by its index the embedding of each image with a region, None
-            where no region is prompted.
+            B regions in order, and by its index what to ask about each image with a region: the
+            others ask nothing (step 4).
         """
         regions: list[GridRegions] = []
-        embeddings: dict[int, Any] = {}
+        asked: dict[int, _Asked] = {}
         at_once = images_at_once(self.sam.device, len(splits))
         for start in range(0, len(splits), at_once):
             part = range(start, min(start + at_once, len(splits)))
             regions.extend(open_regions(splits[i].finish(), self.config.classes) for i in part)
-            # An image without a region asks SAM nothing, so it is not embedded either (step 4).
-            prompted = [i for i in part if len(regions[i]) > 0]
-            embedded: list[Any] = [None] * len(prompted)
-            if self.config.prompt_regions:
-                embedded = self._embed([images[i] for i in prompted])
-            embeddings.update(zip(prompted, embedded, strict=True))
-        return regions, embeddings
+            with_regions = [i for i in part if len(regions[i]) > 0]
+            asked.update((i, self._look_up(images[i], regions[i])) for i in with_regions)
+            unanswered = [i for i in with_regions if asked[i].unanswered]
+            embedded = self._embed([images[i] for i in unanswered])
+            for i, embedding in zip(unanswered, embedded, strict=True):
+                asked[i] = replace(asked[i], embedding=embedding)
+        return regions, asked
+
+    def _look_up(self, image: Tensor, regions: GridRegions) -> _Asked:
+        """Find out what is known already of what an image's regions ask."""
+        if not self.config.prompt_regions:
+            return _Asked(unanswered=False)
+        if not self.config.on_lattice:
+            return _Asked(unanswered=True)
+        wanted = lattice_prompts(regions)
+        known = self._memory.recall(image, wanted)
+        missing = known.missing(wanted)
+        return _Asked(len(missing) > 0, wanted=wanted, known=known, missing=missing)
+
+    @property
+    def _memory(self) -> PromptMemory:
+        dtype = autocast_dtype(self.precision, self.sam.device)
+        return PromptMemory(self.cache, self.sam, dtype, self.config.stride)
 
     def _tell_of_left_out(self, regions: Sequence[GridRegions]) -> None:
         worst = max(regions, key=lambda found: found.left_out, default=None)
@@ -305,36 +327,57 @@ class Refiner:
 
     @torch.no_grad()
     def _with_prompts(
-        self, answers: Sequence[Answers], embeddings: Sequence[Any]
+        self, answers: Sequence[Answers], asked: Sequence[_Asked | None]
     ) -> Iterator[Answers]:
         """Ask about the regions of images (steps 5 to 7); without one SAM is not asked (step 4)."""
-        config = self.config
-        asked = [
-            index
-            for index, bare in enumerate(answers)
-            if len(bare.regions) > 0 and config.prompt_regions
-        ]
-        prompts = [
-            build_prompts(
-                answers[index].regions,
-                self.sam,
-                answers[index].image_hw,
-                config.score_thresh,
-                config.mask_prompt_scale,
-                config.mask_prompts,
-            )
-            for index in asked
-        ]
-        decoded = self._decode([embeddings[index] for index in asked], prompts)
-        known = dict(zip(asked, decoded, strict=True))
-        for index, bare in enumerate(answers):
-            if index not in known:
+        unanswered = [i for i, one in enumerate(asked) if one is not None and one.unanswered]
+        decoded = self._decode(
+            [asked[i].embedding for i in unanswered],
+            [self._prompts(answers[i], asked[i]) for i in unanswered],
+        )
+        found = dict(zip(unanswered, decoded, strict=True))
+        for index, (bare, one) in enumerate(zip(answers, asked, strict=True)):
+            if one is None or not self.config.prompt_regions:
                 yield bare
-                continue
-            found = known.pop(index)
-            rows, columns = self.sam.mask_hw(bare.image_hw)
-            masks = torch.stack([logits[:rows, :columns] > 0 for logits in found.low_res_logits])
-            yield replace(bare, masks=masks, **vars(found))
+            elif self.config.soft_floor:
+                masks = self._packed(bare, one, found.pop(index, None))
+                yield replace(bare, pred_iou=masks.pred_iou.cpu(), region_masks=masks)
+            else:
+                said = found.pop(index)
+                rows, columns = self.sam.mask_hw(bare.image_hw)
+                masks = torch.stack([logits[:rows, :columns] > 0 for logits in said.low_res_logits])
+                yield replace(bare, masks=masks, **vars(said))
+
+    def _prompts(self, answers: Answers, asked: _Asked) -> Prompts:
+        """Return what SAM has not answered yet."""
+        config, regions = self.config, answers.regions
+        if asked.missing is not None:
+            grid_hw, device = regions.components.shape, regions.probs.device
+            return prompts_at(asked.missing, grid_hw, self.sam, answers.image_hw, device)
+        return build_prompts(
+            regions,
+            self.sam,
+            answers.image_hw,
+            config.score_thresh,
+            config.mask_prompt_scale,
+            config.mask_prompts,
+        )
+
+    def _packed(self, answers: Answers, asked: _Asked, decoded: Decoded | None) -> ImageMasks:
+        """Return the masks of all regions, those that were known and those that are new."""
+        rows, columns = mask_hw = self.sam.mask_hw(answers.image_hw)
+        new = None
+        if decoded is not None:
+            logits = [logits[:rows, :columns] for logits in decoded.low_res_logits]
+            new = ImageMasks(pack_masks(torch.stack(logits)), decoded.pred_iou, mask_hw)
+        if asked.known is None:
+            return new
+        known = asked.known
+        if new is not None:
+            known = known.extended(asked.missing, new)
+            self._memory.keep(answers.image, known)
+        masks = known.masks(asked.wanted, mask_hw)
+        return replace(masks, packed=masks.packed.to(answers.probs.device))
 
     @torch.no_grad()
     def fuse(self, answers: Answers) -> Refinement:
@@ -361,13 +404,32 @@ class Refiner:
         return decode_prompts(self.sam, embeddings, prompts, self.precision, size, chunks)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the regions of one image ask, on the lattice and otherwise.
+
+    Attributes:
+        unanswered: Whether the model has to answer some of it.
+        embedding: Of the image, where the model has to.
+        wanted: (N, 6) int32 of `lattice_prompts`, one prompt a region; None off the lattice.
+        known: What was asked about the image before.
+        missing: (M, 6) int32, those of ``wanted`` that it does not hold, each once.
+    """
+
+    unanswered: bool
+    embedding: Any = None
+    wanted: np.ndarray | None = None
+    known: KnownMasks | None = None
+    missing: np.ndarray | None = None
+
+
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
     """Return the thresholds, with region prompts instead of points where a model needs it."""
     has_method = isinstance(sam, MultimaskPromptable)
     if not config.points_per_side or (has_method and getattr(sam, "answers_points", True)):
         return config
     if has_method:
-        return replace(config, points_per_side=0, prompt_regions=True)
+        return replace(config, points_per_side=0, prompt_regions=True, mask_prompts=True)
     warnings.warn(
         f"points_per_side: got {config.points_per_side} for {sam.name}, which has no "
         "decode_multimask; its regions are prompted instead, as preset 'fast' does",

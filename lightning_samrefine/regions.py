@@ -24,6 +24,7 @@ class GridRegions:
         classes: (N,) int64 in [0, C).
         boxes: (N, 4) float64 XYXY on the grid, exclusive ends.
         points: (N, 2) float64 XY on the grid, pixel centres.
+        radii: (N,) float64 in grid pixels, from each point's pixel to the outside of its region.
         scores: (N,) float32 in [0, 1], the mean of L_d[c] over the region.
         components: (h_d, w_d) uint32, the id of the component each pixel belongs to, 0 for none.
         component_ids: (N,) int64, the id of each region in ``components``. Components that were
@@ -35,6 +36,7 @@ class GridRegions:
     classes: np.ndarray
     boxes: np.ndarray
     points: np.ndarray
+    radii: np.ndarray
     scores: np.ndarray
     components: np.ndarray
     component_ids: np.ndarray
@@ -50,7 +52,7 @@ class GridRegions:
         Args:
             selected: (N,) bool.
         """
-        rows = ("classes", "boxes", "points", "scores", "component_ids")
+        rows = ("classes", "boxes", "points", "radii", "scores", "component_ids")
         return replace(self, **{name: getattr(self, name)[selected] for name in rows})
 
     def mask_of(self, selected: np.ndarray) -> Tensor:
@@ -153,10 +155,12 @@ class PendingSplit:
         if self.max_regions is not None and found > self.max_regions:
             ids = ids[np.lexsort((first[ids], -area[ids]))[: self.max_regions]]
         ids = ids[np.lexsort((first[ids], grid.ravel()[first[ids]]))]
+        points, radii = _interior_points(components, runs, count, ids)
         return GridRegions(
             classes=grid.ravel()[first[ids]].astype(np.int64) - 1,
             boxes=runs.boxes(count)[ids],
-            points=_interior_points(components, runs, count, ids),
+            points=points,
+            radii=radii,
             scores=scores[ids],
             components=components,
             component_ids=ids,
@@ -244,15 +248,16 @@ class _Runs:
 
 def _interior_points(
     components: np.ndarray, runs: _Runs, count: int, ids: np.ndarray
-) -> np.ndarray:
-    """Return (N, 2) float64 XY, the centre of the innermost pixel of each component in ``ids``.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the centre of the innermost pixel of each component in ``ids``, and how deep it lies.
 
-    Innermost is the largest Euclidean distance to the outside of the component, the outside of
-    the grid included; ties go to the first pixel in row-major order. Squared distances are whole
-    numbers, exact in float32 up to 4096 pixels, so they compare exactly.
+    That is (N, 2) float64 XY and (N,) float64 in grid pixels. Innermost is the largest Euclidean
+    distance to the outside of the component, the outside of the grid included; ties go to the first
+    pixel in row-major order. Squared distances are whole numbers, exact in float32 up to 4096
+    pixels, so they compare exactly.
     """
     if len(ids) == 0:
-        return np.empty((0, 2))
+        return np.empty((0, 2)), np.empty(0)
     squared = edt.edtsq(components, black_border=True, parallel=1).ravel()
     longest = np.maximum.reduceat(squared, runs.starts)
     best = np.zeros(count + 1, squared.dtype)
@@ -265,4 +270,4 @@ def _interior_points(
         for start, length in zip(runs.starts[first[ids]], runs.lengths[first[ids]], strict=True)
     ]
     y, x = np.divmod(np.array(positions), components.shape[1])
-    return np.stack([x + 0.5, y + 0.5], axis=1)
+    return np.stack([x + 0.5, y + 0.5], axis=1), np.sqrt(best[ids].astype(np.float64))

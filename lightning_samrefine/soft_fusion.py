@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from lightning_samrefine.answers import Answers, refinement, region_table
 from lightning_samrefine.class_gate import accepted_regions
@@ -13,11 +15,14 @@ from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.inputs import first_argmax
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.smoothing import smooth
-from lightning_samrefine.support import Support
+from lightning_samrefine.support import Support, weigh
 
 
 def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
-    """Fuse image-driven masks, the masks of prompted regions, or both in turn.
+    """Fuse image-driven masks, the masks of prompted regions, or both.
+
+    With both, the regions' masks count twice: among all masks, which together say what class a
+    pixel has, and as what SAM says to the prediction's own regions.
 
     Where regions are not prompted, a region's predicted IoU is that of the best image-driven mask
     that stands for its class at its innermost pixel, 0 without one; it is then told, not used.
@@ -27,23 +32,25 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
         config: Its ``soft_floor`` is above 0.
     """
     probs, labels, regions = answers.probs, answers.labels, answers.regions
-    refined, covered = probs, torch.zeros_like(labels, dtype=torch.bool)
+    supports: list[Support] = []
     pred_iou = answers.pred_iou if config.prompt_regions else torch.zeros(len(regions))
     if answers.image_masks is not None and len(answers.image_masks) > 0:
         support, votes = Support.of_image(answers.image_masks, probs)
-        refined, covered = support.apply(refined, config.soft_floor)
+        supports.append(support)
         if not config.prompt_regions:
             points, classes = regions.relative_points(), torch.from_numpy(regions.classes)
             found, masks = votes.at(points.to(probs.device), classes.to(probs.device))
             pred_iou, answers = found.cpu(), replace(answers, masks=masks)
     accepted = accepted_regions(config, regions.classes, pred_iou)
+    if config.prompt_regions:
+        mask_probs = answers.region_masks.probs()
+        answers = replace(answers, masks=mask_probs > 0.5)
+        if accepted.any():
+            supports = _with_regions(supports, answers, mask_probs, accepted)
     table = region_table(answers, pred_iou, accepted, config.stride)
-    if config.prompt_regions and accepted.any():
-        support = _support_of_regions(answers, accepted)
-        refined, inside = support.apply(refined, config.soft_floor)
-        covered = covered | inside
-    if refined is probs:
+    if not supports:
         return refinement(table, labels, probs)
+    refined, covered = weigh(probs, supports, config.soft_floor)
     if config.smoothing:
         refined = smooth(refined, answers.image, config.smoothing, config.stride)
     best = first_argmax(refined)
@@ -54,17 +61,30 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     return refinement(table, torch.where(changed, best, labels), refined, covered)
 
 
-def _support_of_regions(answers: Answers, accepted: np.ndarray) -> Support:
-    """Collect accepted regions' masks; a rejected region stands for itself."""
-    regions = answers.regions
-    device = regions.probs.device
-    height, width = answers.masks.shape[1:]
-    chosen = [answers.low_res_logits[index] for index in np.flatnonzero(accepted)]
-    mask_probs = torch.stack(chosen)[:, :height, :width].sigmoid()
+def _with_regions(
+    supports: list[Support], answers: Answers, mask_probs: Tensor, accepted: np.ndarray
+) -> list[Support]:
+    """Add what accepted regions' masks support; a rejected region stands for itself.
+
+    Args:
+        supports: That of the image's masks, or nothing.
+        answers: About the image.
+        mask_probs: (N, h_n, w_n) float32, σ of all regions' masks.
+        accepted: (N,) bool, at least one.
+    """
+    regions, probs = answers.regions, answers.probs
     own = None
     if not accepted.all():
         own = torch.zeros_like(regions.probs)
         for c in np.unique(regions.classes[~accepted]):
             own[c] = regions.mask_of(~accepted & (regions.classes == c))
-    classes = torch.from_numpy(regions.classes[accepted]).to(device)
-    return Support.of_regions(mask_probs, classes, len(regions.probs), own)
+        own = F.interpolate(own[None], mask_probs.shape[1:], mode="nearest")[0]
+    chosen = torch.from_numpy(accepted).to(probs.device)
+    classes = torch.from_numpy(regions.classes).to(probs.device)[chosen]
+    mask_probs = mask_probs[chosen]
+    said = Support.of_regions(mask_probs, classes, len(probs), own)
+    pred_iou = answers.region_masks.pred_iou.to(probs.device)[chosen]
+    together = [
+        support.with_regions(mask_probs, pred_iou, classes, probs, own) for support in supports
+    ]
+    return [*together, said]

@@ -7,6 +7,7 @@ survive, and masks may come from anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from lightning_samrefine.image_masks import ImageMasks
 
 # A mask of one class counts for more than a mixed one: weight = pred_iou · purity².
 _PURITY_POWER = 2
+# A region's mask counts for half beside the masks of the image: its prompt came from the prediction
+# that it is to judge.
+_OF_REGIONS = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,13 @@ class Support:
             mask_probs: (N, h_n, w_n) float32, σ of the logits.
             classes: (N,) int64.
             num_classes: C.
-            own: (C, h, w) float in {0, 1}, regions that stand for themselves because their masks
-                were rejected, on any grid; None for none.
+            own: (C, h_n, w_n) float32 in {0, 1}, regions that stand for themselves because their
+                masks were rejected; None for none.
         """
-        mask_probs = mask_probs.nan_to_num(nan=0.0)
         weight = torch.ones_like(classes, dtype=mask_probs.dtype)
         support = _largest_by_class(mask_probs, weight, classes, num_classes)
         inside = support.amax(dim=0)
-        if own is not None:
-            resized = F.interpolate(own[None].float(), support.shape[1:], mode="nearest")[0]
-            support = torch.maximum(support, resized)
-        return cls(support, inside)
+        return cls(support if own is None else torch.maximum(support, own), inside)
 
     @classmethod
     def of_image(cls, masks: ImageMasks, probs: Tensor) -> tuple[Support, MaskVotes]:
@@ -68,34 +68,64 @@ class Support:
             The support, and what each mask stands for.
         """
         mask_probs = masks.probs()
-        small = F.interpolate(probs[None], masks.mask_hw, mode="bilinear", align_corners=False)[0]
-        # One product gives each class's sum in each mask and, by a plane of ones, its area.
-        planes = torch.cat([small, torch.ones_like(small[:1])]).flatten(1)
-        sums = planes @ mask_probs.flatten(1).T
-        purity, classes = (sums[:-1] / sums[-1].clamp(min=1e-6)).max(dim=0)
+        purity, classes = mean_probs(mask_probs, probs).max(dim=0)
         weight = masks.pred_iou * purity**_PURITY_POWER
         support = _largest_by_class(mask_probs, weight, classes, len(probs))
         votes = MaskVotes(mask_probs, classes, masks.pred_iou)
         return cls(support, mask_probs.amax(dim=0)), votes
 
-    def apply(self, probs: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-        """Weigh a prediction by the support of its classes.
+    def with_regions(
+        self,
+        mask_probs: Tensor,
+        pred_iou: Tensor,
+        classes: Tensor,
+        probs: Tensor,
+        own: Tensor | None = None,
+    ) -> Support:
+        """Add the masks of accepted regions to those of the image, for half of what these count.
+
+        A region's mask supports the region's class, weighted as in `of_image`.
 
         Args:
+            mask_probs: (N, h_n, w_n) float32, σ of the logits.
+            pred_iou: (N,) float32.
+            classes: (N,) int64.
             probs: (C, H, W) float32 in [0, 1], L.
-            floor: What a class keeps where no mask supports it, above 0.
-
-        Returns:
-            (C, H, W) float32, L · (floor + support), normalised over the classes wherever L is not
-            0 for all of them; (H, W) bool, whether some mask lies on the pixel.
+            own: As in `of_regions`.
         """
-        size = probs.shape[1:]
-        stacked = torch.cat([self.classes, self.inside[None]])
-        enlarged = F.interpolate(stacked[None], size, mode="bilinear", align_corners=False)[0]
-        weighted = enlarged[:-1].add_(floor).mul_(probs)
-        total = weighted.sum(dim=0)
-        weighted /= total.masked_fill(total == 0, 1)
-        return weighted, enlarged[-1] > 0.5
+        purity = mean_probs(mask_probs, probs).gather(0, classes[None])[0]
+        weight = _OF_REGIONS * pred_iou * purity**_PURITY_POWER
+        support = _largest_by_class(mask_probs, weight, classes, len(probs))
+        support = torch.maximum(support, self.classes)
+        if own is not None:
+            support = torch.maximum(support, _OF_REGIONS * own)
+        return Support(support, self.inside)
+
+
+def weigh(probs: Tensor, supports: Sequence[Support], floor: float) -> tuple[Tensor, Tensor]:
+    """Weigh a prediction by the support of its classes.
+
+    Args:
+        probs: (C, H, W) float32 in [0, 1], L.
+        supports: At least one, on one grid.
+        floor: What a class keeps where no mask supports it, above 0.
+
+    Returns:
+        (C, H, W) float32, L · Π (floor + support), normalised over the classes wherever L is not 0
+        for all of them; (H, W) bool, whether some mask lies on the pixel.
+    """
+    first, *others = supports
+    factors, inside = first.classes + floor, first.inside
+    for other in others:
+        factors *= other.classes + floor
+        inside = torch.maximum(inside, other.inside)
+    stacked = torch.cat([factors, inside[None]])
+    size = probs.shape[1:]
+    enlarged = F.interpolate(stacked[None], size, mode="bilinear", align_corners=False)[0]
+    weighted = enlarged[:-1].mul_(probs)
+    total = weighted.sum(dim=0)
+    weighted /= total.masked_fill(total == 0, 1)
+    return weighted, enlarged[-1] > 0.5
 
 
 @dataclass(frozen=True)
@@ -130,6 +160,21 @@ class MaskVotes:
         pred_iou, best = (holds * self.pred_iou[:, None]).max(dim=0)
         masks = self.mask_probs[best] > 0.5
         return pred_iou, masks & (pred_iou > 0)[:, None, None]
+
+
+def mean_probs(mask_probs: Tensor, probs: Tensor) -> Tensor:
+    """Return (C, K), the mean probability of each class in each of K masks, weighted by σ.
+
+    Args:
+        mask_probs: (K, h_n, w_n) float32 in [0, 1].
+        probs: (C, H, W) float32 in [0, 1].
+    """
+    size = mask_probs.shape[1:]
+    small = F.interpolate(probs[None], size, mode="bilinear", align_corners=False)[0]
+    # One product gives each class's sum in each mask and, by a plane of ones, its area.
+    planes = torch.cat([small, torch.ones_like(small[:1])]).flatten(1)
+    sums = planes @ mask_probs.flatten(1).T
+    return sums[:-1] / sums[-1].clamp(min=1e-6)
 
 
 def _largest_by_class(

@@ -72,7 +72,7 @@ def test_thresholds_of_single_classes_are_checked_and_copied():
 
 
 def test_unknown_preset_and_field_are_refused():
-    with pytest.raises(ValueError, match=r"'algoritm4', accepted are .*'best', 'default', 'fast'"):
+    with pytest.raises(ValueError, match=r"'algoritm4', accepted are .*'default', 'fast'"):
         RefineConfig.preset("algoritm4")
     with pytest.raises(ValueError, match=r"preset: got \['default'\]"):
         RefineConfig.preset(["default"])

@@ -129,7 +129,7 @@ def test_every_family_refines_in_a_trainer(family):
     assert figures["miou_refined"] != figures["miou_raw"]
 
 
-@pytest.mark.parametrize("preset", ["default", "best"])
+@pytest.mark.parametrize("preset", ["default", "fast"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_answers_a_grid_of_points_in_a_trainer(family, preset, monkeypatch):
     sam = build_tiny_hf(family)

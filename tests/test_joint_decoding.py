@@ -147,7 +147,7 @@ def scenes():
     return images, probs, labels
 
 
-@pytest.mark.parametrize("preset", ["algorithm4", "fast", "best", "default"])
+@pytest.mark.parametrize("preset", ["algorithm4", "fast", "default"])
 def test_a_refiner_that_decodes_jointly_gives_the_same(preset, monkeypatch):
     config = RefineConfig.preset(preset, pred_iou_thresh=0.3, min_region_area=4)
     sam, calls = counting(build_random_sam())

@@ -214,7 +214,7 @@ def test_on_the_cpu_all_images_are_embedded_in_one_call(refiner, events):
     assert events[6:] == [("embed", (0, 2))]
 
 
-@pytest.mark.parametrize("preset", ["algorithm4", "best"])
+@pytest.mark.parametrize("preset", ["algorithm4", "default"])
 def test_the_order_of_the_work_changes_no_bit(random_sam, preset, monkeypatch):
     config = RefineConfig.preset(preset, pred_iou_thresh=0.3, min_region_area=1)
     together = Refiner(random_sam, config, "32").refine_batch(*three())

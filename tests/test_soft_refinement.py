@@ -10,11 +10,17 @@ from segment_anything.utils.amg import calculate_stability_score
 from test_refiner import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
-from lightning_samrefine.image_masks import ImageMasks, _best, _pack, generate_masks, point_grid
+from lightning_samrefine.image_masks import (
+    ImageMasks,
+    _best,
+    generate_masks,
+    pack_masks,
+    point_grid,
+)
 from lightning_samrefine.models import MultimaskPromptable, Prompts
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.smoothing import smooth
-from lightning_samrefine.support import Support
+from lightning_samrefine.support import Support, weigh
 
 LEVELS = (0.0, 0.27, 0.73, 1.0)
 
@@ -29,7 +35,7 @@ def random_masks(count=9, size=(21, 30), seed=0):
 
 def packed_masks(**arguments):
     logits, pred_iou = random_masks(**arguments)
-    return ImageMasks(_pack(logits), pred_iou, tuple(logits.shape[1:]))
+    return ImageMasks(pack_masks(logits), pred_iou, tuple(logits.shape[1:]))
 
 
 def random_probs(num_classes=4, size=(42, 60), seed=0):
@@ -113,7 +119,7 @@ class TestImageMasks:
         pred_iou = 0.75 + 0.2 * torch.cat([pred_iou, pred_iou.flip(0), torch.tensor([1.0])])
         pred_iou[2] = 0.69
         stability = calculate_stability_score(logits, 0, 1.0)
-        kept = _best(ImageMasks(_pack(logits), pred_iou, (21, 30)), stability)
+        kept = _best(ImageMasks(pack_masks(logits), pred_iou, (21, 30)), stability)
 
         inside = torch.nn.functional.avg_pool2d((logits > 0).float(), 2, ceil_mode=True) > 0.5
         expected = []
@@ -123,11 +129,11 @@ class TestImageMasks:
                 expected.append(index)
         assert 0 < len(expected) <= 6
         assert torch.equal(kept.pred_iou, pred_iou[expected])
-        assert torch.equal(kept.packed, _pack(logits[expected]))
+        assert torch.equal(kept.packed, pack_masks(logits[expected]))
 
     def test_no_good_mask_is_no_mask(self):
         logits, pred_iou = random_masks()
-        masks = _best(ImageMasks(_pack(logits), 0 * pred_iou, (21, 30)), torch.ones(9))
+        masks = _best(ImageMasks(pack_masks(logits), 0 * pred_iou, (21, 30)), torch.ones(9))
         assert len(masks) == 0
         assert masks.probs().shape == (0, 21, 30)
 
@@ -158,22 +164,41 @@ class TestSupport:
             chosen = masks.probs()[masks.pred_iou == best] > 0.5
             assert torch.equal(found, chosen) if len(holding) else not found.any()
 
-    def test_rejected_regions_stand_for_themselves_and_nan_for_nothing(self):
+    def test_regions_support_their_own_class_and_rejected_ones_stand_for_themselves(self):
         mask_probs = torch.full((2, 4, 6), 0.5)
-        mask_probs[0, 0, 0] = float("nan")
-        own = torch.zeros(3, 2, 3)
-        own[2, 1, 1] = 1
+        mask_probs[0, 0, 0] = 0
+        own = torch.zeros(3, 4, 6)
+        own[2, 2:, 4:] = 1
         support = Support.of_regions(mask_probs, torch.tensor([1, 0]), 3, own)
         assert support.classes[1, 0, 0] == 0
         assert (support.classes[0] == 0.5).all()
         assert support.classes[2].sum() == 4
         assert support.inside.max() == 0.5
 
+    def test_regions_among_the_masks_of_the_image_count_for_half(self):
+        masks, probs = packed_masks(), random_probs()
+        image, _ = Support.of_image(masks, probs)
+        classes = torch.arange(9) % 4
+        own = torch.zeros(4, 21, 30)
+        own[3, :5, :7] = 1
+        mask_probs = masks.probs()
+        together = image.with_regions(mask_probs, masks.pred_iou, classes, probs, own)
+
+        small = torch.nn.functional.interpolate(probs[None], (21, 30), mode="bilinear")[0]
+        expected = image.classes.clone()
+        for mask, pred_iou, c in zip(mask_probs, masks.pred_iou, classes, strict=True):
+            purity = (mask * small[c]).sum() / mask.sum()
+            expected[c] = expected[c].maximum(0.5 * pred_iou * purity**2 * mask)
+        expected[3, :5, :7] = expected[3, :5, :7].clamp(min=0.5)
+        torch.testing.assert_close(together.classes, expected)
+        assert (together.classes != image.classes).any()
+        assert torch.equal(together.inside, image.inside)
+
     def test_a_class_keeps_its_floor_and_pixels_without_support_their_probabilities(self):
         probs = random_probs()
         classes = torch.zeros(4, 42, 60)
         classes[1, :20] = 0.6
-        refined, covered = Support(classes, (classes[1] > 0).float()).apply(probs, 0.05)
+        refined, covered = weigh(probs, [Support(classes, (classes[1] > 0).float())], 0.05)
         torch.testing.assert_close(refined[:, 25:], probs[:, 25:])
         weighted = probs[:, :15] * torch.tensor([0.05, 0.65, 0.05, 0.05]).view(4, 1, 1)
         torch.testing.assert_close(refined[:, :15], weighted / weighted.sum(0))
@@ -184,7 +209,7 @@ class TestSupport:
         image = blobs(size=(42, 60))[0]
 
         def refine(maps):
-            refined, _ = Support.of_image(masks, maps)[0].apply(maps, 0.05)
+            refined, _ = weigh(maps, [Support.of_image(masks, maps)[0]], 0.05)
             return smooth(refined, image, 4.0, 2)
 
         torch.testing.assert_close(refine(probs[order]), refine(probs)[order])
@@ -246,15 +271,20 @@ class TestRefiner:
             return logits, 0 * pred_iou
 
         monkeypatch.setattr(random_sam, "decode_multimask", hopeless)
-        out = Refiner(random_sam)(image, probs)
+        config = RefineConfig.preset("default", prompt_regions=False)
+        out = Refiner(random_sam, config)(image, probs)
         assert torch.equal(out.probs, probs)
         assert torch.equal(out.labels, probs.argmax(0))
         assert not out.covered.any()
         assert not out.regions.accepted.any()
 
-    @pytest.mark.parametrize("regions_too", [False, True])
-    def test_a_cached_image_asks_sam_nothing_again(self, random_sam, monkeypatch, regions_too):
-        config = RefineConfig.preset("default", prompt_regions=regions_too, min_region_area=1)
+    @pytest.mark.parametrize("preset", ["default", "fast", "points alone"])
+    def test_a_cached_image_asks_sam_nothing_again(self, random_sam, monkeypatch, preset):
+        config = (
+            RefineConfig.preset("default", prompt_regions=False, min_region_area=1)
+            if preset == "points alone"
+            else RefineConfig.preset(preset, min_region_area=1)
+        )
         refiner = Refiner(random_sam, config, cache="memory")
         image, probs = blobs()
         first = refiner(image, probs)
@@ -263,12 +293,13 @@ class TestRefiner:
         monkeypatch.setattr(
             random_sam, "decode_multimask", lambda *_: pytest.fail("asked about points again")
         )
-        if not regions_too:
-            monkeypatch.setattr(random_sam, "decode", lambda *_: pytest.fail("decoded"))
+        monkeypatch.setattr(random_sam, "decode", lambda *_: pytest.fail("decoded"))
         again = refiner(image, probs)
         assert torch.equal(first.probs, again.probs)
         assert (first.labels != uncached.labels).float().mean() < 0.02
-        assert refiner.cache.stats.misses == 1 + regions_too
+        assert refiner.cache.stats.misses == (2 if preset == "default" else 1)
+        regions = 0 if preset == "points alone" else len(first.regions)
+        assert refiner.cache.stats.prompt_hits == refiner.cache.stats.prompt_misses == regions
 
     def test_cached_masks_depend_on_the_decoder_and_the_grid(self, random_sam):
         image, probs = blobs()
@@ -276,7 +307,8 @@ class TestRefiner:
 
         def misses(**fields):
             before = cache.stats.misses
-            Refiner(random_sam, RefineConfig.preset("default", **fields), cache=cache)(image, probs)
+            config = RefineConfig.preset("default", prompt_regions=False, **fields)
+            Refiner(random_sam, config, cache=cache)(image, probs)
             return cache.stats.misses - before
 
         assert misses() == 1

@@ -229,10 +229,12 @@ def test_thresholds_without_influence_are_not_tried():
     grid = Grid([0.0, 0.5], [4.0, 8.0], [0.3, 0.6])
     assert grid.acting_on(RefineConfig.preset("algorithm4")) == grid
     assert grid.acting_on(RefineConfig.preset("fast")) == Grid([0.0, 0.5], [8.0], [0.3, 0.6])
-    assert grid.acting_on(RefineConfig.preset("default")) == Grid([0.0], [8.0], [0.5])
+    assert grid.acting_on(RefineConfig.preset("default")) == Grid([0.0, 0.5], [8.0], [0.3, 0.6])
+    points_alone = RefineConfig.preset("default", prompt_regions=False)
+    assert grid.acting_on(points_alone) == Grid([0.0], [8.0], [0.5])
 
 
-@pytest.mark.parametrize("preset", ["default", "best"])
+@pytest.mark.parametrize("preset", ["default", "fast"])
 def test_image_driven_presets_are_swept_too(random_sam, preset):
     base = RefineConfig.preset(preset, min_region_area=4)
     grid = Grid([0.0], [8.0], [0.2, 0.6]).acting_on(base)
