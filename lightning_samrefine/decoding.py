@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.finite import iou_of_numbers, no_numbers
 from lightning_samrefine.memory import ChunkSize
 from lightning_samrefine.models.protocol import JointPromptable, Promptable, Prompts
 from lightning_samrefine.precision import autocast, autocast_dtype
@@ -65,7 +66,7 @@ def decode_prompts(
         K answers.
 
     Raises:
-        FloatingPointError: A predicted IoU that is not finite.
+        FloatingPointError: A predicted IoU or a logit that is not finite.
     """
     if not prompts:
         return []
@@ -82,16 +83,13 @@ def decode_prompts(
     with autocast(autocast_dtype(precision, device), device):
         for _, _, (chunk_logits, chunk_iou) in chunks.run(ends[-1], size, decode):
             logits.extend(chunk_logits.float())
-            ious.append(chunk_iou.float())
+            ious.append(iou_of_numbers(chunk_iou.float(), chunk_logits.float()))
             if device.type == "cpu":
                 masks_extents.append(extents(chunk_logits))
     on_cpu = torch.cat(masks_extents).numpy() if masks_extents else None
     pred_iou = torch.cat(ious).cpu()
     if not bool(pred_iou.isfinite().all()):
-        raise FloatingPointError(
-            f"SAM {sam.name} predicted an IoU of NaN or infinity under precision={precision!r}; "
-            "with precision='32' half precision cannot overflow"
-        )
+        raise no_numbers(sam.name, precision)
     own = [slice(end - len(of_image), end) for end, of_image in zip(ends, prompts, strict=True)]
     return [
         Decoded(logits[part], pred_iou[part], None if on_cpu is None else on_cpu[part])

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_samrefine.finite import iou_of_numbers
 from lightning_samrefine.memory import ChunkSize
 from lightning_samrefine.models.protocol import MultimaskPromptable, Prompts
 
@@ -72,7 +73,7 @@ def generate_masks(
     points_per_side: int,
     prompts_per_batch: int,
     at_once: ChunkSize | None = None,
-) -> ImageMasks:
+) -> ImageMasks | None:
     """Prompt a grid of points and keep the good masks, each once.
 
     On CUDA the CPU waits twice: for the number of good masks and for their overlaps.
@@ -85,6 +86,9 @@ def generate_masks(
             pixels; the shorter side gets them at the same spacing.
         prompts_per_batch: How many points to decode at once.
         at_once: Remembers how many of them memory allows.
+
+    Returns:
+        The masks, on SAM's device; None where an answer holds NaN or infinity.
     """
     height, width = mask_hw = sam.mask_hw(image_hw)
     points = point_grid(image_hw, sam.input_hw(image_hw), points_per_side).to(sam.device)
@@ -97,16 +101,24 @@ def generate_masks(
         logits = logits[..., :height, :width].flatten(0, 1)
         stability.append(_stability(logits))
         packed.append(pack_masks(logits))
-        pred_iou.append(ious.flatten().float())
+        pred_iou.append(iou_of_numbers(ious.flatten().float(), logits.float()))
     masks = ImageMasks(torch.cat(packed), torch.cat(pred_iou), mask_hw)
     return _best(masks, torch.cat(stability))
 
 
-def _best(masks: ImageMasks, stability: Tensor) -> ImageMasks:
-    """Keep the good masks, the best of those that nearly equal one another."""
+def _best(masks: ImageMasks, stability: Tensor) -> ImageMasks | None:
+    """Keep the good masks, the best of those that nearly equal one another.
+
+    Returns:
+        The masks; None where a predicted IoU is NaN or infinite.
+    """
     good = (masks.pred_iou > _MIN_PRED_IOU) & (stability > _MIN_STABILITY)
     order = masks.pred_iou.masked_fill(~good, -1).argsort(descending=True, stable=True)
-    order = order[: int(good.sum())]
+    # One download: each would make the CPU wait for the GPU.
+    count, known = torch.stack([good.sum(), masks.pred_iou.isfinite().sum()]).tolist()
+    if known < len(masks):
+        return None
+    order = order[:count]
     if len(order) == 0:
         return ImageMasks(masks.packed[:0], masks.pred_iou[:0], masks.mask_hw)
     masks = ImageMasks(masks.packed[order], masks.pred_iou[order], masks.mask_hw)

@@ -22,6 +22,7 @@ from lightning_samrefine.cache import EmbeddingCache, make_cache
 from lightning_samrefine.class_gate import check_classes, keep_closed, open_regions
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.decoding import Decoded, decode_prompts, decodes_jointly
+from lightning_samrefine.finite import no_numbers
 from lightning_samrefine.image_masks import (
     MASKS_VERSION,
     ImageMasks,
@@ -293,6 +294,8 @@ class Refiner:
                 masks = generate_masks(
                     sam, known[id(image)], size, side, self._batch_size(), self._prompts_at_once
                 )
+                if masks is None:
+                    raise no_numbers(sam.name, self.precision)
                 found.append((masks.packed, masks.pred_iou))
             return found
 

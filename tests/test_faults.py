@@ -131,23 +131,34 @@ class TestMemory:
 
 
 class TestModelOutput:
+    @pytest.mark.parametrize(
+        "refine", [REFINE, "default", "fast"], ids=["plain", "default", "fast"]
+    )
+    @pytest.mark.parametrize("part", [0, 1], ids=["logits", "pred_iou"])
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-    def test_a_predicted_iou_that_is_no_number_is_counted(self, bad):
+    def test_an_answer_that_is_no_number_is_counted(self, refine, part, bad):
         class Broken(SamPromptable):
             def decode(self, embedding, prompts):
-                logits, iou = super().decode(embedding, prompts)
-                return logits, torch.full_like(iou, bad)
+                return self.spoil(super().decode(embedding, prompts))
+
+            def decode_multimask(self, embedding, prompts):
+                return self.spoil(super().decode_multimask(embedding, prompts))
+
+            def spoil(self, answer):
+                return tuple(
+                    torch.full_like(v, bad) if i == part else v for i, v in enumerate(answer)
+                )
 
         callback = SAMRefineCallback(
-            Broken(build_random_sam(), "broken"), num_classes=NUM_CLASSES, refine=REFINE
+            Broken(build_random_sam(), "broken"), num_classes=NUM_CLASSES, refine=refine
         )
-        with pytest.warns(RuntimeWarning, match="IoU of NaN or infinity"):
+        with pytest.warns(RuntimeWarning, match="IoU of NaN or infinity, or a mask"):
             logged = validate(callback)
         assert logged["val/refine_failed_images"] == 4
         assert logged["val/miou_gain"] == 0
 
     @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
-    def test_mask_logits_that_are_no_numbers_cover_nothing(self, bad):
+    def test_upscaled_logits_that_are_no_numbers_cover_nothing(self, bad):
         image, probs = noisy()
         sam = FixedSam(lambda hw: torch.full(hw, bad))
         out = Refiner(sam, RefineConfig.preset("algorithm4"))(image, probs)

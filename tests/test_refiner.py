@@ -5,6 +5,7 @@ import torch
 
 from lightning_samrefine import RefineConfig, Refiner, regions
 from lightning_samrefine import refiner as refiner_module
+from lightning_samrefine.config import PRESETS
 from lightning_samrefine.precision import autocast_dtype
 from lightning_samrefine.transfer import Download
 
@@ -125,18 +126,28 @@ def test_half_precision_and_small_integer_types_mean_the_same(refiner):
     assert got.labels.dtype == torch.int64
 
 
-def test_a_nan_mask_never_reaches_the_map(refiner, monkeypatch):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("where", ["one logit", "one pred_iou"])
+def test_answers_that_are_no_numbers_are_an_error(random_sam, monkeypatch, preset, where, bad):
     image, probs = blobs()
-    decode = refiner.sam.decode
 
-    def broken(embedding, prompts):
-        logits, iou = decode(embedding, prompts)
-        return torch.full_like(logits, float("nan")), torch.ones_like(iou)
+    def spoil(answer):
+        logits, pred_iou = (part.clone() for part in answer)
+        if where == "one logit":
+            logits[-1].view(-1)[0] = bad
+        else:
+            pred_iou.view(-1)[-1] = bad
+        return logits, pred_iou
 
-    monkeypatch.setattr(refiner.sam, "decode", broken)
-    out = refiner(image, probs)
-    assert torch.equal(out.labels, probs.argmax(dim=0))
-    assert out.probs.isfinite().all()
+    for name in ("decode", "decode_multimask"):
+        method = getattr(random_sam, name)
+        monkeypatch.setattr(random_sam, name, lambda *args, ask=method: spoil(ask(*args)))
+    config = RefineConfig.preset(preset, min_region_area=1, score_thresh=0.0)
+    refiner = Refiner(random_sam, config, "32", cache="memory")
+    for _ in range(2):  # nor are they kept
+        with pytest.raises(FloatingPointError, match="NaN or infinity, or a mask with such logits"):
+            refiner(image, probs)
 
 
 def test_auto_precision_is_bf16_only_where_the_cpu_has_it(monkeypatch):
