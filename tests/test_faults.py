@@ -188,7 +188,9 @@ class TestSizes:
         def everything(hw):
             return torch.tensor(2.0).expand(hw)
 
-        out = Refiner(FixedSam(everything))(image, probs)
+        out = Refiner(FixedSam(everything), RefineConfig.preset("fast", smoothing=0.0))(
+            image, probs
+        )
         # Each of the two masks covers all, and the raw probabilities settle who wins.
         assert torch.equal(out.labels, labels.long())
         assert out.covered.all()
