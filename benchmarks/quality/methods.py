@@ -58,9 +58,14 @@ def build_methods(sam: Promptable, cache: EmbeddingCache, device: torch.device) 
     methods = [
         Method("raw", lambda image, probs: probs.argmax(dim=0)),
         Method("`algorithm4`, `min_region_area` 16", preset("algorithm4", min_region_area=16)),
-        Method("`fast`", preset("fast")),
+        Method("`fast`", preset("fast"), cached=True),
         Method("`default`", preset("default"), cached=True),
-        Method("`best`", preset("best"), cached=True),
+        Method(
+            "`default` without region prompts",
+            preset("default", prompt_regions=False),
+            every=3,
+            cached=True,
+        ),
         Method(
             "`default` without smoothing", preset("default", smoothing=0.0), every=9, cached=True
         ),

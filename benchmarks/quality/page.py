@@ -16,9 +16,12 @@ TITLES = {
     "full": "ESPNet at 480x360",
     "half": "ESPNet at 240x176, enlarged",
     "cityscapes": "ESPNet trained on Cityscapes, classes mapped",
+    "bsds": "BSDS500, human segmentations coarsened 16-fold",
     "scenes": "Procedural scenes, their true labels coarsened 16-fold",
 }
-_PER_CLASS = (RAW, "`algorithm4`, `min_region_area` 16", "`fast`", DEFAULT, "`best`")
+# The segments of BSDS500 have no names.
+_CLASSES = dict.fromkeys(("full", "half", "cityscapes"), CLASS_NAMES) | {"scenes": SCENE_CLASSES}
+_PER_CLASS = (RAW, "`algorithm4`, `min_region_area` 16", "`fast`", DEFAULT)
 
 
 def quality_page(counts: Mapping[str, Mapping[str, Frames]], names: Sequence[str]) -> str:
@@ -38,15 +41,15 @@ def quality_page(counts: Mapping[str, Mapping[str, Frames]], names: Sequence[str
         "a border. Gains are over raw on the same frames, in points, with the 95% interval of a "
         "paired bootstrap over frames (neighbouring frames look alike, so the true interval is "
         "wider). Seconds are CPU time on one core, the median of the frames, without the image "
-        "encoder, whose own time stands in the row of raw; `default` and `best` have the image's "
-        "masks in the cache.",
+        "encoder, whose own time stands in the row of raw; the presets that ask without mask "
+        "prompts are timed when they see a prediction again, and a cache answers in SAM's place.",
         "",
     ]
     for key, title in TITLES.items():
         if key in counts:
             parts += [f"## {title}", "", *_table(counts[key], names), ""]
-            names_of_classes = SCENE_CLASSES if key == "scenes" else CLASS_NAMES
-            parts += [*_classes(counts[key], names_of_classes), ""]
+            if key in _CLASSES:
+                parts += [*_classes(counts[key], _CLASSES[key]), ""]
     return "\n".join(parts) + "\n" + CHOICES.read_text(encoding="utf-8")
 
 

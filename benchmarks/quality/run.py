@@ -23,11 +23,13 @@ from benchmarks.camvid.data import (
     REPOSITORY,
     RESOLUTIONS,
     SAM_WEIGHTS,
+    VOID,
     camvid,
     data_root,
     missing_files,
 )
 from benchmarks.camvid.espnet import ESPNetSegmenter
+from benchmarks.quality.bsds import SEGMENTATIONS, bsds_images
 from benchmarks.quality.cityscapes import CITYSCAPES_WEIGHTS, CityscapesESPNet
 from benchmarks.quality.counts import FrameCounts, count
 from benchmarks.quality.methods import Method, build_methods
@@ -41,7 +43,9 @@ from lightning_samrefine.precision import autocast, autocast_dtype
 PAGE = REPOSITORY / "benchmarks" / "QUALITY.md"
 CITYSCAPES_EVERY = 9  # the second segmenter sees every ninth frame
 
-SCENES, SCENES_SEED = 24, 7  # a second data set, with labels where a segmenter would be
+# Other data sets, with blurred true labels where a segmenter would be.
+SCENES, SCENES_SEED = 24, 7
+BSDS_EVERY = 4
 COARSENESS = 16
 
 # inputs → method → frame → counts
@@ -108,17 +112,21 @@ def main(arguments: list[str] | None = None) -> None:
         measure(frames[index]["image"], frames[index]["mask"], dict.fromkeys(keys), index, kept)
     for index in range(0 if options.split == "val" else SCENES):
         scene = make_scene(SCENES_SEED, index)
-        inputs = {"scenes": coarsened(scene.labels)}
+        inputs = {"scenes": coarsened(scene.labels, len(SCENE_CLASSES))}
         measure(scene.image, scene.labels, inputs, index, options.output / f"scene_{index:03d}.pt")
+    if options.split != "val" and (root / SEGMENTATIONS).exists():
+        for index, (image, labels) in enumerate(bsds_images(root, BSDS_EVERY, COARSENESS)):
+            inputs = {"bsds": coarsened(labels, VOID)}
+            measure(image, labels, inputs, index, options.output / f"bsds_{index:03d}.pt")
     counts = _collect(options.output, options.split)
     page = quality_page(counts, [method.name for method in methods])
     options.page.write_text(page, encoding="utf-8")
     print(page, f"Written to {options.page}", sep="\n")
 
 
-def coarsened(labels: Tensor) -> Tensor:
+def coarsened(labels: Tensor, num_classes: int) -> Tensor:
     """Blur true labels (H, W), sides multiples of `COARSENESS`, to (C, H, W) probabilities."""
-    truth = F.one_hot(labels, len(SCENE_CLASSES)).permute(2, 0, 1)[None].float()
+    truth = F.one_hot(labels, num_classes).permute(2, 0, 1)[None].float()
     coarse = F.avg_pool2d(truth, COARSENESS)
     return F.interpolate(coarse, scale_factor=COARSENESS, mode="bilinear")[0]
 
@@ -134,8 +142,8 @@ def _run(method: Method, image: Tensor, probs: Tensor, target: Tensor) -> FrameC
 
 def _collect(output: Path, split: str) -> Counts:
     collected: Counts = {}
-    scenes = output.glob("scene_*.pt") if split == "test" else []
-    for path in (*sorted(output.glob(f"{split}_*.pt")), *sorted(scenes)):
+    prefixes = ("test", "scene", "bsds") if split == "test" else (split,)
+    for path in (p for prefix in prefixes for p in sorted(output.glob(f"{prefix}_*.pt"))):
         for key, methods in torch.load(path, weights_only=False).items():
             for name, frames in methods.items():
                 collected.setdefault(key, {}).setdefault(name, {}).update(frames)
