@@ -53,6 +53,20 @@ class ImageMasks:
     def __len__(self) -> int:
         return self.packed.shape[0]
 
+    def __getitem__(self, chosen: slice | Tensor) -> ImageMasks:
+        return ImageMasks(self.packed[chosen], self.pred_iou[chosen], self.mask_hw)
+
+    def inside_at(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return (K, N) bool, whether N pixels of the low-resolution grid are in each mask.
+
+        Args:
+            y: (N,) int64 rows.
+            x: (N,) int64 columns.
+        """
+        position = y * self.mask_hw[1] + x
+        byte = self.packed[:, position // _PER_BYTE]
+        return (byte >> (2 * (position % _PER_BYTE)).to(torch.uint8)) & 2 > 0
+
     def probs(self) -> Tensor:
         """Return (K, h_n, w_n) float32 in [0, 1], σ of the logits in four levels."""
         height, width = self.mask_hw
@@ -120,10 +134,9 @@ def _best(masks: ImageMasks, stability: Tensor) -> ImageMasks | None:
         return None
     order = order[:count]
     if len(order) == 0:
-        return ImageMasks(masks.packed[:0], masks.pred_iou[:0], masks.mask_hw)
-    masks = ImageMasks(masks.packed[order], masks.pred_iou[order], masks.mask_hw)
-    first = _first_of_duplicates(masks)
-    return ImageMasks(masks.packed[first], masks.pred_iou[first], masks.mask_hw)
+        return masks[:0]
+    masks = masks[order]
+    return masks[_first_of_duplicates(masks)]
 
 
 def point_grid(

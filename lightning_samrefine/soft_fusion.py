@@ -15,7 +15,7 @@ from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.inputs import first_argmax
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.smoothing import smooth
-from lightning_samrefine.support import Support, weigh
+from lightning_samrefine.support import Support, masks_at, planes_of, weigh
 
 
 def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
@@ -33,20 +33,23 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     """
     probs, labels, regions = answers.probs, answers.labels, answers.regions
     supports: list[Support] = []
+    masks = answers.image_masks if answers.region_masks is None else answers.region_masks
+    planes = None if masks is None else planes_of(probs, masks.mask_hw)
     pred_iou = answers.pred_iou if config.prompt_regions else torch.zeros(len(regions))
     if answers.image_masks is not None and len(answers.image_masks) > 0:
-        support, votes = Support.of_image(answers.image_masks, probs)
+        support, stands_for = Support.of_image(answers.image_masks, planes)
         supports.append(support)
         if not config.prompt_regions:
             points, classes = regions.relative_points(), torch.from_numpy(regions.classes)
-            found, masks = votes.at(points.to(probs.device), classes.to(probs.device))
-            pred_iou, answers = found.cpu(), replace(answers, masks=masks)
+            points, classes = points.to(probs.device), classes.to(probs.device)
+            found, regions_masks = masks_at(answers.image_masks, stands_for, points, classes)
+            pred_iou, answers = found.cpu(), replace(answers, masks=regions_masks)
     accepted = accepted_regions(config, regions.classes, pred_iou)
     if config.prompt_regions:
         mask_probs = answers.region_masks.probs()
         answers = replace(answers, masks=mask_probs > 0.5)
         if accepted.any():
-            supports = _with_regions(supports, answers, mask_probs, accepted)
+            supports = _with_regions(supports, answers, mask_probs, accepted, planes)
     table = region_table(answers, pred_iou, accepted, config.stride)
     if not supports:
         return refinement(table, labels, probs)
@@ -62,7 +65,11 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
 
 
 def _with_regions(
-    supports: list[Support], answers: Answers, mask_probs: Tensor, accepted: np.ndarray
+    supports: list[Support],
+    answers: Answers,
+    mask_probs: Tensor,
+    accepted: np.ndarray,
+    planes: Tensor,
 ) -> list[Support]:
     """Add what accepted regions' masks support; a rejected region stands for itself.
 
@@ -71,6 +78,7 @@ def _with_regions(
         answers: About the image.
         mask_probs: (N, h_n, w_n) float32, σ of all regions' masks.
         accepted: (N,) bool, at least one.
+        planes: From `planes_of`.
     """
     regions, probs = answers.regions, answers.probs
     own = None
@@ -85,6 +93,6 @@ def _with_regions(
     said = Support.of_regions(mask_probs, classes, len(probs), own)
     pred_iou = answers.region_masks.pred_iou.to(probs.device)[chosen]
     together = [
-        support.with_regions(mask_probs, pred_iou, classes, probs, own) for support in supports
+        support.with_regions(mask_probs, pred_iou, classes, planes, own) for support in supports
     ]
     return [*together, said]

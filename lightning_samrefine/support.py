@@ -21,6 +21,8 @@ _PURITY_POWER = 2
 # A region's mask counts for half beside the masks of the image: its prompt came from the prediction
 # that it is to judge.
 _OF_REGIONS = 0.5
+# So many unpacked masks stay in a core's cache.
+_CPU_MASKS = 16
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class Support:
             own: (C, h_n, w_n) float32 in {0, 1}, regions that stand for themselves because their
                 masks were rejected; None for none.
         """
-        weight = torch.ones_like(classes, dtype=mask_probs.dtype)
-        support = _largest_by_class(mask_probs, weight, classes, num_classes)
+        support = mask_probs.new_zeros(num_classes, *mask_probs.shape[1:])
+        _raise_to(support, mask_probs, torch.ones_like(classes, dtype=mask_probs.dtype), classes)
         inside = support.amax(dim=0)
         return cls(support if own is None else torch.maximum(support, own), inside)
 
     @classmethod
-    def of_image(cls, masks: ImageMasks, probs: Tensor) -> tuple[Support, MaskVotes]:
+    def of_image(cls, masks: ImageMasks, planes: Tensor) -> tuple[Support, Tensor]:
         """Let every mask support the class that is most probable inside it.
 
         A mask's purity is the mean probability of that class inside the mask, weighted by σ. Its
@@ -62,24 +64,30 @@ class Support:
 
         Args:
             masks: K masks of the image.
-            probs: (C, H, W) float32 in [0, 1], L.
+            planes: From `planes_of`, on the grid of the masks.
 
         Returns:
-            The support, and what each mask stands for.
+            The support, and (K,) int64, the class that each mask stands for.
         """
-        mask_probs = masks.probs()
-        purity, classes = mean_probs(mask_probs, probs).max(dim=0)
-        weight = masks.pred_iou * purity**_PURITY_POWER
-        support = _largest_by_class(mask_probs, weight, classes, len(probs))
-        votes = MaskVotes(mask_probs, classes, masks.pred_iou)
-        return cls(support, mask_probs.amax(dim=0)), votes
+        support, inside = torch.zeros_like(planes[:-1]), torch.zeros_like(planes[0])
+        stands_for = []
+        at_once = _CPU_MASKS if planes.device.type == "cpu" else len(masks)
+        for start in range(0, len(masks), at_once):
+            some = masks[start : start + at_once]
+            mask_probs = some.probs()
+            purity, classes = mean_probs(mask_probs, planes).max(dim=0)
+            weight = some.pred_iou * purity**_PURITY_POWER
+            _raise_to(support, mask_probs, weight, classes)
+            torch.maximum(inside, mask_probs.amax(dim=0), out=inside)
+            stands_for.append(classes)
+        return cls(support, inside), torch.cat(stands_for)
 
     def with_regions(
         self,
         mask_probs: Tensor,
         pred_iou: Tensor,
         classes: Tensor,
-        probs: Tensor,
+        planes: Tensor,
         own: Tensor | None = None,
     ) -> Support:
         """Add the masks of accepted regions to those of the image, for half of what these count.
@@ -90,13 +98,13 @@ class Support:
             mask_probs: (N, h_n, w_n) float32, σ of the logits.
             pred_iou: (N,) float32.
             classes: (N,) int64.
-            probs: (C, H, W) float32 in [0, 1], L.
+            planes: As in `of_image`.
             own: As in `of_regions`.
         """
-        purity = mean_probs(mask_probs, probs).gather(0, classes[None])[0]
+        purity = mean_probs(mask_probs, planes).gather(0, classes[None])[0]
         weight = _OF_REGIONS * pred_iou * purity**_PURITY_POWER
-        support = _largest_by_class(mask_probs, weight, classes, len(probs))
-        support = torch.maximum(support, self.classes)
+        support = self.classes.clone()
+        _raise_to(support, mask_probs, weight, classes)
         if own is not None:
             support = torch.maximum(support, _OF_REGIONS * own)
         return Support(support, self.inside)
@@ -128,63 +136,53 @@ def weigh(probs: Tensor, supports: Sequence[Support], floor: float) -> tuple[Ten
     return weighted, enlarged[-1] > 0.5
 
 
-@dataclass(frozen=True)
-class MaskVotes:
-    """What each of K masks stands for.
+def masks_at(
+    masks: ImageMasks, stands_for: Tensor, points: Tensor, classes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Find the mask of the best predicted IoU that stands for a class at a point.
 
-    Attributes:
-        mask_probs: (K, h_n, w_n) float32, σ.
-        classes: (K,) int64, the class a mask supports.
-        pred_iou: (K,) float32.
+    Args:
+        masks: K ≥ 1 masks of the image.
+        stands_for: (K,) int64, their classes.
+        points: (N, 2) float XY in [0, 1), fractions of the image's sides.
+        classes: (N,) int64.
+
+    Returns:
+        Its predicted IoU, (N,) float32, and the mask, (N, h_n, w_n) bool; 0 and nothing where there
+        is no such mask.
     """
-
-    mask_probs: Tensor
-    classes: Tensor
-    pred_iou: Tensor
-
-    def at(self, points: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the mask of the best predicted IoU that supports a class at a point.
-
-        Args:
-            points: (N, 2) float XY in [0, 1), fractions of the image's sides.
-            classes: (N,) int64.
-
-        Returns:
-            Its predicted IoU, (N,) float32, and the mask, (N, h_n, w_n) bool; 0 and nothing where
-            there is no such mask.
-        """
-        height, width = self.mask_probs.shape[1:]
-        x = (points[:, 0] * width).long().clamp(0, width - 1)
-        y = (points[:, 1] * height).long().clamp(0, height - 1)
-        holds = (self.mask_probs[:, y, x] > 0.5) & (self.classes[:, None] == classes)
-        pred_iou, best = (holds * self.pred_iou[:, None]).max(dim=0)
-        masks = self.mask_probs[best] > 0.5
-        return pred_iou, masks & (pred_iou > 0)[:, None, None]
+    height, width = masks.mask_hw
+    x = (points[:, 0] * width).long().clamp(0, width - 1)
+    y = (points[:, 1] * height).long().clamp(0, height - 1)
+    holds = masks.inside_at(y, x) & (stands_for[:, None] == classes)
+    pred_iou, best = (holds * masks.pred_iou[:, None]).max(dim=0)
+    return pred_iou, (masks[best].probs() > 0.5) & (pred_iou > 0)[:, None, None]
 
 
-def mean_probs(mask_probs: Tensor, probs: Tensor) -> Tensor:
+def planes_of(probs: Tensor, mask_hw: tuple[int, int]) -> Tensor:
+    """Return (C + 1, h_n, w_n): (C, H, W) probabilities on the grid of masks, then a plane of ones.
+
+    One product with masks then gives each class's sum in each mask and, by the ones, its area.
+    """
+    small = F.interpolate(probs[None], mask_hw, mode="bilinear", align_corners=False)[0]
+    return torch.cat([small, torch.ones_like(small[:1])])
+
+
+def mean_probs(mask_probs: Tensor, planes: Tensor) -> Tensor:
     """Return (C, K), the mean probability of each class in each of K masks, weighted by σ.
 
     Args:
         mask_probs: (K, h_n, w_n) float32 in [0, 1].
-        probs: (C, H, W) float32 in [0, 1].
+        planes: (C + 1, h_n, w_n) float32 of `planes_of`.
     """
-    size = mask_probs.shape[1:]
-    small = F.interpolate(probs[None], size, mode="bilinear", align_corners=False)[0]
-    # One product gives each class's sum in each mask and, by a plane of ones, its area.
-    planes = torch.cat([small, torch.ones_like(small[:1])]).flatten(1)
-    sums = planes @ mask_probs.flatten(1).T
+    sums = planes.flatten(1) @ mask_probs.flatten(1).T
     return sums[:-1] / sums[-1].clamp(min=1e-6)
 
 
-def _largest_by_class(
-    mask_probs: Tensor, weight: Tensor, classes: Tensor, num_classes: int
-) -> Tensor:
-    """Return (C, h, w), the largest weight · σ over the masks of each class, 0 without one."""
-    largest = mask_probs.new_zeros(num_classes, *mask_probs.shape[1:])
-    weighted = torch.empty_like(largest[0])
+def _raise_to(support: Tensor, mask_probs: Tensor, weight: Tensor, classes: Tensor) -> None:
+    """Raise (C, h, w) support to weight · σ of each mask, in the mask's class."""
+    weighted = torch.empty_like(support[0])
     # One mask at a time stays in a CPU's cache; index_reduce takes ten times as long there.
     for mask, of_mask, c in zip(mask_probs, weight, classes.tolist(), strict=True):
         torch.mul(mask, of_mask, out=weighted)
-        torch.maximum(largest[c], weighted, out=largest[c])
-    return largest
+        torch.maximum(support[c], weighted, out=support[c])

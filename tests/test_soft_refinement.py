@@ -10,6 +10,7 @@ from segment_anything.utils.amg import calculate_stability_score
 from test_refiner import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
+from lightning_samrefine import support as support_module
 from lightning_samrefine.image_masks import (
     ImageMasks,
     _best,
@@ -20,7 +21,7 @@ from lightning_samrefine.image_masks import (
 from lightning_samrefine.models import MultimaskPromptable, Prompts
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.smoothing import smooth
-from lightning_samrefine.support import Support, weigh
+from lightning_samrefine.support import Support, masks_at, planes_of, weigh
 
 LEVELS = (0.0, 0.27, 0.73, 1.0)
 
@@ -142,10 +143,24 @@ def _iou(a, b):
     return (a & b).sum() / max((a | b).sum(), 1)
 
 
+def shrunk(probs):
+    return planes_of(probs, (21, 30))
+
+
 class TestSupport:
+    def test_masks_in_parts_of_a_cpus_cache_or_at_once(self, monkeypatch):
+        masks, small = packed_masks(), shrunk(random_probs())
+        expected = Support.of_image(masks, small)
+        monkeypatch.setattr(support_module, "_CPU_MASKS", 2)
+        found = Support.of_image(masks, small)
+        torch.testing.assert_close(found[0].classes, expected[0].classes)
+        assert torch.equal(found[0].inside, masks.probs().amax(dim=0))
+        assert torch.equal(found[1], expected[1])
+
     def test_image_masks_support_their_purest_class(self):
         masks, probs = packed_masks(), random_probs()
-        support, votes = Support.of_image(masks, probs)
+        small = shrunk(probs)
+        support, stands_for = Support.of_image(masks, small)
 
         small = torch.nn.functional.interpolate(probs[None], (21, 30), mode="bilinear")[0].numpy()
         expected = np.zeros((4, 21, 30))
@@ -157,8 +172,8 @@ class TestSupport:
 
         for x, y, c in [(0.5, 0.5, 0), (0.99, 0.01, 3), (0.2, 0.7, 1)]:
             at = masks.probs()[:, int(y * 21), int(x * 30)] > 0.5
-            holding = masks.pred_iou[at & (votes.classes == c)]
-            best, found = votes.at(torch.tensor([[x, y]]), torch.tensor([c]))
+            holding = masks.pred_iou[at & (stands_for == c)]
+            best, found = masks_at(masks, stands_for, torch.tensor([[x, y]]), torch.tensor([c]))
             assert best.item() == (holding.max().item() if len(holding) else 0)
             assert found[0, int(y * 21), int(x * 30)] == (len(holding) > 0)
             chosen = masks.probs()[masks.pred_iou == best] > 0.5
@@ -177,14 +192,14 @@ class TestSupport:
 
     def test_regions_among_the_masks_of_the_image_count_for_half(self):
         masks, probs = packed_masks(), random_probs()
-        image, _ = Support.of_image(masks, probs)
+        small = shrunk(probs)
+        image, _ = Support.of_image(masks, small)
         classes = torch.arange(9) % 4
         own = torch.zeros(4, 21, 30)
         own[3, :5, :7] = 1
         mask_probs = masks.probs()
-        together = image.with_regions(mask_probs, masks.pred_iou, classes, probs, own)
+        together = image.with_regions(mask_probs, masks.pred_iou, classes, small, own)
 
-        small = torch.nn.functional.interpolate(probs[None], (21, 30), mode="bilinear")[0]
         expected = image.classes.clone()
         for mask, pred_iou, c in zip(mask_probs, masks.pred_iou, classes, strict=True):
             purity = (mask * small[c]).sum() / mask.sum()
@@ -209,8 +224,8 @@ class TestSupport:
         image = blobs(size=(42, 60))[0]
 
         def refine(maps):
-            refined, _ = weigh(maps, [Support.of_image(masks, maps)[0]], 0.05)
-            return smooth(refined, image, 4.0, 2)
+            refined, _ = weigh(maps, [Support.of_image(masks, shrunk(maps))[0]], 0.05)
+            return smooth(refined.clone(), image, 4.0, 2)
 
         torch.testing.assert_close(refine(probs[order]), refine(probs)[order])
 
@@ -243,12 +258,14 @@ class TestSmoothing:
             belief = (unary + message).softmax(dim=0)
         message = torch.nn.functional.interpolate(message[None], size, mode="bilinear")[0]
         expected = (probs.clamp(min=1e-4).log() + message).softmax(dim=0)
-        torch.testing.assert_close(smooth(probs, image, 3.0, 2), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            smooth(probs.clone(), image, 3.0, 2), expected, atol=1e-5, rtol=1e-4
+        )
 
     def test_weight_0_changes_nothing_but_rounding(self):
         probs = random_probs().clamp(min=1e-3)
         probs = probs / probs.sum(0)
-        torch.testing.assert_close(smooth(probs, blobs(size=(42, 60))[0], 0.0, 2), probs)
+        torch.testing.assert_close(smooth(probs.clone(), blobs(size=(42, 60))[0], 0.0, 2), probs)
 
 
 class TestRefiner:
