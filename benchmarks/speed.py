@@ -4,11 +4,11 @@
     python -m benchmarks.speed --write                # and keeps them, in SPEED.md
     python -m benchmarks.speed --write --threads 2    # these again; the others stay as they were
 
-Every figure is a ratio to segment-anything's own float32 encoder forward, the median of interleaved
-repeats. vit_b has random weights, whose masks span the whole image: the worst case for the mapping.
-vit_t has real ones where ``SAMREFINE_DATA`` holds them, and then bf16 is also compared with float32
-on CamVid frames. ``SAMREFINER_DIR`` adds SAMRefiner from a checkout. It runs on CUDA unchanged.
-What was measured is kept in speed.json, from which the page is written.
+Every figure is a ratio to a forward of segment-anything's own float32 encoder that was timed beside
+it, the median of repeats. vit_b has random weights, whose masks span the whole image: the worst
+case for the mapping. vit_t has real ones where ``SAMREFINE_DATA`` holds them, and then bf16 is also
+compared with float32 on CamVid frames. ``SAMREFINER_DIR`` adds SAMRefiner from a checkout. It runs
+on CUDA unchanged. What was measured is kept in speed.json, from which the page is written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,8 +33,8 @@ from segment_anything import SamPredictor, sam_model_registry
 from torch import Tensor, nn
 
 from benchmarks.literal_algorithm4 import SAMREFINER_DIR, SamRefiner, refine_by_class
-from benchmarks.speed_clock import peak_bytes, seconds, synchronize
-from benchmarks.speed_encoders import Costs, measure_encoders
+from benchmarks.speed_clock import now, peak_bytes, seconds
+from benchmarks.speed_encoders import UNIT, Costs, measure_encoders
 from benchmarks.speed_report import RESULTS, agreement, page, stored, write_page
 from lightning_samrefine import RefineConfig, Refiner, load_sam, refiner
 from lightning_samrefine.cache import EmbeddingCache
@@ -96,11 +95,9 @@ def step_clock(own: Refiner, spent: dict[str, float]) -> Iterator[None]:
 
     def timed(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            synchronize(device)
-            start = time.perf_counter()
+            start = now(device)
             result = function(*args, **kwargs)
-            synchronize(device)
-            spent[step] += time.perf_counter() - start
+            spent[step] += now(device) - start
             return result
 
         return call
@@ -135,7 +132,8 @@ def measure_refinements(
         regions: How many.
         hw: (H, W).
         folder: Of the cache on disk, empty.
-        costs: Gets a figure a key: "literal", "SAMRefiner", "<precision> <epoch> <step>".
+        costs: Gets a figure a key: "literal encoder", "SAMRefiner", "<precision> <epoch> <step>",
+            and amid them `UNIT`.
     """
     device = sam.device
     image, labels, probs = scene(regions, hw, device)
@@ -145,6 +143,8 @@ def measure_refinements(
         costs["literal encoder"].append(seconds(device, lambda: predictor.set_image(as_array)))
         rest = seconds(device, lambda: refine_by_class(predictor, labels, probs, 0.0, 16))
         costs["literal rest"].append(rest)
+        inputs = torch.randn(1, 3, sam.image_size, sam.image_size, device=device)
+        costs[UNIT].append(seconds(device, lambda: sam.module.image_encoder(inputs)))
         costs["official decoder"].append(_official_decoder(sam, image, labels, probs))
     if SAMREFINER_DIR in os.environ:
         peer = SamRefiner(sam.module)
@@ -225,9 +225,22 @@ def rounding(sam: SamPromptable) -> tuple[float, float]:
     return tuple(float((actual - expected).norm() / expected.norm()) for actual in (rounded, exact))
 
 
-def ratios(costs: Costs, unit: float) -> dict[str, float]:
-    """Reduce repeats to their medians, in units."""
-    return {name: statistics.median(values) / unit for name, values in costs.items()}
+@contextmanager
+def in_units(costs: Costs) -> Iterator[Costs]:
+    """Add what is measured once inside to ``costs``, as ratios to the `UNIT` measured with it.
+
+    So a machine that others make slower for a while changes no ratio.
+    """
+    once: Costs = defaultdict(list)
+    yield once
+    (unit,) = once[UNIT]
+    for name, (value,) in once.items():
+        costs[name].append(value / unit)
+
+
+def medians(costs: Costs) -> dict[str, float]:
+    """Reduce repeats to their medians."""
+    return {name: statistics.median(values) for name, values in costs.items()}
 
 
 def measure_model(
@@ -244,14 +257,15 @@ def measure_model(
     cases.append((regions[-1] if trained else 40, (2 * SIZE[0], 2 * SIZE[1])))
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
-            measure_encoders(sam, encoders)
+            with in_units(encoders) as once:
+                measure_encoders(sam, once)
             for index, case in enumerate(cases):
                 own = Path(folder) / f"{repeat} {index}"
-                measure_refinements(sam, *case, own, refinements[case])
+                with in_units(refinements[case]) as once:
+                    measure_refinements(sam, *case, own, once)
             if repeat == 0:
                 measure_peaks(sam, 40, peaks)
             print(f"{name}, {threads} thread(s): repeat {repeat + 1} of {repeats}", flush=True)
-    unit = statistics.median(encoders["segment-anything, float32"])
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "segment-anything"))
     return {
@@ -259,10 +273,10 @@ def measure_model(
         "trained": trained,
         "where": processor if device.type == "cuda" else f"{threads} core{'s' * (threads > 1)}",
         "machine": f"{processor}; {versions}; Python {platform.python_version()}; "
-        f"{repeats} interleaved repeats, medians",
-        "encoders": ratios(encoders, unit),
+        f"{repeats} repeats, medians",
+        "encoders": medians(encoders),
         "refinements": [
-            {"regions": count, "height": height, "width": width, "costs": ratios(costs, unit)}
+            {"regions": count, "height": height, "width": width, "costs": medians(costs)}
             for (count, (height, width)), costs in refinements.items()
         ],
         "peaks": {kind: values[0] for kind, values in _shares(peaks).items()},

@@ -14,6 +14,7 @@ from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.precision import autocast, autocast_dtype
 
 Costs = dict[str, list[float]]
+UNIT = "segment-anything, float32"
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def measure_encoders(sam: SamPromptable, costs: Costs) -> None:
         with autocast(cast, device):
             return seconds(device, lambda: run(inputs))
 
-    costs["segment-anything, float32"].append(under(None, encoder))
+    costs[UNIT].append(under(None, encoder))
     costs["segment-anything, bf16 autocast"].append(under(dtype, encoder))
     peer = _transformers_encoder(sam, device)
     if peer is not None:

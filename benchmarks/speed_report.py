@@ -44,10 +44,12 @@ def page(results: Mapping[str, Any]) -> str:
     machines = list(dict.fromkeys(figure["machine"] for figure in figures))
     head = (
         "# What a refinement costs\n\n"
-        "Ratios only: 1.00 is one forward of segment-anything's own float32 encoder in the same "
-        "run, on as many cores. The literal algorithm is `benchmarks/literal_algorithm4.py`: "
-        "SamPredictor, float32, class by class. The second epoch finds its embedding in a cache on "
-        "disk. Made by `python -m benchmarks.speed --write`.\n\n"
+        "Ratios only: 1.00 is one forward of segment-anything's own float32 encoder, timed beside "
+        "each image on as many cores. One core is timed by what the processor spent on the "
+        "process, two and a GPU by the clock on the wall. The literal algorithm is "
+        "`benchmarks/literal_algorithm4.py`: SamPredictor, float32, class by class. The second "
+        "epoch finds its embedding in a cache on disk. Made by "
+        "`python -m benchmarks.speed --write`.\n\n"
         f"Machine: {'; '.join(machines)}.\n"
     )
     parts = [head, bars(results), *map(section, figures), _bf16(results.get("bf16"))]
