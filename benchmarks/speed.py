@@ -36,10 +36,11 @@ from benchmarks.literal_algorithm4 import SAMREFINER_DIR, SamRefiner, refine_by_
 from benchmarks.speed_clock import now, peak_bytes, seconds
 from benchmarks.speed_encoders import UNIT, Costs, measure_encoders
 from benchmarks.speed_report import RESULTS, agreement, page, stored, write_page
-from lightning_samrefine import RefineConfig, Refiner, load_sam, refiner
+from lightning_samrefine import RefineConfig, Refiner, load_sam, refiner, region_prompts
 from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.precision import autocast, autocast_dtype
+from lightning_samrefine.prompts import build_prompts
 from lightning_samrefine.regions import PendingSplit, split_regions
 
 CLASSES = 12
@@ -106,7 +107,7 @@ def step_clock(own: Refiner, spent: dict[str, float]) -> Iterator[None]:
         patch.object(own, "_embed", timed("encoder", own._embed)),
         patch.object(refiner, "begin_split", timed("regions", refiner.begin_split)),
         patch.object(PendingSplit, "finish", timed("regions", PendingSplit.finish)),
-        patch.object(refiner, "build_prompts", timed("prompts", refiner.build_prompts)),
+        patch.object(region_prompts, "build_prompts", timed("prompts", build_prompts)),
         patch.object(own, "_decode", timed("decoder", own._decode)),
     ):
         yield
@@ -164,9 +165,7 @@ def _official_decoder(sam: SamPromptable, image: Tensor, labels: Tensor, probs: 
     """Return the seconds of segment-anything's prompt encoder and decoder, a region at a time."""
     config, image_hw = CONFIG, (image.shape[1], image.shape[2])
     found = split_regions(labels, probs, config.score_thresh, config.stride, config.min_region_area)
-    prompts = refiner.build_prompts(
-        found, sam, image_hw, config.score_thresh, config.mask_prompt_scale
-    )
+    prompts = build_prompts(found, sam, image_hw, config.score_thresh, config.mask_prompt_scale)
     side = sam.module.prompt_encoder.image_embedding_size
     embedding = torch.randn(1, sam.module.prompt_encoder.embed_dim, *side, device=sam.device)
 

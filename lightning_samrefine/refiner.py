@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,19 +22,14 @@ from lightning_samrefine.class_gate import check_classes, keep_closed, open_regi
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.decoding import Decoded, decode_prompts, decodes_jointly
 from lightning_samrefine.finite import no_numbers
-from lightning_samrefine.image_masks import (
-    MASKS_VERSION,
-    ImageMasks,
-    generate_masks,
-    pack_masks,
-)
+from lightning_samrefine.image_masks import MASKS_VERSION, ImageMasks, generate_masks
 from lightning_samrefine.inputs import check_image_and_probs, checked_labels, first_argmax
 from lightning_samrefine.memory import ChunkSize, images_at_once, prompts_at_once
 from lightning_samrefine.models.protocol import MultimaskPromptable, Promptable, Prompts
 from lightning_samrefine.precision import autocast, autocast_dtype
-from lightning_samrefine.prompt_memory import KnownMasks, PromptMemory
-from lightning_samrefine.prompts import build_prompts, lattice_prompts, prompts_at
+from lightning_samrefine.prompt_memory import PromptMemory
 from lightning_samrefine.refinement import Refinement
+from lightning_samrefine.region_prompts import Question, RegionPrompts
 from lightning_samrefine.regions import GridRegions, PendingSplit, begin_split
 from lightning_samrefine.soft_fusion import fuse_softly
 
@@ -51,9 +45,9 @@ class Refiner:
     the image before it in the batch, and for SAM's predicted IoUs; for these once a batch of images
     where the model decodes their prompts together.
     Image-driven masks add their classes, and two waits where they are made. A cache adds the
-    image itself where that is on the GPU, and an embedding that is to be kept. Where memory runs
-    out, the model is asked for half as many prompts or images at once, from then on; only one
-    prompt or image that does not fit raises.
+    image itself where that is on the GPU, and an embedding or masks that are to be kept.
+    Where memory runs out, the model is asked for half as many prompts or images at once, from then
+    on; only one prompt or image that does not fit raises.
 
     Args:
         sam: The model, as `load_sam` returns it. It decides the device.
@@ -62,8 +56,8 @@ class Refiner:
             ``"16-mixed"``.
         cache: Keeps image embeddings, so that an image that comes again is not encoded again:
             ``"memory"`` in this process, ``"disk"`` in a folder that runs share, or an
-            `EmbeddingCache` of yours. Image-driven masks are kept instead of the embedding, and
-            such an image is not decoded again either. None keeps nothing.
+            `EmbeddingCache` of yours. Image-driven masks and answers to prompts on the lattice
+            (`PromptMemory`) are kept as well, and not decoded again either. None keeps nothing.
         cache_gb: Limit in 10⁹ bytes of a cache that is made here, see `EmbeddingCache`.
 
     Attributes:
@@ -97,11 +91,13 @@ class Refiner:
             )
         if config is not None and not isinstance(config, RefineConfig):
             raise TypeError(f"config: got {type(config).__name__}, accepted is a RefineConfig")
-        autocast_dtype(precision, sam.device)
+        dtype = autocast_dtype(precision, sam.device)
         self.sam = sam
         self.config = _possible(config or RefineConfig.preset("default"), sam)
         self.precision = precision
         self.cache = make_cache(cache, cache_gb)
+        memory = PromptMemory(self.cache, sam, dtype, self.config.stride)
+        self._region_prompts = RegionPrompts(sam, self.config, memory)
         self._prompts_at_once, self._images_at_once = ChunkSize(), ChunkSize()
         self._told_of_left_out = False
 
@@ -196,13 +192,13 @@ class Refiner:
             )
             for image_probs, image_labels in raw
         ]
-        regions, asked = self._split_and_embed(images, splits)
+        regions, questions = self._split_and_embed(images, splits)
         self._tell_of_left_out(regions)
         masks: dict[int, ImageMasks] = {}
         if config.points_per_side:
-            chosen = [images[index] for index in asked]
-            found = self._image_masks(chosen, [one.embedding for one in asked.values()])
-            masks = dict(zip(asked, found, strict=True))
+            chosen = [images[index] for index in questions]
+            found = self._image_masks(chosen, [one.embedding for one in questions.values()])
+            masks = dict(zip(questions, found, strict=True))
 
         def answered() -> Iterator[Answers]:
             at_once = len(images) if decodes_jointly(self.sam, config) else 1
@@ -220,48 +216,33 @@ class Refiner:
                     )
                     for i in part
                 ]
-                yield from self._with_prompts(bare, [asked.get(i) for i in part])
+                yield from self._with_prompts(bare, [questions.get(i) for i in part])
 
         return answered()
 
     def _split_and_embed(
         self, images: Sequence[Tensor] | Tensor, splits: Sequence[PendingSplit]
-    ) -> tuple[list[GridRegions], dict[int, _Asked]]:
+    ) -> tuple[list[GridRegions], dict[int, Question]]:
         """Find every image's regions, and embed the images of which SAM has to be asked.
 
         Returns:
-            B regions in order, and by its index what to ask about each image with a region: the
+            B regions in order, and by its index what is asked about each image with a region: the
             others ask nothing (step 4).
         """
         regions: list[GridRegions] = []
-        asked: dict[int, _Asked] = {}
+        questions: dict[int, Question] = {}
         at_once = images_at_once(self.sam.device, len(splits))
         for start in range(0, len(splits), at_once):
             part = range(start, min(start + at_once, len(splits)))
             regions.extend(open_regions(splits[i].finish(), self.config.classes) for i in part)
             with_regions = [i for i in part if len(regions[i]) > 0]
-            asked.update((i, self._look_up(images[i], regions[i])) for i in with_regions)
-            unanswered = [i for i in with_regions if asked[i].unanswered]
+            for i in with_regions:
+                questions[i] = self._region_prompts.question(images[i], regions[i])
+            unanswered = [i for i in with_regions if questions[i].open]
             embedded = self._embed([images[i] for i in unanswered])
             for i, embedding in zip(unanswered, embedded, strict=True):
-                asked[i] = replace(asked[i], embedding=embedding)
-        return regions, asked
-
-    def _look_up(self, image: Tensor, regions: GridRegions) -> _Asked:
-        """Find out what is known already of what an image's regions ask."""
-        if not self.config.prompt_regions:
-            return _Asked(unanswered=False)
-        if not self.config.on_lattice:
-            return _Asked(unanswered=True)
-        wanted = lattice_prompts(regions)
-        known = self._memory.recall(image, wanted)
-        missing = known.missing(wanted)
-        return _Asked(len(missing) > 0, wanted=wanted, known=known, missing=missing)
-
-    @property
-    def _memory(self) -> PromptMemory:
-        dtype = autocast_dtype(self.precision, self.sam.device)
-        return PromptMemory(self.cache, self.sam, dtype, self.config.stride)
+                questions[i] = replace(questions[i], embedding=embedding)
+        return regions, questions
 
     def _tell_of_left_out(self, regions: Sequence[GridRegions]) -> None:
         worst = max(regions, key=lambda found: found.left_out, default=None)
@@ -330,57 +311,17 @@ class Refiner:
 
     @torch.no_grad()
     def _with_prompts(
-        self, answers: Sequence[Answers], asked: Sequence[_Asked | None]
+        self, answers: Sequence[Answers], questions: Sequence[Question | None]
     ) -> Iterator[Answers]:
         """Ask about the regions of images (steps 5 to 7); without one SAM is not asked (step 4)."""
-        unanswered = [i for i, one in enumerate(asked) if one is not None and one.unanswered]
+        asked = [i for i, question in enumerate(questions) if question and question.open]
         decoded = self._decode(
-            [asked[i].embedding for i in unanswered],
-            [self._prompts(answers[i], asked[i]) for i in unanswered],
+            [questions[i].embedding for i in asked],
+            [self._region_prompts.prompts(answers[i], questions[i]) for i in asked],
         )
-        found = dict(zip(unanswered, decoded, strict=True))
-        for index, (bare, one) in enumerate(zip(answers, asked, strict=True)):
-            if one is None or not self.config.prompt_regions:
-                yield bare
-            elif self.config.soft_floor:
-                masks = self._packed(bare, one, found.pop(index, None))
-                yield replace(bare, pred_iou=masks.pred_iou.cpu(), region_masks=masks)
-            else:
-                said = found.pop(index)
-                rows, columns = self.sam.mask_hw(bare.image_hw)
-                masks = torch.stack([logits[:rows, :columns] > 0 for logits in said.low_res_logits])
-                yield replace(bare, masks=masks, **vars(said))
-
-    def _prompts(self, answers: Answers, asked: _Asked) -> Prompts:
-        """Return what SAM has not answered yet."""
-        config, regions = self.config, answers.regions
-        if asked.missing is not None:
-            grid_hw, device = regions.components.shape, regions.probs.device
-            return prompts_at(asked.missing, grid_hw, self.sam, answers.image_hw, device)
-        return build_prompts(
-            regions,
-            self.sam,
-            answers.image_hw,
-            config.score_thresh,
-            config.mask_prompt_scale,
-            config.mask_prompts,
-        )
-
-    def _packed(self, answers: Answers, asked: _Asked, decoded: Decoded | None) -> ImageMasks:
-        """Return the masks of all regions, those that were known and those that are new."""
-        rows, columns = mask_hw = self.sam.mask_hw(answers.image_hw)
-        new = None
-        if decoded is not None:
-            logits = [logits[:rows, :columns] for logits in decoded.low_res_logits]
-            new = ImageMasks(pack_masks(torch.stack(logits)), decoded.pred_iou, mask_hw)
-        if asked.known is None:
-            return new
-        known = asked.known
-        if new is not None:
-            known = known.extended(asked.missing, new)
-            self._memory.keep(answers.image, known)
-        masks = known.masks(asked.wanted, mask_hw)
-        return replace(masks, packed=masks.packed.to(answers.probs.device))
+        found = dict(zip(asked, decoded, strict=True))
+        for index, (bare, question) in enumerate(zip(answers, questions, strict=True)):
+            yield self._region_prompts.take_down(bare, question, found.pop(index, None))
 
     @torch.no_grad()
     def fuse(self, answers: Answers) -> Refinement:
@@ -405,25 +346,6 @@ class Refiner:
     def _decode(self, embeddings: Sequence[Any], prompts: Sequence[Prompts]) -> list[Decoded]:
         size, chunks = self._batch_size(), self._prompts_at_once
         return decode_prompts(self.sam, embeddings, prompts, self.precision, size, chunks)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What the regions of one image ask, on the lattice and otherwise.
-
-    Attributes:
-        unanswered: Whether the model has to answer some of it.
-        embedding: Of the image, where the model has to.
-        wanted: (N, 6) int32 of `lattice_prompts`, one prompt a region; None off the lattice.
-        known: What was asked about the image before.
-        missing: (M, 6) int32, those of ``wanted`` that it does not hold, each once.
-    """
-
-    unanswered: bool
-    embedding: Any = None
-    wanted: np.ndarray | None = None
-    known: KnownMasks | None = None
-    missing: np.ndarray | None = None
 
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
