@@ -64,15 +64,22 @@ class KnownMasks:
         return ImageMasks(self.packed[rows], self.pred_iou[rows], mask_hw)
 
     def extended(self, prompts: np.ndarray, masks: ImageMasks) -> KnownMasks:
-        """Add the answers to (M, 6) prompts; the oldest are forgotten beyond a limit."""
+        """Add the answers to (M, 6) prompts that are not known yet."""
         if len(self.prompts) == 0:
             return KnownMasks(prompts, masks.packed.cpu(), masks.pred_iou.cpu())
-        room = max(_MAX_KNOWN, len(prompts))
         return KnownMasks(
-            np.concatenate([prompts, self.prompts])[:room],
-            torch.cat([masks.packed.cpu(), self.packed])[:room],
-            torch.cat([masks.pred_iou.cpu(), self.pred_iou])[:room],
+            np.concatenate([self.prompts, prompts]),
+            torch.cat([self.packed, masks.packed.cpu()]),
+            torch.cat([self.pred_iou, masks.pred_iou.cpu()]),
         )
+
+    def used_last(self, prompts: np.ndarray) -> KnownMasks:
+        """Move (N, 6) known prompts to the front, and forget what is last beyond a limit."""
+        used = np.unique(self.rows(prompts))
+        order = np.concatenate([used, np.setdiff1d(np.arange(len(self.prompts)), used)])
+        order = order[: max(_MAX_KNOWN, len(used))]
+        rows = torch.from_numpy(order)
+        return KnownMasks(self.prompts[order], self.packed[rows], self.pred_iou[rows])
 
 
 class PromptMemory:

@@ -110,7 +110,7 @@ class RegionPrompts:
         known = question.known
         if new is not None:
             known = known.extended(question.missing, new)
-            self._memory.keep(answers.image, known)
+            self._memory.keep(answers.image, known.used_last(question.wanted))
         masks = known.masks(question.wanted, mask_hw)
         return replace(masks, packed=masks.packed.to(answers.probs.device))
 

@@ -81,14 +81,19 @@ class TestKnownMasks:
         missing = KnownMasks.nothing().missing(prompts[[2, 0, 2, 1, 0]])
         assert np.array_equal(missing, prompts[[2, 0, 1]])
 
-    def test_the_oldest_are_forgotten_but_none_that_was_just_asked(self, monkeypatch):
+    def test_what_was_used_longest_ago_is_forgotten_and_nothing_that_was_just_used(
+        self, monkeypatch
+    ):
         monkeypatch.setattr(memory_module, "_MAX_KNOWN", 4)
         some = KnownMasks.nothing().extended(*known(3))
-        more = some.extended(*known(2, start=10))
-        assert more.prompts[:, 0].tolist() == [10, 11, 0, 1]
-        many = more.extended(*known(6, start=20))
-        assert many.prompts[:, 0].tolist() == [20, 21, 22, 23, 24, 25]
-        assert len(many.packed) == len(many.pred_iou) == 6
+        both = some.extended(*known(3, start=10))
+        assert len(both.missing(known(3)[0])) == 0
+        kept = both.used_last(known(3, start=10)[0][:2])
+        assert kept.prompts[:, 0].tolist() == [10, 11, 0, 1]
+        assert kept.packed[:, 0].tolist() == [10, 11, 0, 1]
+        assert torch.equal(kept.pred_iou, torch.tensor([10, 11, 0, 1]) / 100)
+        every = both.used_last(both.prompts)
+        assert len(every.prompts) == len(every.packed) == len(every.pred_iou) == 6
 
 
 def part(masks, rows):
@@ -148,6 +153,16 @@ class TestRefiner:
         torch.testing.assert_close(after.regions.pred_iou, alone.regions.pred_iou)
         # Rounding depends on the batch that a prompt is decoded in.
         assert (after.labels != alone.labels).float().mean() < 0.002
+
+    def test_a_memory_that_is_too_short_forgets_and_asks_again(self, random_sam, monkeypatch):
+        monkeypatch.setattr(memory_module, "_MAX_KNOWN", 2)
+        image, probs = blobs()
+        refiner = Refiner(random_sam, FAST, "32", cache="memory")
+        alone = Refiner(random_sam, FAST, "32")
+        for prediction in (probs, moved(probs), probs, probs.flip(0), moved(probs)):
+            found, expected = refiner(image, prediction), alone(image, prediction)
+            torch.testing.assert_close(found.regions.pred_iou, expected.regions.pred_iou)
+            assert (found.regions.masks != expected.regions.masks).float().mean() < 0.002
 
     def test_another_image_model_or_grid_knows_nothing(self, random_sam, counted):
         image, probs = blobs()
