@@ -395,7 +395,7 @@ def test_the_command_refuses_typos_and_helps_without_torch(tmp_path):
     assert missing.stderr.startswith("samrefine: No value for sam.model;")
     shown = command(tmp_path, "--help")
     assert shown.returncode == 0
-    assert "refine: algorithm4, best, default, fast" in shown.stdout
+    assert "refine: algorithm4, default, fast" in shown.stdout
     assert "pred_iou_thresh: 0.5" in shown.stdout
 
 

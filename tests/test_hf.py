@@ -129,9 +129,9 @@ def test_every_family_refines_in_a_trainer(family):
     assert figures["miou_refined"] != figures["miou_raw"]
 
 
-@pytest.mark.parametrize("preset", ["default", "fast"])
+@pytest.mark.parametrize("regions_too", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_answers_a_grid_of_points_in_a_trainer(family, preset, monkeypatch):
+def test_every_family_answers_a_grid_of_points_in_a_trainer(family, regions_too, monkeypatch):
     sam = build_tiny_hf(family)
     points = []
     ask = sam.decode_multimask
@@ -142,9 +142,8 @@ def test_every_family_answers_a_grid_of_points_in_a_trainer(family, preset, monk
         return 20 * logits, 0.75 + 0.2 * pred_iou  # random weights are not sure of any mask
 
     monkeypatch.setattr(sam, "decode_multimask", sure)
-    callback = SAMRefineCallback(
-        sam, num_classes=NUM_CLASSES, refine={"preset": preset, "min_region_area": 4}
-    )
+    config = RefineConfig.preset("default", min_region_area=4, prompt_regions=regions_too)
+    callback = SAMRefineCallback(sam, num_classes=NUM_CLASSES, refine=config)
     loaders = loader(2, hw=(64, 80))
     Trainer(**SILENT, callbacks=[callback]).validate(Segmenter(), loaders, verbose=False)
     (figures,) = callback.history
@@ -157,15 +156,16 @@ def test_every_family_answers_a_grid_of_points_in_a_trainer(family, preset, monk
 def test_embeddings_are_cached(family):
     sam = build_tiny_hf(family)
     image, probs = blobs(40, 64)
-    plain = Refiner(sam, precision="32")(image, probs)
-    refiner = Refiner(sam, precision="32", cache="memory")
+    config = RefineConfig.preset("algorithm4")
+    plain = Refiner(sam, config, "32")(image, probs)
+    refiner = Refiner(sam, config, "32", cache="memory")
     for _ in range(2):
         assert torch.equal(refiner(image, probs).labels, plain.labels)
     assert (refiner.cache.stats.misses, refiner.cache.stats.hits) == (1, 1)
     # Another normalisation is another embedding.
     other = build_tiny_hf(family)
     other.module.pixel_mean += 1
-    Refiner(other, precision="32", cache=refiner.cache)(image, probs)
+    Refiner(other, config, "32", cache=refiner.cache)(image, probs)
     assert refiner.cache.stats.misses == 2
 
 
