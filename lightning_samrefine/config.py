@@ -35,7 +35,7 @@ class RefineConfig:
         prompt_regions: Whether SAM is asked about the regions.
         mask_prompts: Whether regions are prompted with a mask besides box and point. Without one
             and with a ``soft_floor`` boxes and points are moved to a coarse lattice, so that a
-            cache knows most of them again when a prediction changes a little.
+            cache knows some of them again when a prediction changes a little.
         points_per_side: SAM is asked about a grid of this many points along the image's longer
             side. These masks depend on the image alone, so a cache keeps them whole, and where no
             regions are prompted an image costs SAM nothing from the second time on. 0 is none.

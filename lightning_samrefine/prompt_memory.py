@@ -98,6 +98,11 @@ class PromptMemory:
         self._cache, self._sam, self._dtype = cache, sam, dtype
         self._derived = f"prompts {MASKS_VERSION} {stride}"
 
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a cache."""
+        return self._cache is not None
+
     def recall(self, image: Tensor, prompts: np.ndarray) -> KnownMasks:
         """Return what is known about an image, and count which of (N, 6) prompts are.
 

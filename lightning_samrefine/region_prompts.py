@@ -27,9 +27,11 @@ class Question:
     Attributes:
         open: Whether the model has to answer some of it.
         embedding: Of the image, where the model has to.
-        wanted: (N, 6) int32 of `lattice_prompts`, one prompt a region; None off the lattice.
-        known: What was asked about the image before.
-        missing: (M, 6) int32, those of ``wanted`` that it does not hold, each once.
+        wanted: (N, 6) int32 of `lattice_prompts`, one prompt a region; None off the lattice and
+            without a memory.
+        known: What was asked about the image before; None likewise.
+        missing: (M, 6) int32, those of ``wanted`` that it does not hold, each once; without a
+            memory all N. None off the lattice.
     """
 
     open: bool
@@ -58,6 +60,8 @@ class RegionPrompts:
         if not self._config.on_lattice:
             return Question(open=True)
         wanted = lattice_prompts(regions)
+        if not self._memory.remembers:  # nothing has to come to the CPU
+            return Question(open=True, missing=wanted)
         known = self._memory.recall(image, wanted)
         missing = known.missing(wanted)
         return Question(len(missing) > 0, wanted=wanted, known=known, missing=missing)
