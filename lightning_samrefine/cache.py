@@ -141,11 +141,8 @@ class EmbeddingCache:
         Returns:
             Embeddings on the model's device: a tensor or a tuple of tensors, as ``compute`` gives.
         """
-        try:
-            model = self._fingerprint(sam, derived)
-            keys = [_key(model, image, dtype, sam.device) for image in images]
-        except Exception as error:
-            self._give_up(error)
+        keys = self._keys(sam, images, dtype, derived)
+        if keys is None:
             return compute(list(images))
         found: dict[str, Any] = {}
         for key in keys:
@@ -170,12 +167,8 @@ class EmbeddingCache:
             dtype: Of the autocast that they were made under; None for float32.
             derived: As for `embed`.
         """
-        try:
-            key = _key(self._fingerprint(sam, derived), image, dtype, sam.device)
-        except Exception as error:
-            self._give_up(error)
-            return None
-        return self._get(key, torch.device("cpu"))
+        keys = self._keys(sam, [image], dtype, derived)
+        return None if keys is None else self._get(keys[0], torch.device("cpu"))
 
     def keep(
         self,
@@ -194,14 +187,8 @@ class EmbeddingCache:
             derived: As for `embed`.
             tensors: Integers, for floats would be rounded to ``dtype``.
         """
-        if not self._writing:
-            return
-        try:
-            key = _key(self._fingerprint(sam, derived), image, dtype, sam.device)
-        except Exception as error:
-            self._give_up(error)
-            return
-        self._put(key, tensors, dtype)
+        if self._writing and (keys := self._keys(sam, [image], dtype, derived)) is not None:
+            self._put(keys[0], tensors, dtype)
 
     def count_prompts(self, hits: int, misses: int) -> None:
         """Count prompts whose answers were found, and those that were not."""
@@ -229,6 +216,17 @@ class EmbeddingCache:
             _warn(f"not one image was found in an epoch of {stage!r}: {reason}. No more are kept.")
         if epoch.written:
             self._wrote.add(stage)
+
+    def _keys(
+        self, sam: Promptable, images: Sequence[Tensor], dtype: torch.dtype | None, derived: str
+    ) -> list[str] | None:
+        """Return a key for each image; None where the model or an image cannot be hashed."""
+        try:
+            model = self._fingerprint(sam, derived)
+            return [_key(model, image, dtype, sam.device) for image in images]
+        except Exception as error:
+            self._give_up(error)
+            return None
 
     def _get(self, key: str, device: torch.device) -> Any:
         try:
