@@ -14,8 +14,8 @@ class RefineConfig:
     """Every number that decides what SAM is asked and what is done with its answer.
 
     The defaults are those of Algorithm 4 with the confidence gate off; they are the preset
-    ``algorithm4``. What it does not have (``points_per_side``, ``soft_floor``, ``smoothing``) is
-    off, and on in the other presets.
+    ``algorithm4``. What it does not have (``points_per_side``, ``soft_floor``, ``colours``,
+    ``smoothing``) is off, and on in the other presets.
 
     Attributes:
         score_thresh: τ_c in [0, 1). Pixels whose largest probability is below it belong to no
@@ -39,8 +39,11 @@ class RefineConfig:
         points_per_side: SAM is asked about a grid of this many points along the image's longer
             side. These masks depend on the image alone, so a cache keeps them whole, and where no
             regions are prompted an image costs SAM nothing from the second time on. 0 is none.
-        soft_floor: In [0, 1). What a class keeps of its probability where no mask supports it. 0
-            is Algorithm 4's hard rule: nothing.
+        soft_floor: In [0, 1). What a class keeps of its probability where no region's mask supports
+            it, and three times what it keeps where none of the image's masks does. 0 is Algorithm
+            4's hard rule: nothing.
+        colours: Weight, at least 0, of how usual a pixel's colour is in each class of the image; 0
+            leaves it out.
         smoothing: Weight, at least 0, of neighbouring pixels of similar colour in a last step; 0
             leaves it out.
         classes: The classes that are refined, as indices in [0, C); ``None`` for all, empty for
@@ -51,8 +54,8 @@ class RefineConfig:
 
     Raises:
         TypeError: A value of the wrong type.
-        ValueError: A value outside its range, ``points_per_side`` or ``smoothing`` without
-            ``soft_floor``, or neither regions nor points to ask about.
+        ValueError: A value outside its range, ``points_per_side``, ``colours`` or ``smoothing``
+            without ``soft_floor``, or neither regions nor points to ask about.
     """
 
     score_thresh: float = 0.0
@@ -66,6 +69,7 @@ class RefineConfig:
     mask_prompts: bool = True
     points_per_side: int = 0
     soft_floor: float = 0.0
+    colours: float = 0.0
     smoothing: float = 0.0
     classes: tuple[int, ...] | None = None
     class_pred_iou_thresh: Mapping[int, float] | None = field(default=None, hash=False)
@@ -93,8 +97,10 @@ class RefineConfig:
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, accepted is a bool")
         _check_count("points_per_side", self.points_per_side, least=0)
         _check_float("soft_floor", self.soft_floor, 0 <= _num(self.soft_floor) < 1, "[0, 1)")
-        _check_float("smoothing", self.smoothing, 0 <= _num(self.smoothing) < math.inf, "[0, inf)")
-        for name in ("points_per_side", "smoothing"):
+        for name in ("colours", "smoothing"):
+            value = getattr(self, name)
+            _check_float(name, value, 0 <= _num(value) < math.inf, "[0, inf)")
+        for name in ("points_per_side", "colours", "smoothing"):
             if getattr(self, name) and not self.soft_floor:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r} with soft_floor 0, accepted is 0, or a "
@@ -153,14 +159,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "max_regions": 500,
             "mask_prompts": False,
             "points_per_side": 24,
-            "soft_floor": 0.05,
+            "soft_floor": 0.1,
+            "colours": 1.3,
             "smoothing": 4.0,
         },
         "fast": {
             "min_region_area": 16,
             "max_regions": 500,
             "mask_prompts": False,
-            "soft_floor": 0.05,
+            "soft_floor": 0.03,
+            "colours": 1.3,
             "smoothing": 4.0,
         },
         "strict": {

@@ -11,18 +11,24 @@ from torch import Tensor
 
 from lightning_samrefine.answers import Answers, refinement, region_table
 from lightning_samrefine.class_gate import accepted_regions
+from lightning_samrefine.colours import weigh_by_colours
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.inputs import first_argmax
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.smoothing import smooth
 from lightning_samrefine.support import Support, masks_at, planes_of, weigh
 
+# What a class keeps where no mask of the image supports it, as a part of the ``soft_floor``: these
+# masks are many, and between them leave little of an image out.
+_FLOOR_OF_IMAGE = 1 / 3
+
 
 def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     """Fuse image-driven masks, the masks of prompted regions, or both.
 
     With both, the regions' masks count twice: among all masks, which together say what class a
-    pixel has, and as what SAM says to the prediction's own regions.
+    pixel has, and as what SAM says to the prediction's own regions. Where no mask is left nothing
+    changes: colours and smoothing follow masks, and do not stand for themselves.
 
     Where regions are not prompted, a region's predicted IoU is that of the best image-driven mask
     that stands for its class at its innermost pixel, 0 without one; it is then told, not used.
@@ -33,12 +39,17 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     """
     probs, labels, regions = answers.probs, answers.labels, answers.regions
     supports: list[Support] = []
+    floors: list[float] = []
+    evidence = probs
+    if config.colours:
+        evidence = weigh_by_colours(probs, answers.image, config.colours, config.stride)
     masks = answers.image_masks if answers.region_masks is None else answers.region_masks
-    planes = None if masks is None else planes_of(probs, masks.mask_hw)
+    planes = None if masks is None else planes_of(evidence, masks.mask_hw)
     pred_iou = answers.pred_iou if config.prompt_regions else torch.zeros(len(regions))
     if answers.image_masks is not None and len(answers.image_masks) > 0:
         support, stands_for = Support.of_image(answers.image_masks, planes)
         supports.append(support)
+        floors.append(config.soft_floor * _FLOOR_OF_IMAGE)
         if not config.prompt_regions:
             points, classes = regions.relative_points(), torch.from_numpy(regions.classes)
             points, classes = points.to(probs.device), classes.to(probs.device)
@@ -50,10 +61,11 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
         answers = replace(answers, masks=mask_probs > 0.5)
         if accepted.any():
             supports = _with_regions(supports, answers, mask_probs, accepted, planes)
+            floors.append(config.soft_floor)
     table = region_table(answers, pred_iou, accepted, config.stride)
     if not supports:
         return refinement(table, labels, probs)
-    refined, covered = weigh(probs, supports, config.soft_floor)
+    refined, covered = weigh(evidence, supports, floors)
     if config.smoothing:
         refined = smooth(refined, answers.image, config.smoothing, config.stride)
     best = first_argmax(refined)

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from lightning_samrefine.image_masks import ImageMasks
 
-# A mask of one class counts for more than a mixed one: weight = pred_iou · purity².
-_PURITY_POWER = 2
-# A region's mask counts for half beside the masks of the image: its prompt came from the prediction
-# that it is to judge.
-_OF_REGIONS = 0.5
+# A mask of one class counts for more than a mixed one: weight = pred_iou · purity³.
+_PURITY_POWER = 3
+# A region's mask counts for less than half beside the masks of the image: its prompt came from the
+# prediction that it is to judge.
+_OF_REGIONS = 0.3
+# Of a probability before its logarithm: a single pixel must not forbid a class.
+_MIN_PROB = 1e-3
 # So many unpacked masks stay in a core's cache.
 _CPU_MASKS = 16
 
@@ -59,8 +61,8 @@ class Support:
     def of_image(cls, masks: ImageMasks, planes: Tensor) -> tuple[Support, Tensor]:
         """Let every mask support the class that is most probable inside it.
 
-        A mask's purity is the mean probability of that class inside the mask, weighted by σ. Its
-        support is pred_iou · purity² · σ; a pixel takes the largest of a class.
+        A mask's purity is the probability of that class from `class_probs`. Its support is
+        pred_iou · purity³ · σ; a pixel takes the largest of a class.
 
         Args:
             masks: K masks of the image.
@@ -75,7 +77,7 @@ class Support:
         for start in range(0, len(masks), at_once):
             some = masks[start : start + at_once]
             mask_probs = some.probs()
-            purity, classes = mean_probs(mask_probs, planes).max(dim=0)
+            purity, classes = class_probs(mask_probs, planes).max(dim=0)
             weight = some.pred_iou * purity**_PURITY_POWER
             _raise_to(support, mask_probs, weight, classes)
             torch.maximum(inside, mask_probs.amax(dim=0), out=inside)
@@ -90,7 +92,7 @@ class Support:
         planes: Tensor,
         own: Tensor | None = None,
     ) -> Support:
-        """Add the masks of accepted regions to those of the image, for half of what these count.
+        """Add the masks of accepted regions to those of the image, for 0.3 of what these count.
 
         A region's mask supports the region's class, weighted as in `of_image`.
 
@@ -101,7 +103,7 @@ class Support:
             planes: As in `of_image`.
             own: As in `of_regions`.
         """
-        purity = mean_probs(mask_probs, planes).gather(0, classes[None])[0]
+        purity = class_probs(mask_probs, planes).gather(0, classes[None])[0]
         weight = _OF_REGIONS * pred_iou * purity**_PURITY_POWER
         support = self.classes.clone()
         _raise_to(support, mask_probs, weight, classes)
@@ -110,21 +112,21 @@ class Support:
         return Support(support, self.inside)
 
 
-def weigh(probs: Tensor, supports: Sequence[Support], floor: float) -> tuple[Tensor, Tensor]:
+def weigh(probs: Tensor, supports: Sequence[Support], floors: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Weigh a prediction by the support of its classes.
 
     Args:
         probs: (C, H, W) float32 in [0, 1], L.
         supports: At least one, on one grid.
-        floor: What a class keeps where no mask supports it, above 0.
+        floors: What a class keeps where no mask of a support supports it, each above 0.
 
     Returns:
         (C, H, W) float32, L · Π (floor + support), normalised over the classes wherever L is not 0
         for all of them; (H, W) bool, whether some mask lies on the pixel.
     """
     first, *others = supports
-    factors, inside = first.classes + floor, first.inside
-    for other in others:
+    factors, inside = first.classes + floors[0], first.inside
+    for other, floor in zip(others, floors[1:], strict=True):
         factors *= other.classes + floor
         inside = torch.maximum(inside, other.inside)
     stacked = torch.cat([factors, inside[None]])
@@ -160,23 +162,27 @@ def masks_at(
 
 
 def planes_of(probs: Tensor, mask_hw: tuple[int, int]) -> Tensor:
-    """Return (C + 1, h_n, w_n): (C, H, W) probabilities on the grid of masks, then a plane of ones.
+    """Return (C + 1, h_n, w_n): logarithms of (C, H, W) probabilities on the grid of masks, then 1.
 
     One product with masks then gives each class's sum in each mask and, by the ones, its area.
     """
     small = F.interpolate(probs[None], mask_hw, mode="bilinear", align_corners=False)[0]
-    return torch.cat([small, torch.ones_like(small[:1])])
+    return torch.cat([small.clamp_(min=_MIN_PROB).log_(), torch.ones_like(small[:1])])
 
 
-def mean_probs(mask_probs: Tensor, planes: Tensor) -> Tensor:
-    """Return (C, K), the mean probability of each class in each of K masks, weighted by σ.
+def class_probs(mask_probs: Tensor, planes: Tensor) -> Tensor:
+    """Return (C, K), the probability of each class for each of K masks as a whole.
+
+    It is the geometric mean of the pixels' probabilities inside the mask, weighted by σ and
+    normalised over the classes. A class that is certain at a few pixels and excluded at the others
+    has thus less of it than one that is possible everywhere.
 
     Args:
         mask_probs: (K, h_n, w_n) float32 in [0, 1].
         planes: (C + 1, h_n, w_n) float32 of `planes_of`.
     """
     sums = planes.flatten(1) @ mask_probs.flatten(1).T
-    return sums[:-1] / sums[-1].clamp(min=1e-6)
+    return (sums[:-1] / sums[-1].clamp(min=1e-6)).softmax(dim=0)
 
 
 def _raise_to(support: Tensor, mask_probs: Tensor, weight: Tensor, classes: Tensor) -> None:
