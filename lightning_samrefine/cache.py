@@ -264,12 +264,12 @@ class EmbeddingCache:
 
     def _fingerprint(self, sam: Promptable, derived: str) -> str:
         """Hash what an entry depends on besides the image; anew only after a change."""
-        weights = _weights(sam.module, whole=bool(derived))
-        state = tuple((tensor.data_ptr(), _version(tensor)) for tensor in weights.values())
+        state = _state(sam.module, whole=bool(derived))
         of_module = self._fingerprints.setdefault(sam.module, {})
         known = of_module.get(derived)
         if known is None or known[0] != state:
             about = (CODE_VERSION, sam.name, sam.image_size, *([derived] if derived else []))
+            weights = _weights(sam.module, whole=bool(derived))
             known = (state, weights_fingerprint(weights.items(), about))
             of_module[derived] = known
         return known[1]
@@ -358,9 +358,27 @@ def _weights(module: nn.Module, whole: bool) -> dict[str, Tensor]:
     }
 
 
+def _state(module: nn.Module, whole: bool) -> tuple[tuple[int, int], ...]:
+    """Return what changes where one of `_weights` is replaced or written to.
+
+    It is asked for with every image, and torch's own walk, which makes names, takes ten times as
+    long.
+    """
+    modules = [module if whole else getattr(module, "image_encoder", module)]
+    tensors = [] if whole else list(module._buffers.values())
+    while modules:
+        one = modules.pop()
+        tensors.extend(one._parameters.values())
+        tensors.extend(one._buffers.values())
+        modules.extend(child for child in one._modules.values() if child is not None)
+    return tuple((t.data_ptr(), _version(t)) for t in tensors if t is not None)
+
+
 def _version(tensor: Tensor) -> int:
-    # Tensors made under inference_mode keep no count of their changes.
-    return -1 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # Tensors made under inference_mode keep no count of their changes.
+        return -1
 
 
 def _pack(embedding: Any, dtype: torch.dtype, keep: bool) -> tuple[Any, Entry | None]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_samrefine.recycling import MAPS
+
 _BINS = 24  # along each of the three axes of colour
 _PRIOR_PIXELS = 5  # of the classes' shares in the image, added to every bin
 _MIN_SHARE = 1e-4  # of a class in the image, so that a bin's ratio stays below its inverse
@@ -38,8 +40,10 @@ def weigh_by_colours(probs: Tensor, image: Tensor, weight: float, stride: int) -
     bins = _colour_bins(image.to(probs.device))
     counted = probs[:, ::stride, ::stride].flatten(1)
     ratios = _ratios(counted, bins[::stride, ::stride].flatten())
-    factors = ratios.clamp_(min=_MIN_RATIO).pow_(weight).index_select(1, bins.flatten())
-    weighted = factors.view_as(probs).mul_(probs)
+    ratios = ratios.clamp_(min=_MIN_RATIO).pow_(weight)
+    weighted = MAPS.empty_like(probs)
+    torch.index_select(ratios, 1, bins.flatten(), out=weighted.flatten(1))
+    weighted *= probs
     total = weighted.sum(dim=0)
     return weighted.div_(total.masked_fill_(total == 0, 1))
 

@@ -39,9 +39,8 @@ class RefineConfig:
         points_per_side: SAM is asked about a grid of this many points along the image's longer
             side. These masks depend on the image alone, so a cache keeps them whole, and where no
             regions are prompted an image costs SAM nothing from the second time on. 0 is none.
-        soft_floor: In [0, 1). What a class keeps of its probability where no region's mask supports
-            it, and three times what it keeps where none of the image's masks does. 0 is Algorithm
-            4's hard rule: nothing.
+        soft_floor: In [0, 1). What a class keeps of its probability where no mask supports it. 0
+            is Algorithm 4's hard rule: nothing.
         colours: Weight, at least 0, of how usual a pixel's colour is in each class of the image; 0
             leaves it out.
         smoothing: Weight, at least 0, of neighbouring pixels of similar colour in a last step; 0
@@ -159,7 +158,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "max_regions": 500,
             "mask_prompts": False,
             "points_per_side": 24,
-            "soft_floor": 0.1,
+            "soft_floor": 0.02,
             "colours": 1.3,
             "smoothing": 4.0,
         },
@@ -167,7 +166,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "min_region_area": 16,
             "max_regions": 500,
             "mask_prompts": False,
-            "soft_floor": 0.03,
+            "soft_floor": 0.02,
             "colours": 1.3,
             "smoothing": 4.0,
         },

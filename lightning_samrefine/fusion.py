@@ -9,11 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_samrefine.recycling import RecycledZeros
+from lightning_samrefine.recycling import MAPS
 from lightning_samrefine.upscaling import Window
-
-# Three maps of 1440 × 1920 pixels and 12 classes.
-_MAPS = RecycledZeros(idle_bytes=400_000_000)
 
 
 class MapRefinement:
@@ -88,7 +85,7 @@ def _zeros_like(tensor: Tensor) -> Tensor:
     """Return zeros; on the CPU in the memory of an earlier image's map where it was let go."""
     if tensor.device.type != "cpu":
         return torch.zeros_like(tensor)
-    return _MAPS.zeros(tensor.shape)
+    return MAPS.zeros(tensor.shape)
 
 
 def _image_windows(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-class RecycledZeros:
-    """Hands out tensors of zeros, in memory that earlier ones have given back.
+class RecycledMemory:
+    """Hands out tensors in memory that earlier ones have given back.
 
     What exceeds 32 MiB comes from the system anew every time (glibc's mmap threshold ends there),
     and its pages are filled in when they are first written to. In a virtual machine that returns
@@ -37,12 +37,21 @@ class RecycledZeros:
         Args:
             shape: Of the tensor.
         """
+        return self._lend(shape, clean=True)
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """Return memory of unknown content for a float32 tensor; it is not lent where on a GPU."""
+        if tensor.device.type != "cpu":
+            return torch.empty_like(tensor)
+        return self._lend(tensor.shape, clean=False)
+
+    def _lend(self, shape: Sequence[int], clean: bool) -> Tensor:
         count = math.prod(shape)
         memory = self._take(count)
         if memory is None:
             # NumPy asks for huge pages, and for zeros that the system makes where they are used.
             memory = np.zeros(count, np.float32)
-        else:
+        elif clean:
             memory[:count].fill(0)
         # torch keeps this very object for as long as any tensor uses the memory.
         lent = memory[:count]
@@ -66,3 +75,7 @@ class RecycledZeros:
                 break
             self._idle.pop(key, None)
             excess -= array.nbytes
+
+
+# Three maps of 1440 × 1920 pixels and 12 classes.
+MAPS = RecycledMemory(idle_bytes=400_000_000)

@@ -1,9 +1,9 @@
 """Neighbours of the same colour agree: a small dense CRF by convolution, on the device.
 
-Mean-field inference as in Krähenbühl and Koltun, "Efficient Inference in Fully Connected CRFs with
-Gaussian Edge Potentials" (NIPS 2011), with the neighbours restricted to a few fixed offsets as in
-Teichmann and Cipolla, "Convolutional CRFs for Semantic Segmentation" (BMVC 2019), and Potts
-compatibility.
+One step of mean-field inference as in Krähenbühl and Koltun, "Efficient Inference in Fully
+Connected CRFs with Gaussian Edge Potentials" (NIPS 2011), with the neighbours restricted to a few
+fixed offsets as in Teichmann and Cipolla, "Convolutional CRFs for Semantic Segmentation" (BMVC
+2019), and Potts compatibility.
 """
 
 from __future__ import annotations
@@ -11,64 +11,50 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_RADII = (1, 2, 4, 8)  # of the neighbours above, below, left and right, in grid pixels
+from lightning_samrefine.recycling import MAPS
+
+_RADII = (1, 3, 6)  # of the neighbours above, below, left and right, in pixels
 _COLOUR_SIGMA = 10.0  # of 0 to 255, as a standard deviation over the three channels together
-_ROUNDS = 2
 _MIN_PROB = 1e-4
 _MAX_EXPONENT = 80.0  # of float32
+# Exponentials that underflow take ten times as long on a CPU.
+_MIN_EXPONENT = -30.0
 
 
-def smooth(probs: Tensor, image: Tensor, weight: float, stride: int) -> Tensor:
+def smooth(probs: Tensor, image: Tensor, weight: float) -> Tensor:
     """Pull each pixel towards its neighbours of similar colour.
 
-    The neighbours' mean is computed on a coarser grid and enlarged; each pixel's own evidence
-    stays at full resolution.
-
     Args:
-        probs: (C, H, W) float32 in [0, 1]; it is overwritten, as fresh memory costs more than the
-            arithmetic.
+        probs: (C, H, W) float32 in [0, 1], summing to 1; values below 1e-4 are overwritten with it.
         image: (3, H, W) uint8 RGB.
         weight: Of the neighbours' mean probability in the logit, at least 0.
-        stride: Pixels of the image per pixel of the grid along each side.
 
     Returns:
         (C, H, W) float32, summing to 1 over the classes.
     """
-    stride = min(stride, *probs.shape[1:])
-    colours = _pooled(image.to(probs), stride) / _COLOUR_SIGMA
-    unary = _pooled(probs, stride).clamp_(min=_MIN_PROB).log_()
-    pairs = _pairs(colours)
-    total = torch.full_like(colours[0], 1e-3)
+    pairs = _pairs(image.to(probs) / _COLOUR_SIGMA)
+    total = torch.full_like(probs[0], 1e-3)
     for here, there, affinity in pairs:
         total[here] += affinity
         total[there] += affinity
+    weights = weight / total
 
-    belief = unary.softmax(dim=0)
-    for step in range(_ROUNDS):
-        message = torch.zeros_like(belief)
+    probs.clamp_(min=_MIN_PROB)
+    smoothed = MAPS.empty_like(probs)
+    # One class at a time stays in a CPU's cache.
+    at_once = 1 if probs.device.type == "cpu" else len(probs)
+    for start in range(0, len(probs), at_once):
+        some = probs[start : start + at_once]
+        message = torch.zeros_like(some)
         for here, there, affinity in pairs:
-            message[here].addcmul_(belief[there], affinity)
-            message[there].addcmul_(belief[here], affinity)
-        message *= weight / total
-        if step < _ROUNDS - 1:
-            belief = (unary + message).softmax(dim=0)
-    enlarged = F.interpolate(message[None], probs.shape[1:], mode="bilinear", align_corners=False)
-    # The softmax of log p + message; messages are at most ``weight``, which is far below.
-    smoothed = enlarged[0].clamp_(max=_MAX_EXPONENT).exp_().mul_(probs.clamp_(min=_MIN_PROB))
+            message[here].addcmul_(some[there], affinity)
+            message[there].addcmul_(some[here], affinity)
+        # The softmax of log p + message, without a logarithm.
+        factor = message.mul_(weights).clamp_(max=_MAX_EXPONENT).exp_()
+        torch.mul(factor, some, out=smoothed[start : start + at_once])
     return smoothed.div_(smoothed.sum(dim=0))
-
-
-def _pooled(maps: Tensor, stride: int) -> Tensor:
-    """Average (C, H, W) maps over stride × stride pixels; what is left over at the end is dropped.
-
-    On a CPU the same as `avg_pool2d` in a ninth of the time.
-    """
-    height, width = (side // stride * stride for side in maps.shape[1:])
-    rows = sum(maps[:, offset:height:stride] for offset in range(stride))
-    return sum(rows[..., offset:width:stride] for offset in range(stride)) / stride**2
 
 
 # Selects rows and columns, whatever comes before them.
@@ -86,7 +72,9 @@ def _pairs(colours: Tensor) -> list[tuple[_Part, _Part, Tensor]]:
             pairs.append(((..., start, everything), (..., end, everything)))
         if radius < width:
             pairs.append(((..., everything, start), (..., everything, end)))
-    return [
-        (here, there, (colours[here] - colours[there]).square().sum(0).mul(-0.5).exp())
-        for here, there in pairs
-    ]
+    return [(here, there, _affinity(colours[here], colours[there])) for here, there in pairs]
+
+
+def _affinity(first: Tensor, second: Tensor) -> Tensor:
+    exponent = (first - second).square_().sum(dim=0).mul_(-0.5)
+    return exponent.clamp_(min=_MIN_EXPONENT).exp_()

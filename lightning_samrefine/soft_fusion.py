@@ -18,9 +18,9 @@ from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.smoothing import smooth
 from lightning_samrefine.support import Support, masks_at, planes_of, weigh
 
-# What a class keeps where no mask of the image supports it, as a part of the ``soft_floor``: these
-# masks are many, and between them leave little of an image out.
-_FLOOR_OF_IMAGE = 1 / 3
+# Beside the image's masks, what a class keeps where no region's mask supports it, in multiples of the
+# ``soft_floor``: the regions have been heard among all masks before.
+_FLOOR_OF_REGIONS = 5
 
 
 def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
@@ -46,10 +46,11 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     masks = answers.image_masks if answers.region_masks is None else answers.region_masks
     planes = None if masks is None else planes_of(evidence, masks.mask_hw)
     pred_iou = answers.pred_iou if config.prompt_regions else torch.zeros(len(regions))
-    if answers.image_masks is not None and len(answers.image_masks) > 0:
+    by_image = answers.image_masks is not None and len(answers.image_masks) > 0
+    if by_image:
         support, stands_for = Support.of_image(answers.image_masks, planes)
         supports.append(support)
-        floors.append(config.soft_floor * _FLOOR_OF_IMAGE)
+        floors.append(config.soft_floor)
         if not config.prompt_regions:
             points, classes = regions.relative_points(), torch.from_numpy(regions.classes)
             points, classes = points.to(probs.device), classes.to(probs.device)
@@ -61,13 +62,15 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
         answers = replace(answers, masks=mask_probs > 0.5)
         if accepted.any():
             supports = _with_regions(supports, answers, mask_probs, accepted, planes)
-            floors.append(config.soft_floor)
+            floors.append(config.soft_floor * (_FLOOR_OF_REGIONS if by_image else 1))
     table = region_table(answers, pred_iou, accepted, config.stride)
     if not supports:
         return refinement(table, labels, probs)
+    if by_image:
+        supports[0] = supports[0].relative()
     refined, covered = weigh(evidence, supports, floors)
     if config.smoothing:
-        refined = smooth(refined, answers.image, config.smoothing, config.stride)
+        refined = smooth(refined, answers.image, config.smoothing)
     best = first_argmax(refined)
     unknown = (labels < 0) | (labels >= len(probs))
     # Labels that are not the probabilities' argmax stay where the refinement changes nothing.
@@ -101,7 +104,8 @@ def _with_regions(
         own = F.interpolate(own[None], mask_probs.shape[1:], mode="nearest")[0]
     chosen = torch.from_numpy(accepted).to(probs.device)
     classes = torch.from_numpy(regions.classes).to(probs.device)[chosen]
-    mask_probs = mask_probs[chosen]
+    if not accepted.all():
+        mask_probs = mask_probs[chosen]
     said = Support.of_regions(mask_probs, classes, len(probs), own)
     pred_iou = answers.region_masks.pred_iou.to(probs.device)[chosen]
     together = [

@@ -21,6 +21,8 @@ _PURITY_POWER = 3
 # A region's mask counts for less than half beside the masks of the image: its prompt came from the
 # prediction that it is to judge.
 _OF_REGIONS = 0.3
+# Less support than this is not taken for more than it is.
+_LEAST_SUPPORT = 0.3
 # Of a probability before its logarithm: a single pixel must not forbid a class.
 _MIN_PROB = 1e-3
 # So many unpacked masks stay in a core's cache.
@@ -111,8 +113,18 @@ class Support:
             support = torch.maximum(support, _OF_REGIONS * own)
         return Support(support, self.inside)
 
+    def relative(self) -> Support:
+        """Bring each pixel's best supported class to 1, if its support is at least 0.3.
 
-def weigh(probs: Tensor, supports: Sequence[Support], floors: Sequence[float]) -> tuple[Tensor, Tensor]:
+        Where all masks are mixed, the purest of them is still the best there is.
+        """
+        best = self.classes.amax(dim=0).clamp_(min=_LEAST_SUPPORT)
+        return Support(self.classes / best, self.inside)
+
+
+def weigh(
+    probs: Tensor, supports: Sequence[Support], floors: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """Weigh a prediction by the support of its classes.
 
     Args:

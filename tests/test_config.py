@@ -50,6 +50,8 @@ def test_algorithm4_is_the_seed_and_overrides_replace_fields():
         ("soft_floor", 1.0, ValueError),
         ("smoothing", -1.0, ValueError),
         ("smoothing", 4.0, ValueError),  # without soft_floor
+        ("colours", -1.0, ValueError),
+        ("colours", 1.3, ValueError),  # without soft_floor
         ("prompt_regions", False, ValueError),  # without points
     ],
 )

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from lightning_samrefine.fusion import MapRefinement
-from lightning_samrefine.recycling import RecycledZeros
+from lightning_samrefine.recycling import RecycledMemory
 
 
 @pytest.fixture
 def memory():
-    return RecycledZeros(idle_bytes=4 * 1000)
+    return RecycledMemory(idle_bytes=4 * 1000)
 
 
 def test_memory_comes_back_as_zeros_once_nobody_holds_it(memory):

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.cache import EmbeddingCache
+from lightning_samrefine.colours import weigh_by_colours
 from lightning_samrefine.models import Promptable
+from lightning_samrefine.smoothing import smooth
 
 Refine = Callable[[Tensor, Tensor], Tensor]
 
@@ -69,6 +71,8 @@ def build_methods(sam: Promptable, cache: EmbeddingCache, device: torch.device) 
         Method(
             "`default` without smoothing", preset("default", smoothing=0.0), every=9, cached=True
         ),
+        Method("`default` without colours", preset("default", colours=0.0), every=9, cached=True),
+        Method("its colours and smoothing without SAM", without_sam),
         Method("guided filter, radius 4", guided_filter, every=9),
     ]
     try:
@@ -115,6 +119,13 @@ def dense_crf(
         return torch.from_numpy(beliefs).argmax(dim=0)
 
     return refine
+
+
+def without_sam(image: Tensor, probs: Tensor) -> Tensor:
+    """Do what `default` does besides asking SAM: what remains of its gain is SAM's."""
+    config = RefineConfig.preset("default")
+    weighted = weigh_by_colours(probs, image, config.colours, config.stride)
+    return smooth(weighted, image, config.smoothing).argmax(dim=0)
 
 
 def guided_filter(image: Tensor, probs: Tensor, radius: int = 4, eps: float = 1e-3) -> Tensor:
