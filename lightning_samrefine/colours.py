@@ -54,11 +54,12 @@ def _colour_bins(image: Tensor) -> Tensor:
     On these axes, unlike on red, green and blue, the colours of one thing under more or less light
     lie along one axis.
     """
-    red, green, blue = image.to(torch.int32)
-    brightness = (red + green + blue) * _BINS // 766
-    red_blue = (red - blue + 255) * _BINS // 511
-    green_magenta = (2 * green - red - blue + 510) * _BINS // 1021
-    return (brightness * _BINS + red_blue) * _BINS + green_magenta
+    red, green, blue = image.to(torch.int16)
+    # 24 bins of 768, 512 and 1024 values, as shifts: integer division takes several times as long.
+    brightness = (red + green + blue) >> 5
+    red_blue = (red - blue + 256) * 3 >> 6
+    green_magenta = (2 * green - red - blue + 512) * 3 >> 7
+    return ((brightness * _BINS + red_blue) * _BINS + green_magenta).to(torch.int32)
 
 
 def _ratios(probs: Tensor, bins: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.smoothing import smooth
 from lightning_samrefine.support import Support, masks_at, planes_of, weigh
 
-# Beside the image's masks, what a class keeps where no region's mask supports it, in multiples of the
-# ``soft_floor``: the regions have been heard among all masks before.
+# Beside the image's masks, what a class keeps where no region's mask supports it, in multiples of
+# the ``soft_floor``: the regions have been heard among all masks before.
 _FLOOR_OF_REGIONS = 5
 
 

@@ -16,9 +16,9 @@ def naively(probs, image, weight, stride):
     def bin_of(y, x):
         red, green, blue = (int(value) for value in rgb[:, y, x])
         return (
-            (red + green + blue) * 24 // 766,
-            (red - blue + 255) * 24 // 511,
-            (2 * green - red - blue + 510) * 24 // 1021,
+            (red + green + blue) * 24 // 768,
+            (red - blue + 256) * 24 // 512,
+            (2 * green - red - blue + 512) * 24 // 1024,
         )
 
     counts = np.zeros((24, 24, 24, num_classes))
