@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_samrefine.answers import Answers, refinement, region_table
 from lightning_samrefine.class_gate import accepted_regions
-from lightning_samrefine.colours import weigh_by_colours
+from lightning_samrefine.colours import Colours
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.inputs import first_argmax
 from lightning_samrefine.refinement import Refinement
@@ -21,6 +21,9 @@ from lightning_samrefine.support import Support, masks_at, planes_of, weigh
 # Beside the image's masks, what a class keeps where no region's mask supports it, in multiples of
 # the ``soft_floor``: the regions have been heard among all masks before.
 _FLOOR_OF_REGIONS = 5
+# The weight of colours where masks vote, in multiples of ``colours``: a mask averages over many
+# pixels, so single ones that colours mislead do no harm.
+_IN_VOTES = 5
 
 
 def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
@@ -40,13 +43,15 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     probs, labels, regions = answers.probs, answers.labels, answers.regions
     supports: list[Support] = []
     floors: list[float] = []
-    evidence = probs
-    if config.colours:
-        evidence = weigh_by_colours(probs, answers.image, config.colours, config.stride)
-    masks = answers.image_masks if answers.region_masks is None else answers.region_masks
-    planes = None if masks is None else planes_of(evidence, masks.mask_hw)
-    pred_iou = answers.pred_iou if config.prompt_regions else torch.zeros(len(regions))
+    evidence = votes = probs
     by_image = answers.image_masks is not None and len(answers.image_masks) > 0
+    if config.colours:
+        colours = Colours(probs, answers.image, config.stride)
+        evidence = colours.weigh(config.colours)
+        if by_image:
+            votes = colours.weigh_counted(_IN_VOTES * config.colours)
+    planes = planes_of(votes, answers.image_masks.mask_hw) if by_image else None
+    pred_iou = answers.pred_iou if config.prompt_regions else torch.zeros(len(regions))
     if by_image:
         support, stands_for = Support.of_image(answers.image_masks, planes)
         supports.append(support)
@@ -84,7 +89,7 @@ def _with_regions(
     answers: Answers,
     mask_probs: Tensor,
     accepted: np.ndarray,
-    planes: Tensor,
+    planes: Tensor | None,
 ) -> list[Support]:
     """Add what accepted regions' masks support; a rejected region stands for itself.
 
@@ -93,7 +98,7 @@ def _with_regions(
         answers: About the image.
         mask_probs: (N, h_n, w_n) float32, σ of all regions' masks.
         accepted: (N,) bool, at least one.
-        planes: From `planes_of`.
+        planes: From `planes_of`; None without masks of the image.
     """
     regions, probs = answers.regions, answers.probs
     own = None

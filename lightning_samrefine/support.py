@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.image_masks import ImageMasks
+from lightning_samrefine.recycling import MAPS
 
 # A mask of one class counts for more than a mixed one: weight = pred_iou · purity³.
 _PURITY_POWER = 3
@@ -141,13 +142,19 @@ def weigh(
     for other, floor in zip(others, floors[1:], strict=True):
         factors *= other.classes + floor
         inside = torch.maximum(inside, other.inside)
-    stacked = torch.cat([factors, inside[None]])
-    size = probs.shape[1:]
-    enlarged = F.interpolate(stacked[None], size, mode="bilinear", align_corners=False)[0]
-    weighted = enlarged[:-1].mul_(probs)
+    weighted = MAPS.empty_like(probs)
+    # One class at a time stays in a CPU's cache.
+    at_once = 1 if probs.device.type == "cpu" else len(probs)
+    for start in range(0, len(probs), at_once):
+        part = slice(start, start + at_once)
+        torch.mul(_enlarged(factors[part], probs.shape[1:]), probs[part], out=weighted[part])
     total = weighted.sum(dim=0)
-    weighted /= total.masked_fill(total == 0, 1)
-    return weighted, enlarged[-1] > 0.5
+    weighted /= total.masked_fill_(total == 0, 1)
+    return weighted, _enlarged(inside[None], probs.shape[1:])[0] > 0.5
+
+
+def _enlarged(maps: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def masks_at(
