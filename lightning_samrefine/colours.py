@@ -21,43 +21,31 @@ _MIN_RATIO = 1e-2
 _FIXED_POINT = 2**16
 
 
-class Colours:
-    """The colours of each class in one image.
+def weigh_by_colours(probs: Tensor, image: Tensor, weight: float, stride: int) -> Tensor:
+    """Weigh a prediction by how usual each pixel's colour is in each class of the image.
 
     The factor of class c at a pixel of colour k is (p(k | c) / p(k))^weight, at least 0.01^weight;
-    by Bayes' rule that is p(c | k) / p(c), both from sums of probabilities. A class is thus
-    favoured where it is more frequent among the pixels of that colour than in the image, however
-    rare it is. A weight of 1 takes colours for independent of what the segmenter has seen.
+    by Bayes' rule that is p(c | k) / p(c), both from sums of ``probs``. A class is thus favoured
+    where it is more frequent among the pixels of that colour than in the image, however rare it is.
 
     Args:
         probs: (C, H, W) float32 in [0, 1], L; it is not changed.
         image: (3, H, W) uint8 RGB.
+        weight: Above 0; 1 takes colours for independent of what L has seen.
         stride: Only every so manyth row and column is counted.
+
+    Returns:
+        (C, H, W) float32, normalised over the classes wherever L is not 0 for all of them.
     """
-
-    def __init__(self, probs: Tensor, image: Tensor, stride: int) -> None:
-        bins = _colour_bins(image.to(probs.device))
-        self._probs, self._bins = probs, bins
-        self._counted = probs[:, ::stride, ::stride].contiguous()
-        self._counted_bins = bins[::stride, ::stride].contiguous()
-        self._ratios = _ratios(self._counted.flatten(1), self._counted_bins.flatten())
-        self._ratios.clamp_(min=_MIN_RATIO)
-
-    def weigh(self, weight: float) -> Tensor:
-        """Return (C, H, W) float32, L weighed, normalised wherever not all of L is 0."""
-        return self._weighed(self._probs, self._bins, weight)
-
-    def weigh_counted(self, weight: float) -> Tensor:
-        """Return the same of the counted pixels alone, (C, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        return self._weighed(self._counted, self._counted_bins, weight)
-
-    def _weighed(self, probs: Tensor, bins: Tensor, weight: float) -> Tensor:
-        weighted = MAPS.empty_like(probs)
-        factors = self._ratios**weight
-        torch.index_select(factors, 1, bins.flatten(), out=weighted.flatten(1))
-        weighted *= probs
-        total = weighted.sum(dim=0)
-        return weighted.div_(total.masked_fill_(total == 0, 1))
+    bins = _colour_bins(image.to(probs.device))
+    counted = probs[:, ::stride, ::stride].flatten(1)
+    ratios = _ratios(counted, bins[::stride, ::stride].flatten())
+    factors = ratios.clamp_(min=_MIN_RATIO).pow_(weight)
+    weighted = MAPS.empty_like(probs)
+    torch.index_select(factors, 1, bins.flatten(), out=weighted.flatten(1))
+    weighted *= probs
+    total = weighted.sum(dim=0)
+    return weighted.div_(total.masked_fill_(total == 0, 1))
 
 
 def _colour_bins(image: Tensor) -> Tensor:

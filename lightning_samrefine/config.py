@@ -159,7 +159,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "mask_prompts": False,
             "points_per_side": 24,
             "soft_floor": 0.02,
-            "colours": 1.0,
+            "colours": 1.3,
             "smoothing": 4.0,
         },
         "fast": {
@@ -167,7 +167,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "max_regions": 500,
             "mask_prompts": False,
             "soft_floor": 0.02,
-            "colours": 1.0,
+            "colours": 1.3,
             "smoothing": 4.0,
         },
         "strict": {

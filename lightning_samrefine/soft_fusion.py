@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_samrefine.answers import Answers, refinement, region_table
 from lightning_samrefine.class_gate import accepted_regions
-from lightning_samrefine.colours import Colours
+from lightning_samrefine.colours import weigh_by_colours
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.inputs import first_argmax
 from lightning_samrefine.refinement import Refinement
@@ -20,10 +20,7 @@ from lightning_samrefine.support import Support, masks_at, planes_of, weigh
 
 # Beside the image's masks, what a class keeps where no region's mask supports it, in multiples of
 # the ``soft_floor``: the regions have been heard among all masks before.
-_FLOOR_OF_REGIONS = 5
-# The weight of colours where masks vote, in multiples of ``colours``: a mask averages over many
-# pixels, so single ones that colours mislead do no harm.
-_IN_VOTES = 5
+_FLOOR_OF_REGIONS = 10
 
 
 def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
@@ -43,14 +40,11 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     probs, labels, regions = answers.probs, answers.labels, answers.regions
     supports: list[Support] = []
     floors: list[float] = []
-    evidence = votes = probs
+    evidence = probs
     by_image = answers.image_masks is not None and len(answers.image_masks) > 0
     if config.colours:
-        colours = Colours(probs, answers.image, config.stride)
-        evidence = colours.weigh(config.colours)
-        if by_image:
-            votes = colours.weigh_counted(_IN_VOTES * config.colours)
-    planes = planes_of(votes, answers.image_masks.mask_hw) if by_image else None
+        evidence = weigh_by_colours(probs, answers.image, config.colours, config.stride)
+    planes = planes_of(evidence, answers.image_masks.mask_hw) if by_image else None
     pred_iou = answers.pred_iou if config.prompt_regions else torch.zeros(len(regions))
     if by_image:
         support, stands_for = Support.of_image(answers.image_masks, planes)
@@ -71,8 +65,6 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     table = region_table(answers, pred_iou, accepted, config.stride)
     if not supports:
         return refinement(table, labels, probs)
-    if by_image:
-        supports[0] = supports[0].relative()
     refined, covered = weigh(evidence, supports, floors)
     if config.smoothing:
         refined = smooth(refined, answers.image, config.smoothing)

@@ -19,11 +19,9 @@ from lightning_samrefine.recycling import MAPS
 
 # A mask of one class counts for more than a mixed one: weight = pred_iou · purity³.
 _PURITY_POWER = 3
-# A region's mask counts for less than half beside the masks of the image: its prompt came from the
-# prediction that it is to judge.
-_OF_REGIONS = 0.3
-# Less support than this is not taken for more than it is.
-_LEAST_SUPPORT = 0.3
+# A region's mask counts for half beside the masks of the image: its prompt came from the prediction
+# that it is to judge.
+_OF_REGIONS = 0.5
 # Of a probability before its logarithm: a single pixel must not forbid a class.
 _MIN_PROB = 1e-3
 # So many unpacked masks stay in a core's cache.
@@ -95,7 +93,7 @@ class Support:
         planes: Tensor,
         own: Tensor | None = None,
     ) -> Support:
-        """Add the masks of accepted regions to those of the image, for 0.3 of what these count.
+        """Add the masks of accepted regions to those of the image, for half of what these count.
 
         A region's mask supports the region's class, weighted as in `of_image`.
 
@@ -113,14 +111,6 @@ class Support:
         if own is not None:
             support = torch.maximum(support, _OF_REGIONS * own)
         return Support(support, self.inside)
-
-    def relative(self) -> Support:
-        """Bring each pixel's best supported class to 1, if its support is at least 0.3.
-
-        Where all masks are mixed, the purest of them is still the best there is.
-        """
-        best = self.classes.amax(dim=0).clamp_(min=_LEAST_SUPPORT)
-        return Support(self.classes / best, self.inside)
 
 
 def weigh(

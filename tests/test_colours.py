@@ -5,11 +5,11 @@ import pytest
 import torch
 from test_refiner import blobs
 
-from lightning_samrefine.colours import Colours
+from lightning_samrefine.colours import weigh_by_colours
 
 
 def naively(probs, image, weight, stride):
-    """The docstring of `Colours`, a pixel and a bin at a time."""
+    """The docstring of `weigh_by_colours`, a pixel and a bin at a time."""
     num_classes, height, width = probs.shape
     rgb = image.long().numpy()
 
@@ -65,17 +65,15 @@ class TestColours:
         image = (image // 3 + 60).to(torch.uint8)  # few bins, so that many pixels share one
         expected = naively(probs, image, 1.3, stride)
         before = probs.clone()
-        found = Colours(probs, image, stride).weigh(1.3)
+        found = weigh_by_colours(probs, image, 1.3, stride)
         np.testing.assert_allclose(found.numpy(), expected, atol=2e-4)
         assert torch.equal(probs, before)
-        counted = Colours(probs, image, stride).weigh_counted(1.3)
-        assert torch.equal(counted, found[:, ::stride, ::stride])
         assert (found - probs).abs().max() > 0.05
 
     def test_the_sky_between_branches_is_found(self):
         image, probs, sky = sky_behind_a_tree()
         assert (probs.argmax(0) == 0).sum() < sky.sum()
-        assert torch.equal(Colours(probs, image, 2).weigh(1.3).argmax(0) == 0, sky)
+        assert torch.equal(weigh_by_colours(probs, image, 1.3, 2).argmax(0) == 0, sky)
 
     def test_a_rare_class_is_no_worse_for_being_rare(self):
         """A pole of the street's own grey keeps what the prediction says of it."""
@@ -83,12 +81,12 @@ class TestColours:
         probs = torch.full((2, 40, 40), 0.01)
         probs[0] = 0.99
         probs[:, :, 20] = torch.tensor([0.4, 0.6])[:, None]
-        assert torch.equal(Colours(probs, image, 1).weigh(1.3).argmax(0), probs.argmax(0))
+        assert torch.equal(weigh_by_colours(probs, image, 1.3, 1).argmax(0), probs.argmax(0))
 
     def test_pixels_without_probabilities_stay_without(self):
         image, probs = blobs()
         probs[:, :5] = 0
-        found = Colours(probs, image, 2).weigh(1.3)
+        found = weigh_by_colours(probs, image, 1.3, 2)
         assert (found[:, :5] == 0).all()
         torch.testing.assert_close(found[:, 5:].sum(0), torch.ones_like(found[0, 5:]))
 
@@ -101,5 +99,5 @@ class TestColours:
     def test_a_permutation_of_the_classes_permutes_the_result(self):
         image, probs = blobs(4)
         order = torch.tensor([2, 0, 3, 1])
-        found = Colours(probs[order], image, 2).weigh(1.3)
-        torch.testing.assert_close(found, Colours(probs, image, 2).weigh(1.3)[order])
+        found = weigh_by_colours(probs[order], image, 1.3, 2)
+        torch.testing.assert_close(found, weigh_by_colours(probs, image, 1.3, 2)[order])

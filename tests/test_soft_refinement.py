@@ -198,7 +198,7 @@ class TestSupport:
         assert support.classes[2].sum() == 4
         assert support.inside.max() == 0.5
 
-    def test_regions_among_the_masks_of_the_image_count_for_less(self):
+    def test_regions_among_the_masks_of_the_image_count_for_half(self):
         masks, probs = packed_masks(), random_probs()
         small = shrunk(probs)
         image, _ = Support.of_image(masks, small)
@@ -211,8 +211,8 @@ class TestSupport:
         expected = image.classes.clone()
         for mask, pred_iou, c in zip(mask_probs, masks.pred_iou, classes, strict=True):
             purity = whole_probs(mask.numpy(), small[:-1].exp().numpy())[c]
-            expected[c] = expected[c].maximum(0.3 * pred_iou * purity**3 * mask)
-        expected[3, :5, :7] = expected[3, :5, :7].clamp(min=0.3)
+            expected[c] = expected[c].maximum(0.5 * pred_iou * purity**3 * mask)
+        expected[3, :5, :7] = expected[3, :5, :7].clamp(min=0.5)
         torch.testing.assert_close(together.classes, expected)
         assert (together.classes != image.classes).any()
         assert torch.equal(together.inside, image.inside)

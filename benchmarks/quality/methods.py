@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.cache import EmbeddingCache
-from lightning_samrefine.colours import Colours
+from lightning_samrefine.colours import weigh_by_colours
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.smoothing import smooth
 
@@ -124,7 +124,7 @@ def dense_crf(
 def without_sam(image: Tensor, probs: Tensor) -> Tensor:
     """Do what `default` does besides asking SAM: what remains of its gain is SAM's."""
     config = RefineConfig.preset("default")
-    weighted = Colours(probs, image, config.stride).weigh(config.colours)
+    weighted = weigh_by_colours(probs, image, config.colours, config.stride)
     return smooth(weighted, image, config.smoothing).argmax(dim=0)
 
 
