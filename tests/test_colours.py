@@ -93,7 +93,7 @@ class TestColours:
     def test_every_colour_has_a_bin(self):
         corners = torch.tensor([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)])
         image = corners.T[:, :, None].to(torch.uint8)
-        found = Colours(torch.full((3, 8, 1), 1 / 3), image, 1).weigh(1.0)
+        found = weigh_by_colours(torch.full((3, 8, 1), 1 / 3), image, 1.0, 1)
         torch.testing.assert_close(found, torch.full((3, 8, 1), 1 / 3))
 
     def test_a_permutation_of_the_classes_permutes_the_result(self):
