@@ -39,8 +39,9 @@ class RefineConfig:
         points_per_side: SAM is asked about a grid of this many points along the image's longer
             side. These masks depend on the image alone, so a cache keeps them whole, and where no
             regions are prompted an image costs SAM nothing from the second time on. 0 is none.
-        soft_floor: In [0, 1). What a class keeps of its probability where no mask supports it. 0
-            is Algorithm 4's hard rule: nothing.
+        soft_floor: In [0, 1). What a class keeps of its probability where no mask supports it; with
+            ``points_per_side``, ten times as much where no region's mask does. 0 is Algorithm 4's
+            hard rule: nothing.
         colours: Weight, at least 0, of how usual a pixel's colour is in each class of the image; 0
             leaves it out.
         smoothing: Weight, at least 0, of neighbouring pixels of similar colour in a last step; 0

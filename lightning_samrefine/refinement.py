@@ -83,8 +83,8 @@ class Refinement:
 
     Tensors are on the device of the raw prediction. N counts the accepted regions.
 
-    With a ``soft_floor`` (every preset but ``algorithm4``) the probabilities of every pixel sum to
-    1 and ``labels`` may change anywhere: under no mask by smoothing alone.
+    With a ``soft_floor`` (presets ``default`` and ``fast``) the probabilities of every pixel sum to
+    1 and ``labels`` may change anywhere: under no mask by colours and smoothing.
 
     Attributes:
         labels: (H, W) int64, S'.

@@ -26,6 +26,16 @@ def test_memory_comes_back_as_zeros_once_nobody_holds_it(memory):
     assert not again.any()
 
 
+def test_empty_memory_is_lent_alike(memory):
+    first = memory.empty_like(torch.zeros(2, 10, 10))
+    address = first.data_ptr()
+    other = memory.empty_like(first)
+    assert other.shape == first.shape
+    assert other.data_ptr() != address
+    del first
+    assert memory.empty_like(torch.zeros(3, 5, 11)).data_ptr() == address
+
+
 @pytest.mark.parametrize(
     "derive",
     [
