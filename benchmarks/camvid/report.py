@@ -95,7 +95,7 @@ def _thresholds(config: RefineConfig) -> str:
     named = f"the preset `{known}`: " if known else ""
     return (
         f"Refined with {named}{listed or 'nothing else'}; everything else is that of "
-        "`algorithm4`. All of it was chosen on val frames alone."
+        "`algorithm4`. How it was chosen: [QUALITY.md](../QUALITY.md)."
     )
 
 
