@@ -42,7 +42,7 @@ class RefineConfig:
         soft_floor: In [0, 1). What a class keeps of its probability where no mask supports it; with
             ``points_per_side``, ten times as much where no region's mask does. 0 is Algorithm 4's
             hard rule: nothing.
-        colours: Weight, at least 0, of how usual a pixel's colour is in each class of the image; 0
+        colours: Weight in [0, 8] of how usual a pixel's colour is in each class of the image; 0
             leaves it out.
         smoothing: Weight, at least 0, of neighbouring pixels of similar colour in a last step; 0
             leaves it out.
@@ -97,9 +97,9 @@ class RefineConfig:
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, accepted is a bool")
         _check_count("points_per_side", self.points_per_side, least=0)
         _check_float("soft_floor", self.soft_floor, 0 <= _num(self.soft_floor) < 1, "[0, 1)")
-        for name in ("colours", "smoothing"):
-            value = getattr(self, name)
-            _check_float(name, value, 0 <= _num(value) < math.inf, "[0, inf)")
+        # Beyond it the product of a float32 probability and its factor may overflow.
+        _check_float("colours", self.colours, 0 <= _num(self.colours) <= 8, "[0, 8]")
+        _check_float("smoothing", self.smoothing, 0 <= _num(self.smoothing) < math.inf, "[0, inf)")
         for name in ("points_per_side", "colours", "smoothing"):
             if getattr(self, name) and not self.soft_floor:
                 raise ValueError(

@@ -40,9 +40,9 @@ class RecycledMemory:
         return self._lend(shape, clean=True)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """Return memory of unknown content for a float32 tensor; it is not lent where on a GPU."""
+        """Return contiguous memory of unknown content for a float32 tensor; a GPU's is its own."""
         if tensor.device.type != "cpu":
-            return torch.empty_like(tensor)
+            return torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
         return self._lend(tensor.shape, clean=False)
 
     def _lend(self, shape: Sequence[int], clean: bool) -> Tensor:

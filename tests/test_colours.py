@@ -101,3 +101,10 @@ class TestColours:
         order = torch.tensor([2, 0, 3, 1])
         found = weigh_by_colours(probs[order], image, 1.3, 2)
         torch.testing.assert_close(found, weigh_by_colours(probs, image, 1.3, 2)[order])
+
+    def test_the_largest_weight_gives_numbers(self):
+        image, probs = blobs(4)
+        probs[3] = 0
+        probs[3, 0, 0] = 1e-6
+        found = weigh_by_colours(probs, image, 8.0, 1)
+        torch.testing.assert_close(found.sum(0), torch.ones_like(found[0]))

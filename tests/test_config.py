@@ -51,6 +51,7 @@ def test_algorithm4_is_the_seed_and_overrides_replace_fields():
         ("smoothing", -1.0, ValueError),
         ("smoothing", 4.0, ValueError),  # without soft_floor
         ("colours", -1.0, ValueError),
+        ("colours", 8.5, ValueError),
         ("colours", 1.3, ValueError),  # without soft_floor
         ("prompt_regions", False, ValueError),  # without points
     ],
