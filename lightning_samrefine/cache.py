@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_samrefine.cache_store import DiskStore, Entry, MemoryStore, Store
 from lightning_samrefine.home import home
+from lightning_samrefine.models.identity import all_weights, stamp
 from lightning_samrefine.models.protocol import Promptable
 
 # Raise this when an encoder's output changes by more than rounding: older entries never hit again.
@@ -358,27 +359,12 @@ def _weights(module: nn.Module, whole: bool) -> dict[str, Tensor]:
     }
 
 
-def _state(module: nn.Module, whole: bool) -> tuple[tuple[int, int], ...]:
-    """Return what changes where one of `_weights` is replaced or written to.
-
-    It is asked for with every image, and torch's own walk, which makes names, takes ten times as
-    long.
-    """
-    modules = [module if whole else getattr(module, "image_encoder", module)]
-    tensors = [] if whole else list(module._buffers.values())
-    while modules:
-        one = modules.pop()
-        tensors.extend(one._parameters.values())
-        tensors.extend(one._buffers.values())
-        modules.extend(child for child in one._modules.values() if child is not None)
-    return tuple((t.data_ptr(), _version(t)) for t in tensors if t is not None)
-
-
-def _version(tensor: Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # Tensors made under inference_mode keep no count of their changes.
-        return -1
+def _state(module: nn.Module, whole: bool) -> tuple[tuple[Any, ...], ...]:
+    """Return what changes when one of `_weights` is replaced, moved or written to."""
+    if whole:
+        return stamp(all_weights(module))
+    encoder = getattr(module, "image_encoder", module)
+    return stamp([*all_weights(encoder), *module.buffers(recurse=False)])
 
 
 def _pack(embedding: Any, dtype: torch.dtype, keep: bool) -> tuple[Any, Entry | None]:

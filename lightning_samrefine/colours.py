@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_samrefine.class_maps import normalise_
 from lightning_samrefine.recycling import MAPS
 
 _BINS = 24  # along each of the three axes of colour
@@ -44,8 +45,7 @@ def weigh_by_colours(probs: Tensor, image: Tensor, weight: float, stride: int) -
     weighted = MAPS.empty_like(probs)
     torch.index_select(factors, 1, bins.flatten(), out=weighted.flatten(1))
     weighted *= probs
-    total = weighted.sum(dim=0)
-    return weighted.div_(total.masked_fill_(total == 0, 1))
+    return normalise_(weighted)
 
 
 def _colour_bins(image: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class MapRefinement:
 
     def __init__(self, probs: Tensor, labels: Tensor) -> None:
         self._raw, self._raw_labels = probs, labels
-        self._refined = _zeros_like(probs)
+        self._refined = MAPS.zeros_like(probs)
         self._best = torch.zeros_like(probs[0])
         self._labels = labels.clone()
         self._last_class = 0
@@ -79,13 +79,6 @@ class MapRefinement:
             refined = self._refined[part]
             torch.where(kept[window.slices], self._raw[part], refined, out=refined)
         return labels, self._refined, covered
-
-
-def _zeros_like(tensor: Tensor) -> Tensor:
-    """Return zeros; on the CPU in the memory of an earlier image's map where it was let go."""
-    if tensor.device.type != "cpu":
-        return torch.zeros_like(tensor)
-    return MAPS.zeros(tensor.shape)
 
 
 def _image_windows(

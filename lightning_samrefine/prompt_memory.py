@@ -86,22 +86,17 @@ class PromptMemory:
     """Recalls and keeps `KnownMasks` in an `EmbeddingCache`.
 
     Args:
-        cache: Where they are; None remembers nothing.
+        cache: Where they are.
         sam: The model that answers.
         dtype: Of the autocast that it answers under.
         stride: r, which the prompts' grid depends on.
     """
 
     def __init__(
-        self, cache: EmbeddingCache | None, sam: Promptable, dtype: torch.dtype | None, stride: int
+        self, cache: EmbeddingCache, sam: Promptable, dtype: torch.dtype | None, stride: int
     ) -> None:
         self._cache, self._sam, self._dtype = cache, sam, dtype
         self._derived = f"prompts {MASKS_VERSION} {stride}"
-
-    @property
-    def remembers(self) -> bool:
-        """Whether there is a cache."""
-        return self._cache is not None
 
     def recall(self, image: Tensor, prompts: np.ndarray) -> KnownMasks:
         """Return what is known about an image, and count which of (N, 6) prompts are.
@@ -110,8 +105,6 @@ class PromptMemory:
             image: (3, H, W) uint8.
             prompts: As `lattice_prompts` returns them.
         """
-        if self._cache is None:
-            return KnownMasks.nothing()
         kept = self._cache.recall(self._sam, image, self._dtype, self._derived)
         known = KnownMasks.nothing()
         if kept is not None:
@@ -123,11 +116,10 @@ class PromptMemory:
 
     def keep(self, image: Tensor, known: KnownMasks) -> None:
         """Keep what is known about an image in place of what was kept before."""
-        if self._cache is not None:
-            # As integers, for the cache rounds floats: a miss and a hit accept the same regions.
-            tensors = (
-                torch.from_numpy(known.prompts),
-                known.packed,
-                known.pred_iou.view(torch.int32),
-            )
-            self._cache.keep(self._sam, image, self._dtype, self._derived, tensors)
+        # As integers, for the cache rounds floats: a miss and a hit accept the same regions.
+        tensors = (
+            torch.from_numpy(known.prompts),
+            known.packed,
+            known.pred_iou.view(torch.int32),
+        )
+        self._cache.keep(self._sam, image, self._dtype, self._derived, tensors)

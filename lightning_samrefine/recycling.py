@@ -31,13 +31,11 @@ class RecycledMemory:
         # By id. Single operations on it only: tensors die in any thread, even amid such a call.
         self._idle: dict[int, np.ndarray] = {}
 
-    def zeros(self, shape: Sequence[int]) -> Tensor:
-        """Return float32 zeros on the CPU.
-
-        Args:
-            shape: Of the tensor.
-        """
-        return self._lend(shape, clean=True)
+    def zeros_like(self, tensor: Tensor) -> Tensor:
+        """Return contiguous float32 zeros for a float32 tensor; a GPU's are its own."""
+        if tensor.device.type != "cpu":
+            return torch.zeros_like(tensor)
+        return self._lend(tensor.shape, clean=True)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         """Return contiguous memory of unknown content for a float32 tensor; a GPU's is its own."""

@@ -96,7 +96,9 @@ class Refiner:
         self.config = _possible(config or RefineConfig.preset("default"), sam)
         self.precision = precision
         self.cache = make_cache(cache, cache_gb)
-        memory = PromptMemory(self.cache, sam, dtype, self.config.stride)
+        memory = None
+        if self.cache is not None:
+            memory = PromptMemory(self.cache, sam, dtype, self.config.stride)
         self._region_prompts = RegionPrompts(sam, self.config, memory)
         self._prompts_at_once, self._images_at_once = ChunkSize(), ChunkSize()
         self._told_of_left_out = False

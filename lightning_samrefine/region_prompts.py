@@ -47,10 +47,10 @@ class RegionPrompts:
     Args:
         sam: The model.
         config: Says whether regions are prompted, and how.
-        memory: Of answers to prompts on the lattice.
+        memory: Of answers to prompts on the lattice; None without a cache.
     """
 
-    def __init__(self, sam: Promptable, config: RefineConfig, memory: PromptMemory) -> None:
+    def __init__(self, sam: Promptable, config: RefineConfig, memory: PromptMemory | None) -> None:
         self._sam, self._config, self._memory = sam, config, memory
 
     def question(self, image: Tensor, regions: GridRegions) -> Question:
@@ -60,7 +60,7 @@ class RegionPrompts:
         if not self._config.on_lattice:
             return Question(open=True)
         wanted = lattice_prompts(regions)
-        if not self._memory.remembers:  # nothing has to come to the CPU
+        if self._memory is None:  # nothing has to come to the CPU
             return Question(open=True, missing=wanted)
         known = self._memory.recall(image, wanted)
         missing = known.missing(wanted)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_samrefine.class_maps import class_parts
 from lightning_samrefine.recycling import MAPS
 
 _RADII = (1, 3, 6)  # of the neighbours above, below, left and right, in pixels
@@ -43,17 +44,15 @@ def smooth(probs: Tensor, image: Tensor, weight: float) -> Tensor:
 
     probs.clamp_(min=_MIN_PROB)
     smoothed = MAPS.empty_like(probs)
-    # One class at a time stays in a CPU's cache.
-    at_once = 1 if probs.device.type == "cpu" else len(probs)
-    for start in range(0, len(probs), at_once):
-        some = probs[start : start + at_once]
+    for part in class_parts(probs):
+        some = probs[part]
         message = torch.zeros_like(some)
         for here, there, affinity in pairs:
             message[here].addcmul_(some[there], affinity)
             message[there].addcmul_(some[here], affinity)
         # The softmax of log p + message, without a logarithm.
         factor = message.mul_(weights).clamp_(max=_MAX_EXPONENT).exp_()
-        torch.mul(factor, some, out=smoothed[start : start + at_once])
+        torch.mul(factor, some, out=smoothed[part])
     return smoothed.div_(smoothed.sum(dim=0))
 
 

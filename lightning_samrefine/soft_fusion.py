@@ -18,9 +18,9 @@ from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.smoothing import smooth
 from lightning_samrefine.support import Support, masks_at, planes_of, weigh
 
-# Beside the image's masks, what a class keeps where no region's mask supports it, in multiples of
-# the ``soft_floor``: the regions have been heard among all masks before.
-_FLOOR_OF_REGIONS = 10
+# What a class keeps where a second support lacks it, in multiples of the ``soft_floor``: regions
+# beside the image's masks have been heard among all of them before.
+_SECOND_FLOOR = 10
 
 
 def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
@@ -39,7 +39,6 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     """
     probs, labels, regions = answers.probs, answers.labels, answers.regions
     supports: list[Support] = []
-    floors: list[float] = []
     evidence = probs
     by_image = answers.image_masks is not None and len(answers.image_masks) > 0
     if config.colours:
@@ -49,7 +48,6 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     if by_image:
         support, stands_for = Support.of_image(answers.image_masks, planes)
         supports.append(support)
-        floors.append(config.soft_floor)
         if not config.prompt_regions:
             points, classes = regions.relative_points(), torch.from_numpy(regions.classes)
             points, classes = points.to(probs.device), classes.to(probs.device)
@@ -61,11 +59,11 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
         answers = replace(answers, masks=mask_probs > 0.5)
         if accepted.any():
             supports = _with_regions(supports, answers, mask_probs, accepted, planes)
-            floors.append(config.soft_floor * (_FLOOR_OF_REGIONS if by_image else 1))
     table = region_table(answers, pred_iou, accepted, config.stride)
     if not supports:
         return refinement(table, labels, probs)
-    refined, covered = weigh(evidence, supports, floors)
+    floors = (config.soft_floor, _SECOND_FLOOR * config.soft_floor)
+    refined, covered = weigh(evidence, supports, floors[: len(supports)])
     if config.smoothing:
         refined = smooth(refined, answers.image, config.smoothing)
     best = first_argmax(refined)

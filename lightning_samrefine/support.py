@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_samrefine.class_maps import class_parts, normalise_
 from lightning_samrefine.image_masks import ImageMasks
 from lightning_samrefine.recycling import MAPS
 
@@ -133,18 +134,9 @@ def weigh(
         factors *= other.classes + floor
         inside = torch.maximum(inside, other.inside)
     weighted = MAPS.empty_like(probs)
-    # One class at a time stays in a CPU's cache.
-    at_once = 1 if probs.device.type == "cpu" else len(probs)
-    for start in range(0, len(probs), at_once):
-        part = slice(start, start + at_once)
-        torch.mul(_enlarged(factors[part], probs.shape[1:]), probs[part], out=weighted[part])
-    total = weighted.sum(dim=0)
-    weighted /= total.masked_fill_(total == 0, 1)
-    return weighted, _enlarged(inside[None], probs.shape[1:])[0] > 0.5
-
-
-def _enlarged(maps: Tensor, size: torch.Size) -> Tensor:
-    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
+    for part in class_parts(probs):
+        torch.mul(_resized(factors[part], probs.shape[1:]), probs[part], out=weighted[part])
+    return normalise_(weighted), _resized(inside[None], probs.shape[1:])[0] > 0.5
 
 
 def masks_at(
@@ -175,7 +167,7 @@ def planes_of(probs: Tensor, mask_hw: tuple[int, int]) -> Tensor:
 
     One product with masks then gives each class's sum in each mask and, by the ones, its area.
     """
-    small = F.interpolate(probs[None], mask_hw, mode="bilinear", align_corners=False)[0]
+    small = _resized(probs, mask_hw)
     return torch.cat([small.clamp_(min=_MIN_PROB).log_(), torch.ones_like(small[:1])])
 
 
@@ -192,6 +184,10 @@ def class_probs(mask_probs: Tensor, planes: Tensor) -> Tensor:
     """
     sums = planes.flatten(1) @ mask_probs.flatten(1).T
     return (sums[:-1] / sums[-1].clamp(min=1e-6)).softmax(dim=0)
+
+
+def _resized(maps: Tensor, hw: Sequence[int]) -> Tensor:
+    return F.interpolate(maps[None], tuple(hw), mode="bilinear", align_corners=False)[0]
 
 
 def _raise_to(support: Tensor, mask_probs: Tensor, weight: Tensor, classes: Tensor) -> None:

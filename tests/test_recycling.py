@@ -15,12 +15,12 @@ def memory():
 
 
 def test_memory_comes_back_as_zeros_once_nobody_holds_it(memory):
-    first = memory.zeros((2, 10, 10))
+    first = memory.zeros_like(torch.empty(2, 10, 10))
     assert first.dtype == torch.float32
     address = first.data_ptr()
     first.fill_(7)
     del first
-    again = memory.zeros((3, 5, 11))  # smaller, and of another shape
+    again = memory.zeros_like(torch.empty(3, 5, 11))  # smaller, and of another shape
     assert again.data_ptr() == address
     assert again.shape == (3, 5, 11)
     assert not again.any()
@@ -48,41 +48,41 @@ def test_empty_memory_is_lent_alike(memory):
     ids=["slice", "detached", "storage", "numpy", "memoryview"],
 )
 def test_what_is_held_in_any_form_is_not_given_to_another(memory, derive):
-    tensor = memory.zeros((2, 10, 10))
+    tensor = memory.zeros_like(torch.empty(2, 10, 10))
     address = tensor.data_ptr()
     held = derive(tensor)
     del tensor
     gc.collect()
-    other = memory.zeros((2, 10, 10))
+    other = memory.zeros_like(torch.empty(2, 10, 10))
     assert other.data_ptr() != address
     del held
     gc.collect()
-    assert memory.zeros((2, 10, 10)).data_ptr() == address
+    assert memory.zeros_like(torch.empty(2, 10, 10)).data_ptr() == address
 
 
 def test_tensors_that_live_together_never_overlap(memory):
-    memory.zeros((10, 10))  # lies idle, and goes to one of them only
-    tensors = [memory.zeros((10, 10)) for _ in range(6)]
+    memory.zeros_like(torch.empty(10, 10))  # lies idle, and goes to one of them only
+    tensors = [memory.zeros_like(torch.empty(10, 10)) for _ in range(6)]
     for value, tensor in enumerate(tensors):
         tensor.fill_(value)
     assert [tensor.unique().tolist() for tensor in tensors] == [[value] for value in range(6)]
 
 
 def test_no_more_lies_idle_than_allowed(memory):
-    tensors = [memory.zeros((300,)) for _ in range(5)]
+    tensors = [memory.zeros_like(torch.empty(300)) for _ in range(5)]
     youngest = tensors[-1].data_ptr()
     while tensors:
         del tensors[0]
     assert [array.size for array in memory._idle.values()] == [300, 300, 300]
     assert youngest in {array.ctypes.data for array in memory._idle.values()}
-    memory.zeros((1001,))  # larger than the limit by itself
+    memory.zeros_like(torch.empty(1001))  # larger than the limit by itself
     assert 1001 not in {array.size for array in memory._idle.values()}
 
 
 def test_a_small_map_does_not_hold_on_to_large_memory(memory):
-    address = memory.zeros((900,)).data_ptr()
-    assert memory.zeros((100,)).data_ptr() != address
-    assert memory.zeros((500,)).data_ptr() == address
+    address = memory.zeros_like(torch.empty(900)).data_ptr()
+    assert memory.zeros_like(torch.empty(100)).data_ptr() != address
+    assert memory.zeros_like(torch.empty(500)).data_ptr() == address
 
 
 def test_the_map_of_one_image_is_not_seen_in_the_next():

@@ -230,7 +230,7 @@ class FastMaskDecoder:
         dtype = torch.float32
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        state = (dtype, stamp(self._prompt_encoder, self._mask_decoder))
+        state = (dtype, stamp(all_weights(self._prompt_encoder, self._mask_decoder)))
         old = self._memo
         with autocast(None, device):
             if old is None or old.state != state:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from lightning_samrefine.models.fast_attention import (
     relative_positions,
     window_attention,
 )
+from lightning_samrefine.models.identity import all_weights, stamp
 from lightning_samrefine.models.tiny import TinyImageEncoder
 from lightning_samrefine.models.tiny_vit import TinyVitEncoder
 
@@ -43,7 +45,7 @@ class FastImageEncoder:
     def __init__(self, encoder: nn.Module) -> None:
         self.encoder = encoder
         self._folded: nn.Module | None = None
-        self._fingerprint: tuple[tuple[torch.device, int, int], ...] = ()
+        self._fingerprint: tuple[tuple[Any, ...], ...] = ()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -63,11 +65,7 @@ class FastImageEncoder:
 
     def _without_batch_norm(self) -> nn.Module:
         """Return the folded copy, made anew where the module's weights are not those it has."""
-        fingerprint = tuple(
-            # Inference tensors count no versions, nor can they be written outside inference mode.
-            (tensor.device, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for tensor in (*self.encoder.parameters(), *self.encoder.buffers())
-        )
+        fingerprint = stamp(all_weights(self.encoder))
         if self._folded is None or fingerprint != self._fingerprint:
             self._folded = _fold_batch_norms(copy.deepcopy(self.encoder))
             self._fingerprint = fingerprint
