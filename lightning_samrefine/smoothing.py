@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_samrefine.class_maps import class_parts
 from lightning_samrefine.recycling import MAPS
 
-_RADII = (1, 3, 6)  # of the neighbours above, below, left and right, in pixels
+_RADII = (1, 3)  # of the neighbours above, below, left and right, in pixels
 _COLOUR_SIGMA = 10.0  # of 0 to 255, as a standard deviation over the three channels together
 _MIN_PROB = 1e-4
 _MAX_EXPONENT = 80.0  # of float32

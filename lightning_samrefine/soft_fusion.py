@@ -16,11 +16,11 @@ from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.inputs import first_argmax
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.smoothing import smooth
-from lightning_samrefine.support import Support, masks_at, planes_of, weigh
+from lightning_samrefine.support import Planes, Support, class_probs, masks_at, planes_of, weigh
 
 # What a class keeps where a second support lacks it, in multiples of the ``soft_floor``: regions
 # beside the image's masks have been heard among all of them before.
-_SECOND_FLOOR = 10
+_SECOND_FLOOR = 5
 
 
 def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
@@ -43,7 +43,8 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     by_image = answers.image_masks is not None and len(answers.image_masks) > 0
     if config.colours:
         evidence = weigh_by_colours(probs, answers.image, config.colours, config.stride)
-    planes = planes_of(evidence, answers.image_masks.mask_hw) if by_image else None
+    masks = answers.image_masks if by_image else answers.region_masks
+    planes = planes_of(evidence, masks.mask_hw) if masks is not None else None
     pred_iou = answers.pred_iou if config.prompt_regions else torch.zeros(len(regions))
     if by_image:
         support, stands_for = Support.of_image(answers.image_masks, planes)
@@ -79,7 +80,7 @@ def _with_regions(
     answers: Answers,
     mask_probs: Tensor,
     accepted: np.ndarray,
-    planes: Tensor | None,
+    planes: Planes,
 ) -> list[Support]:
     """Add what accepted regions' masks support; a rejected region stands for itself.
 
@@ -88,7 +89,7 @@ def _with_regions(
         answers: About the image.
         mask_probs: (N, h_n, w_n) float32, σ of all regions' masks.
         accepted: (N,) bool, at least one.
-        planes: From `planes_of`; None without masks of the image.
+        planes: From `planes_of`.
     """
     regions, probs = answers.regions, answers.probs
     own = None
@@ -101,9 +102,12 @@ def _with_regions(
     classes = torch.from_numpy(regions.classes).to(probs.device)[chosen]
     if not accepted.all():
         mask_probs = mask_probs[chosen]
-    said = Support.of_regions(mask_probs, classes, len(probs), own)
     pred_iou = answers.region_masks.pred_iou.to(probs.device)[chosen]
+    purity = class_probs(mask_probs, planes).gather(0, classes[None])[0]
+    # Beside masks of the image a region's purity counts among these, and once is enough.
+    weight = torch.ones_like(pred_iou) if supports else pred_iou * purity
+    said = Support.of_regions(mask_probs, weight, classes, len(probs), own)
     together = [
-        support.with_regions(mask_probs, pred_iou, classes, planes, own) for support in supports
+        support.with_regions(mask_probs, pred_iou, purity, classes, own) for support in supports
     ]
     return [*together, said]

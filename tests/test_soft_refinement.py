@@ -21,7 +21,7 @@ from lightning_samrefine.image_masks import (
 from lightning_samrefine.models import MultimaskPromptable, Prompts
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.smoothing import smooth
-from lightning_samrefine.support import Support, masks_at, planes_of, weigh
+from lightning_samrefine.support import Support, class_probs, masks_at, planes_of, weigh
 
 LEVELS = (0.0, 0.27, 0.73, 1.0)
 
@@ -148,11 +148,44 @@ def shrunk(probs):
 
 
 def whole_probs(mask, small):
-    """The probability of each class of a mask as a whole: the geometric mean, normalised."""
-    means = [
-        np.exp((mask * np.log(np.maximum(of_class, 1e-3))).sum() / mask.sum()) for of_class in small
-    ]
-    return np.array(means) / sum(means)
+    """The probability of each class of a mask as a whole, one pixel after another.
+
+    inside² / (around + 0.01), normalised. Inside is the geometric mean, normalised; around is the
+    mean over a coarse grid of what dilation by two of its cells adds to the mask.
+    """
+    inside = np.array(
+        [np.exp((mask * np.log(np.maximum(c, 1e-3))).sum() / mask.sum()) for c in small]
+    )
+    inside /= inside.sum()
+    coarse, total, size = mask[2::4, 2::4], np.zeros(len(small)), 0.0
+    for y, x in np.ndindex(coarse.shape):
+        ring = coarse[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3].max() - coarse[y, x]
+        total += ring * small[:, 2 + 4 * y, 2 + 4 * x]
+        size += ring
+    around = total / size if size > 1e-3 else inside
+    lifted = inside**2 / (around + 0.01)
+    return lifted / lifted.sum()
+
+
+class TestClassProbs:
+    @pytest.mark.parametrize("grid", [(21, 30), (5, 7), (3, 2), (1, 1)])
+    def test_inside_against_around(self, grid):
+        mask_probs = torch.rand(5, *grid, generator=torch.Generator().manual_seed(0))
+        mask_probs[1] = 1  # fills the image
+        planes = planes_of(random_probs(), grid)
+        found = class_probs(mask_probs, planes)
+        small = planes.logs[:-1].exp().numpy()
+        expected = np.stack([whole_probs(mask, small) for mask in mask_probs.numpy()], axis=1)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+
+    def test_a_thing_that_a_blurred_prediction_nearly_missed_is_named(self):
+        thing = torch.zeros(1, 40, 40)
+        thing[0, 12:28, 12:28] = 1
+        blurred = 0.05 + 0.35 * torch.nn.functional.avg_pool2d(thing, 5, 1, 2)
+        probs = torch.cat([1 - blurred, blurred])
+        assert (probs.argmax(0) == 0).all()
+        names = class_probs(torch.cat([thing, 1 - thing]), planes_of(probs, (40, 40)))
+        assert names.argmax(0).tolist() == [1, 0]
 
 
 class TestSupport:
@@ -192,9 +225,11 @@ class TestSupport:
         mask_probs[0, 0, 0] = 0
         own = torch.zeros(3, 4, 6)
         own[2, 2:, 4:] = 1
-        support = Support.of_regions(mask_probs, torch.tensor([1, 0]), 3, own)
+        weight = torch.tensor([1.0, 0.8])
+        support = Support.of_regions(mask_probs, weight, torch.tensor([1, 0]), 3, own)
         assert support.classes[1, 0, 0] == 0
-        assert (support.classes[0] == 0.5).all()
+        assert (support.classes[1, 1:] == 0.5).all()
+        assert (support.classes[0] == 0.4).all()
         assert support.classes[2].sum() == 4
         assert support.inside.max() == 0.5
 
@@ -206,12 +241,13 @@ class TestSupport:
         own = torch.zeros(4, 21, 30)
         own[3, :5, :7] = 1
         mask_probs = masks.probs()
-        together = image.with_regions(mask_probs, masks.pred_iou, classes, small, own)
+        purity = torch.linspace(0.2, 1.0, 9)
+        together = image.with_regions(mask_probs, masks.pred_iou, purity, classes, own)
 
         expected = image.classes.clone()
-        for mask, pred_iou, c in zip(mask_probs, masks.pred_iou, classes, strict=True):
-            purity = whole_probs(mask.numpy(), small[:-1].exp().numpy())[c]
-            expected[c] = expected[c].maximum(0.5 * pred_iou * purity**3 * mask)
+        for i, c in enumerate(classes):
+            weight = 0.5 * masks.pred_iou[i] * purity[i] ** 3
+            expected[c] = expected[c].maximum(weight * mask_probs[i])
         expected[3, :5, :7] = expected[3, :5, :7].clamp(min=0.5)
         torch.testing.assert_close(together.classes, expected)
         assert (together.classes != image.classes).any()
@@ -250,7 +286,7 @@ class TestSmoothing:
             for x in range(width):
                 total = 1e-3
                 for dy, dx in [(0, 1), (1, 0), (0, -1), (-1, 0)]:
-                    for radius in (1, 3, 6):
+                    for radius in (1, 3):
                         v, u = y + dy * radius, x + dx * radius
                         if 0 <= v < height and 0 <= u < width:
                             distance = (colour[:, y, x] - colour[:, v, u]).square().sum()

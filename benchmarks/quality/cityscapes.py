@@ -1,4 +1,4 @@
-"""A second segmenter: ESPNet trained on Cityscapes, its classes mapped to CamVid's."""
+"""A second segmenter: ESPNetv2 trained on Cityscapes, its classes mapped to CamVid's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.camvid.data import CLASS_NAMES
-from benchmarks.camvid.espnet import ESPNetSegmenter
+from benchmarks.camvid.espnetv2 import ESPNetv2
 
-CITYSCAPES_WEIGHTS = "weights/espnet_p_2_q_8_cityscapes.pth"
+CITYSCAPES_WEIGHTS = "weights/espnetv2_s_2.0_city_1024x512.pth"
 
 _INPUT_HW = (512, 672)
-# CamVid's class for each Cityscapes train id, road first and bicycle last.
+# ImageNet's statistics, R, G, B in [0, 1].
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# CamVid's class for each Cityscapes train id, road first and bicycle last; void follows.
 _TO_CAMVID = (
     *("Road", "Pavement", "Building", "Building", "Fence", "Pole", "SignSymbol", "SignSymbol"),
     *("Tree", "Tree", "Sky", "Pedestrian", "Bicyclist", "Car", "Car", "Car", "Car", "Car"),
@@ -22,7 +24,7 @@ _TO_CAMVID = (
 )
 
 
-class CityscapesESPNet(nn.Module):
+class CityscapesESPNetv2(nn.Module):
     """Log-probabilities of CamVid's classes from a network that never saw CamVid.
 
     Args:
@@ -31,7 +33,11 @@ class CityscapesESPNet(nn.Module):
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__()
-        self.segmenter = ESPNetSegmenter(checkpoint, variant="cityscapes")
+        self.network = ESPNetv2(len(_TO_CAMVID) + 1)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        self.network.load_state_dict(state, strict=True)
+        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), False)
+        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), False)
         self.register_buffer(
             "classes", torch.tensor([CLASS_NAMES.index(name) for name in _TO_CAMVID]), False
         )
@@ -41,7 +47,7 @@ class CityscapesESPNet(nn.Module):
         x = F.interpolate(
             image.float(), _INPUT_HW, mode="bilinear", align_corners=False, antialias=True
         )
-        probs = self.segmenter(x.round().clamp(0, 255).to(torch.uint8)).softmax(dim=1)
+        probs = self.network((x / 255 - self.mean) / self.std)[:, :-1].softmax(dim=1)
         probs = F.interpolate(
             probs, image.shape[-2:], mode="bilinear", align_corners=False, antialias=True
         )

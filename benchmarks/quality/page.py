@@ -15,7 +15,7 @@ RAW, DEFAULT = "raw", "`default`"
 TITLES = {
     "full": "ESPNet at 480x360",
     "half": "ESPNet at 240x176, enlarged",
-    "cityscapes": "ESPNet trained on Cityscapes, classes mapped",
+    "cityscapes": "ESPNetv2 trained on Cityscapes, classes mapped",
     "bsds": "BSDS500, human segmentations coarsened 16-fold",
     "scenes": "Procedural scenes, their true labels coarsened 16-fold",
 }

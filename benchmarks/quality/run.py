@@ -30,7 +30,7 @@ from benchmarks.camvid.data import (
 )
 from benchmarks.camvid.espnet import ESPNetSegmenter
 from benchmarks.quality.bsds import SEGMENTATIONS, bsds_images
-from benchmarks.quality.cityscapes import CITYSCAPES_WEIGHTS, CityscapesESPNet
+from benchmarks.quality.cityscapes import CITYSCAPES_WEIGHTS, CityscapesESPNetv2
 from benchmarks.quality.counts import FrameCounts, count
 from benchmarks.quality.methods import Method, build_methods
 from benchmarks.quality.page import RAW, quality_page
@@ -41,7 +41,7 @@ from lightning_samrefine.demo.scenes import make_scene
 from lightning_samrefine.precision import autocast, autocast_dtype
 
 PAGE = REPOSITORY / "benchmarks" / "QUALITY.md"
-CITYSCAPES_EVERY = 9  # the second segmenter sees every ninth frame
+CITYSCAPES_EVERY = 3  # the second segmenter sees every third frame
 
 # Other data sets, with blurred true labels where a segmenter would be.
 SCENES, SCENES_SEED = 24, 7
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         key: ESPNetSegmenter(root / ESPNET_WEIGHTS, resolution=key).eval() for key in RESOLUTIONS
     }
     if (root / CITYSCAPES_WEIGHTS).exists():
-        segmenters["cityscapes"] = CityscapesESPNet(root / CITYSCAPES_WEIGHTS).eval()
+        segmenters["cityscapes"] = CityscapesESPNetv2(root / CITYSCAPES_WEIGHTS).eval()
 
     data = camvid(root)
     data.setup("validate" if options.split == "val" else "test")
