@@ -20,7 +20,7 @@ from lightning_samrefine.support import Planes, Support, class_probs, masks_at, 
 
 # What a class keeps where a second support lacks it, in multiples of the ``soft_floor``: regions
 # beside the image's masks have been heard among all of them before.
-_SECOND_FLOOR = 5
+_SECOND_FLOOR = 10
 
 
 def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
@@ -104,9 +104,7 @@ def _with_regions(
         mask_probs = mask_probs[chosen]
     pred_iou = answers.region_masks.pred_iou.to(probs.device)[chosen]
     purity = class_probs(mask_probs, planes).gather(0, classes[None])[0]
-    # Beside masks of the image a region's purity counts among these, and once is enough.
-    weight = torch.ones_like(pred_iou) if supports else pred_iou * purity
-    said = Support.of_regions(mask_probs, weight, classes, len(probs), own)
+    said = Support.of_regions(mask_probs, pred_iou * purity, classes, len(probs), own)
     together = [
         support.with_regions(mask_probs, pred_iou, purity, classes, own) for support in supports
     ]

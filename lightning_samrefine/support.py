@@ -21,9 +21,9 @@ from lightning_samrefine.recycling import MAPS
 
 # A mask of one class counts for more than a mixed one: weight = pred_iou · purity³.
 _PURITY_POWER = 3
-# A region's mask counts for half beside the masks of the image: its prompt came from the prediction
+# A region's mask counts for less beside the masks of the image: its prompt came from the prediction
 # that it is to judge.
-_OF_REGIONS = 0.5
+_OF_REGIONS = 0.3
 # Of a probability before its logarithm: a single pixel must not forbid a class.
 _MIN_PROB = 1e-3
 # What lies around a mask is looked up at every so manyth pixel, within so many of these steps.
@@ -118,7 +118,7 @@ class Support:
         classes: Tensor,
         own: Tensor | None = None,
     ) -> Support:
-        """Add the masks of accepted regions to those of the image, for half of what these count.
+        """Add the masks of accepted regions to those of the image, for 0.3 of what these count.
 
         A region's mask supports the region's class, weighted as in `of_image`.
 
