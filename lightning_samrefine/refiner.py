@@ -336,10 +336,11 @@ class Refiner:
             answers: From `ask`; they are not changed.
         """
         config = self.config
-        if config.soft_floor and len(answers.regions) > 0:
-            fused = fuse_softly(answers, config)
-        else:
-            fused = fuse_by_algorithm4(answers, config, self.sam)
+        with autocast(None, self.sam.device):  # whatever the caller's
+            if config.soft_floor and len(answers.regions) > 0:
+                fused = fuse_softly(answers, config)
+            else:
+                fused = fuse_by_algorithm4(answers, config, self.sam)
         return keep_closed(fused, answers.probs, answers.labels, config.classes)
 
     def _batch_size(self) -> int:

@@ -160,14 +160,16 @@ def test_auto_precision_is_bf16_only_where_the_cpu_has_it(monkeypatch):
     assert autocast_dtype("16-mixed", cpu) is torch.float16
 
 
-def test_bf16_changes_few_labels_and_a_surrounding_autocast_none(random_sam):
+@pytest.mark.parametrize("preset", ["algorithm4", "fast", "default"])
+def test_bf16_changes_few_labels_and_a_surrounding_autocast_none(random_sam, preset):
     image, probs = blobs(size=(60, 80))
-    exact = Refiner(random_sam, precision="32")(image, probs)
+    config = RefineConfig.preset(preset)
+    exact = Refiner(random_sam, config, precision="32")(image, probs)
     with torch.autocast("cpu", torch.bfloat16):
-        surrounded = Refiner(random_sam, precision="32")(image, probs)
+        surrounded = Refiner(random_sam, config, precision="32")(image, probs)
     assert torch.equal(surrounded.labels, exact.labels)
     assert torch.equal(surrounded.probs, exact.probs)
-    mixed = Refiner(random_sam, precision="bf16-mixed")(image, probs)
+    mixed = Refiner(random_sam, config, precision="bf16-mixed")(image, probs)
     assert mixed.probs.dtype == torch.float32
     assert (mixed.labels != exact.labels).float().mean() < 0.1
 
