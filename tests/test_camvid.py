@@ -35,14 +35,13 @@ def checkpoint(tmp_path_factory):
     """Random weights in the format of the trained ones."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("espnet") / "espnet.pth"
-    torch.save(ESPNet("camvid").state_dict(), path)
+    torch.save(ESPNet().state_dict(), path)
     return path
 
 
-@pytest.mark.parametrize(("variant", "outputs"), [("camvid", 12), ("cityscapes", 20)])
-def test_network_keeps_the_size_of_its_input(variant, outputs):
-    network = ESPNet(variant).eval()
-    assert network(torch.rand(2, 3, 24, 40)).shape == (2, outputs, 24, 40)
+def test_network_keeps_the_size_of_its_input():
+    network = ESPNet().eval()
+    assert network(torch.rand(2, 3, 24, 40)).shape == (2, 12, 24, 40)
 
 
 def test_network_refuses_what_it_cannot_halve_three_times():
@@ -90,12 +89,11 @@ def test_the_network_sees_normalised_bgr(checkpoint):
 def test_segmenter_names_what_it_does_not_accept(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="resolution: got 'third'"):
         ESPNetSegmenter(checkpoint, resolution="third")
-    with pytest.raises(ValueError, match="variant: got 'ade20k'"):
-        ESPNetSegmenter(checkpoint, variant="ade20k")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         ESPNetSegmenter(tmp_path / "nowhere.pth")
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        ESPNetSegmenter(checkpoint, variant="cityscapes")
+    torch.save({}, tmp_path / "empty.pth")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        ESPNetSegmenter(tmp_path / "empty.pth")
     with pytest.raises(TypeError, match=r"image: got torch\.float32"):
         ESPNetSegmenter(checkpoint)(torch.zeros(1, 3, 8, 8))
 
@@ -194,13 +192,9 @@ def test_missing_data_is_listed(monkeypatch, tmp_path):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(
-    ("variant", "weights"),
-    [("camvid", ESPNET_WEIGHTS), ("cityscapes", "weights/espnet_p_2_q_8_cityscapes.pth")],
-)
-def test_trained_weights_load_strictly(data_root, variant, weights):
-    segmenter = ESPNetSegmenter(data_root / weights, variant=variant)
-    trained = torch.load(data_root / weights, map_location="cpu", weights_only=True)
+def test_trained_weights_load_strictly(data_root):
+    segmenter = ESPNetSegmenter(data_root / ESPNET_WEIGHTS)
+    trained = torch.load(data_root / ESPNET_WEIGHTS, map_location="cpu", weights_only=True)
     loaded = segmenter.network.state_dict()
     assert trained.keys() == {key for key in loaded if not key.endswith("num_batches_tracked")}
     assert all(torch.equal(loaded[key], value) for key, value in trained.items())

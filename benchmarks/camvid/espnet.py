@@ -7,9 +7,7 @@ benchmark hands to the Trainer. Module names follow the checkpoint's keys, which
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -22,42 +20,10 @@ Resolution = Literal["full", "half"]
 BN_EPS = 1e-3
 DILATIONS = (1, 2, 4, 8, 16)
 SIDE_MULTIPLE = 8  # the encoder halves the image three times
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What differs between the two trained networks.
-
-    Attributes:
-        outputs: channels of the logits; the last one is void.
-        skip: which stride-2 features meet the decoder's last convolution: ``"fused"`` are the
-            first convolution's together with the pooled image, ``"plain"`` the former alone.
-        mean: of the training images in B, G, R order, in 0 to 255.
-        std: likewise.
-    """
-
-    outputs: int
-    skip: Literal["fused", "plain"]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-VARIANTS: Mapping[str, Variant] = MappingProxyType(
-    {
-        "camvid": Variant(
-            12,
-            "fused",
-            (110.33102643, 108.40886315, 105.03319369),
-            (72.12571015, 72.69074534, 69.90434816),
-        ),
-        "cityscapes": Variant(
-            20,
-            "plain",
-            (72.3923111, 82.90893555, 73.15840149),
-            (45.3192215, 46.15289307, 44.91483307),
-        ),
-    }
-)
+OUTPUTS = 12  # channels of the logits; the last one is void
+# Of CamVid's training images in B, G, R order, in 0 to 255.
+_MEAN = (110.33102643, 108.40886315, 105.03319369)
+_STD = (72.12571015, 72.69074534, 69.90434816)
 
 
 class Conv(nn.Module):
@@ -176,44 +142,34 @@ class Encoder(nn.Module):
         self.b3 = NormAct(128 + 128)
         self.classifier = Conv(128 + 128, outputs, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode (B, 3, H, W).
 
         Returns:
-            Stride-2 features (B, 16, H/2, W/2); the same with the pooled image, 19 channels;
-            stride-4 features (B, 131, H/4, W/4); coarse logits (B, outputs, H/8, W/8).
+            Stride-2 features with the pooled image (B, 19, H/2, W/2); stride-4 features
+            (B, 131, H/4, W/4); coarse logits (B, outputs, H/8, W/8).
         """
         image2 = self.pool(x)
         image4 = self.pool(image2)
-        plain = self.level1(x)
-        fused = self.b1(torch.cat([plain, image2], dim=1))
+        fused = self.b1(torch.cat([self.level1(x), image2], dim=1))
         entry2 = self.level2_0(fused)
         stride4 = self.b2(torch.cat([self.level2(entry2), entry2, image4], dim=1))
         entry3 = self.level3_0(stride4)
         stride8 = self.b3(torch.cat([entry3, self.level3(entry3)], dim=1))
-        return plain, fused, stride4, self.classifier(stride8)
+        return fused, stride4, self.classifier(stride8)
 
 
 class ESPNet(nn.Module):
     """ESPNet with its light decoder.
 
     Args:
-        variant: which trained network, a key of `VARIANTS`.
         p: ESP modules at stride 4.
         q: ESP modules at stride 8.
-
-    Raises:
-        ValueError: an unknown variant.
     """
 
-    def __init__(self, variant: str = "camvid", p: int = 2, q: int = 8) -> None:
+    def __init__(self, p: int = 2, q: int = 8) -> None:
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(
-                f"variant: got {variant!r}, accepted are {', '.join(map(repr, VARIANTS))}"
-            )
-        outputs = VARIANTS[variant].outputs
-        self.skip = VARIANTS[variant].skip
+        outputs = OUTPUTS
         self.encoder = Encoder(outputs, p, q)
         self.br = nn.BatchNorm2d(outputs, eps=BN_EPS)
         self.level3_C = Conv(64 + 64 + 3, outputs, 1)
@@ -222,7 +178,7 @@ class ESPNet(nn.Module):
             NormAct(2 * outputs), ESP(2 * outputs, outputs, residual=False)
         )
         self.up_l2 = nn.Sequential(_double(outputs), NormAct(outputs))
-        self.conv = ConvNormAct(outputs + (19 if self.skip == "fused" else 16), outputs)
+        self.conv = ConvNormAct(outputs + 19, outputs)
         self.classifier = _double(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -242,10 +198,10 @@ class ESPNet(nn.Module):
                 f"x: got height and width {tuple(x.shape[-2:])}, accepted are multiples of "
                 f"{SIDE_MULTIPLE}"
             )
-        plain, fused, stride4, coarse = self.encoder(x)
+        fused, stride4, coarse = self.encoder(x)
         z = torch.cat([self.level3_C(stride4), self.up_l3(self.br(coarse))], dim=1)
         z = self.up_l2(self.combine_l2_l3(z))
-        z = self.conv(torch.cat([z, fused if self.skip == "fused" else plain], dim=1))
+        z = self.conv(torch.cat([z, fused], dim=1))
         return self.classifier(z)
 
 
@@ -261,7 +217,6 @@ class ESPNetSegmenter(LightningModule):
 
     Args:
         checkpoint: file of trained weights, loaded strictly.
-        variant: which network the file holds, a key of `VARIANTS`.
         resolution: ``"full"`` runs the network on the image as it is. ``"half"`` runs it on the
             image shrunk to half the size, rounded down to multiples of 8 (480×360 to 240×176,
             antialiased bilinear), and enlarges the logits bilinearly: coarser borders from the
@@ -271,14 +226,13 @@ class ESPNetSegmenter(LightningModule):
 
     Raises:
         FileNotFoundError: no file at `checkpoint`.
-        ValueError: an unknown `variant` or `resolution`.
+        ValueError: an unknown `resolution`.
         RuntimeError: a checkpoint with other keys or shapes than the network.
     """
 
     def __init__(
         self,
         checkpoint: str | Path,
-        variant: str = "camvid",
         resolution: Resolution = "full",
         drop_void: bool = True,
     ) -> None:
@@ -289,13 +243,12 @@ class ESPNetSegmenter(LightningModule):
             raise FileNotFoundError(f"checkpoint: no file at {checkpoint}")
         self.resolution = resolution
         self.drop_void = drop_void
-        self.network = ESPNet(variant)
+        self.network = ESPNet()
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         self.network.load_state_dict(state, strict=True)
         self.network.eval()
-        statistics = VARIANTS[variant]
-        self.register_buffer("mean", torch.tensor(statistics.mean).view(1, 3, 1, 1), False)
-        self.register_buffer("std", torch.tensor(statistics.std).view(1, 3, 1, 1), False)
+        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), False)
+        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), False)
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits (B, C, H, W) float32 of images (B, 3, H, W) uint8 RGB.
