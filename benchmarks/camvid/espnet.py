@@ -51,9 +51,9 @@ class Conv(nn.Module):
 class NormAct(nn.Module):
     """Batch normalisation, then a PReLU with one slope a channel; the shape stays."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, eps: float = BN_EPS) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm2d(channels, eps=BN_EPS)
+        self.bn = nn.BatchNorm2d(channels, eps=eps)
         self.act = nn.PReLU(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class ESPNet(nn.Module):
             NormAct(2 * outputs), ESP(2 * outputs, outputs, residual=False)
         )
         self.up_l2 = nn.Sequential(_double(outputs), NormAct(outputs))
-        self.conv = ConvNormAct(outputs + 19, outputs)
+        self.conv = ConvNormAct(outputs + 16 + 3, outputs)
         self.classifier = _double(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,16 +193,25 @@ class ESPNet(nn.Module):
         Raises:
             ValueError: a side that is no multiple of 8.
         """
-        if any(side % SIDE_MULTIPLE for side in x.shape[-2:]):
-            raise ValueError(
-                f"x: got height and width {tuple(x.shape[-2:])}, accepted are multiples of "
-                f"{SIDE_MULTIPLE}"
-            )
+        check_sides("x", x, SIDE_MULTIPLE)
         fused, stride4, coarse = self.encoder(x)
         z = torch.cat([self.level3_C(stride4), self.up_l3(self.br(coarse))], dim=1)
         z = self.up_l2(self.combine_l2_l3(z))
         z = self.conv(torch.cat([z, fused], dim=1))
         return self.classifier(z)
+
+
+def check_sides(name: str, image: Tensor, multiple: int) -> None:
+    """Refuse (…, H, W) whose H or W a network cannot halve as often as it does.
+
+    Raises:
+        ValueError: a side that is no multiple.
+    """
+    if any(side % multiple for side in image.shape[-2:]):
+        raise ValueError(
+            f"{name}: got height and width {tuple(image.shape[-2:])}, accepted are multiples of "
+            f"{multiple}"
+        )
 
 
 def _double(channels: int) -> nn.ConvTranspose2d:

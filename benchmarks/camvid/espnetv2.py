@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.camvid.espnet import NormAct, check_sides
+
 SIDE_MULTIPLE = 16  # the encoder halves the image four times
 
 _BRANCHES = 4  # of a pyramid, each a group of channels
@@ -21,6 +23,7 @@ _WIDE, _NARROW = (1, 2, 3, 4), (1, 1, 2, 3)  # dilations of the branches
 _DECODER_WIDTHS = (64, 48, 32)  # at strides 16, 8 and 4
 _POOLING_SCALES = (2.0, 1.5, 1.0, 0.5, 0.1)
 _SMALLEST_SIDE = 5  # of a pooled map
+_EPS = 1e-5  # of batch normalisation, as torch has it
 
 
 class ConvNorm(nn.Module):
@@ -52,19 +55,6 @@ class ConvNormAct(ConvNorm):
         return self.act(super().forward(x))
 
 
-class NormAct(nn.Module):
-    """Normalisation, then a PReLU with one slope a channel."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(channels)
-        self.act = nn.PReLU(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, channels, H, W) to the same shape."""
-        return self.act(self.bn(x))
-
-
 class EESP(nn.Module):
     """Extremely efficient spatial pyramid: depthwise branches of growing dilation, summed up.
 
@@ -80,7 +70,7 @@ class EESP(nn.Module):
             nn.ModuleDict({"conv": _conv(width, width, 3, stride, width, dilation)})
             for dilation in dilations
         )
-        self.br_after_cat = NormAct(outputs)
+        self.br_after_cat = NormAct(outputs, _EPS)
         self.conv_1x1_exp = ConvNorm(outputs, outputs, groups=_BRANCHES)
         self.module_act = nn.PReLU(outputs)
         self.stride = stride
@@ -214,11 +204,7 @@ class ESPNetv2(nn.Module):
         Raises:
             ValueError: a side that is no multiple of 16.
         """
-        if any(side % SIDE_MULTIPLE for side in image.shape[-2:]):
-            raise ValueError(
-                f"image: got height and width {tuple(image.shape[-2:])}, accepted are multiples "
-                f"of {SIDE_MULTIPLE}"
-            )
+        check_sides("image", image, SIDE_MULTIPLE)
         stride2, stride4, stride8, stride16 = self.base_net(image)
         z = self.bu_dec_l1(stride16)
         z = self.bu_dec_l2(self.bu_br_l2(self.merge_enc_dec_l2(stride8) + _doubled(z)))
