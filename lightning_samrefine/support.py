@@ -41,8 +41,9 @@ class Support:
     ) -> Support:
         """Collect the masks of accepted regions: the largest pred_iou · purity · σ of a class.
 
-        A mask supports the class of its region, its purity being what it has of that class, and
-        likewise the class that it stands for, where that is another.
+        A mask supports the class of its region, its purity being what it has of that class, and no
+        less the class that it stands for, where that is another: the prediction decides between
+        the two.
 
         Args:
             named: N ≥ 1 masks.
@@ -51,10 +52,10 @@ class Support:
             own: (C, h_n, w_n) float32 in {0, 1}, regions that stand for themselves because their
                 masks were rejected; None for none.
         """
-        pred_iou = named.masks.pred_iou
+        weight = named.masks.pred_iou * named.purity_of(classes)
         support = mask_probs.new_zeros(len(named.names), *mask_probs.shape[1:])
-        _raise_to(support, mask_probs, pred_iou * named.purity_of(classes), classes)
-        _raise_to(support, mask_probs, pred_iou * named.purity, named.classes)
+        _raise_to(support, mask_probs, weight, classes)
+        _raise_to(support, mask_probs, weight, named.classes)
         if own is not None:
             torch.maximum(support, own, out=support)
         return cls(support, mask_probs.amax(dim=0))

@@ -250,7 +250,7 @@ class TestSupport:
         names = torch.tensor([[0.0, 0.4], [1.0, 0.6], [0.0, 0.0]])
         named = named_masks(names, torch.tensor([1.0, 0.8]))
         support = Support.of_regions(named, mask_probs, torch.tensor([1, 0]), own)
-        assert support.classes[1, 0, 0].item() == pytest.approx(0.8 * 0.6 * 0.5)
+        assert support.classes[1, 0, 0].item() == pytest.approx(0.8 * 0.4 * 0.5)
         assert (support.classes[1, 1:] == 0.5).all()
         torch.testing.assert_close(support.classes[0], torch.full((4, 6), 0.8 * 0.4 * 0.5))
         assert support.classes[2].sum() == 4
