@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,8 +21,3 @@ def normalise_(maps: Tensor) -> Tensor:
     """Divide (C, H, W) maps in place by their sum over the classes, where it is not 0."""
     total = maps.sum(dim=0)
     return maps.div_(total.masked_fill_(total == 0, 1))
-
-
-def resized(maps: Tensor, hw: Sequence[int]) -> Tensor:
-    """Bring (C, H, W) maps to another size, bilinearly."""
-    return F.interpolate(maps[None], tuple(hw), mode="bilinear", align_corners=False)[0]

@@ -8,8 +8,7 @@ image is small and can be cached whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.finite import iou_of_numbers
-from lightning_samrefine.looks import image_features, looks_of
 from lightning_samrefine.memory import ChunkSize
 from lightning_samrefine.models.protocol import MultimaskPromptable, Prompts
 
-# Raise this when what is kept of a mask changes by more than rounding.
-MASKS_VERSION = 2
+# Raise this when the masks of an image change by more than rounding.
+MASKS_VERSION = 1
 
 # No denser than this many image pixels between points: small images hold few objects.
 _MIN_SPACING = 16
@@ -43,55 +41,20 @@ class ImageMasks:
     """K masks of one image on SAM's low-resolution grid, all on one device.
 
     Attributes:
-        packed: (K, h_n, ⌈w_n / 4⌉) uint8, two bits a pixel.
-        pred_iou: (K,) float32, SAM's predicted IoU.
-        looks: (K, D) int8 of `looks_of`; D is 0 where the model shows no features.
+        packed: (K, ⌈h_n · w_n / 4⌉) uint8, two bits a pixel in row-major order.
+        pred_iou: (K,) float32, SAM's predicted IoU, descending.
         mask_hw: (h_n, w_n), the part of the low-resolution logits that the image fills.
     """
 
     packed: Tensor
     pred_iou: Tensor
-    looks: Tensor
     mask_hw: tuple[int, int]
-
-    @classmethod
-    def of_logits(
-        cls, logits: Tensor, pred_iou: Tensor, features: Tensor | None = None
-    ) -> ImageMasks:
-        """Pack masks and take down how they look.
-
-        Args:
-            logits: (K, h_n, w_n) float.
-            pred_iou: (K,) float32.
-            features: Of `image_features`; None where looks are not asked for.
-        """
-        bare = logits.new_empty(len(logits), 0, dtype=torch.int8)
-        masks = cls(pack_masks(logits), pred_iou, bare, (logits.shape[1], logits.shape[2]))
-        return masks.looked_at(features)
 
     def __len__(self) -> int:
         return self.packed.shape[0]
 
     def __getitem__(self, chosen: slice | Tensor) -> ImageMasks:
-        kept = (self.packed[chosen], self.pred_iou[chosen], self.looks[chosen])
-        return ImageMasks(*kept, self.mask_hw)
-
-    def to(self, device: torch.device) -> ImageMasks:
-        """Bring the masks to a device."""
-        moved = (self.packed.to(device), self.pred_iou.to(device), self.looks.to(device))
-        return ImageMasks(*moved, self.mask_hw)
-
-    @classmethod
-    def cat(cls, parts: Sequence[ImageMasks]) -> ImageMasks:
-        """Join masks of one image that lie on one device."""
-        fields = zip(*((part.packed, part.pred_iou, part.looks) for part in parts), strict=True)
-        return cls(*map(torch.cat, fields), parts[0].mask_hw)
-
-    def looked_at(self, features: Tensor | None) -> ImageMasks:
-        """Return the masks with their looks, or as they are where there are no features."""
-        if features is None:
-            return self
-        return replace(self, looks=looks_of(self.halved(), features))
+        return ImageMasks(self.packed[chosen], self.pred_iou[chosen], self.mask_hw)
 
     def inside_at(self, y: Tensor, x: Tensor) -> Tensor:
         """Return (K, N) bool, whether N pixels of the low-resolution grid are in each mask.
@@ -100,24 +63,21 @@ class ImageMasks:
             y: (N,) int64 rows.
             x: (N,) int64 columns.
         """
-        byte = self.packed[:, y, x // _PER_BYTE]
-        return (byte >> (2 * (x % _PER_BYTE)).to(torch.uint8)) & 2 > 0
+        position = y * self.mask_hw[1] + x
+        byte = self.packed[:, position // _PER_BYTE]
+        return (byte >> (2 * (position % _PER_BYTE)).to(torch.uint8)) & 2 > 0
 
     def probs(self) -> Tensor:
         """Return (K, h_n, w_n) float32 in [0, 1], σ of the logits in four levels."""
-        return _looked_up(self.packed, _byte_levels())[..., : self.mask_hw[1]]
-
-    def halved(self) -> Tensor:
-        """Return (K, ⌈h_n / 2⌉, ⌈w_n / 2⌉) float32, the means of `probs` over squares of 2.
-
-        Beyond the grid there is nothing: a square that crosses its end has a smaller mean. It takes
-        half as long as all pixels, and what is done with it a quarter.
-        """
-        pairs = _byte_levels().unflatten(1, (-1, 2)).sum(dim=2) / 4
-        halved = _looked_up(self.packed[:, ::2], pairs)
-        below = _looked_up(self.packed[:, 1::2], pairs)
-        halved[:, : below.shape[1]] += below
-        return halved[..., : (self.mask_hw[1] + 1) // 2]
+        height, width = self.mask_hw
+        of_byte = _byte_levels(self.packed.device)
+        if self.packed.device.type == "cpu":
+            # The four levels of a byte as one item of 16 bytes: a quarter of torch's time.
+            items = of_byte.numpy().view(np.complex128)[:, 0]
+            levels = torch.from_numpy(items.take(self.packed.numpy()).view(np.float32))
+        else:
+            levels = F.embedding(self.packed.int(), of_byte).flatten(1)
+        return levels[:, : height * width].unflatten(1, self.mask_hw)
 
 
 def generate_masks(
@@ -146,7 +106,7 @@ def generate_masks(
     """
     height, width = mask_hw = sam.mask_hw(image_hw)
     points = point_grid(image_hw, sam.input_hw(image_hw), points_per_side).to(sam.device)
-    found, stability = [], []
+    packed, pred_iou, stability = [], [], []
 
     def ask(start: int, stop: int) -> tuple[Tensor, Tensor]:
         return sam.decode_multimask(embedding, Prompts(None, points[start:stop], None, None))
@@ -154,10 +114,10 @@ def generate_masks(
     for _, _, (logits, ious) in (at_once or ChunkSize()).run(len(points), prompts_per_batch, ask):
         logits = logits[..., :height, :width].flatten(0, 1)
         stability.append(_stability(logits))
-        numbers = iou_of_numbers(ious.flatten().float(), logits.float())
-        found.append(ImageMasks.of_logits(logits, numbers))
-    masks = _best(ImageMasks.cat(found), torch.cat(stability))
-    return None if masks is None else masks.looked_at(image_features(sam, embedding, mask_hw))
+        packed.append(pack_masks(logits))
+        pred_iou.append(iou_of_numbers(ious.flatten().float(), logits.float()))
+    masks = ImageMasks(torch.cat(packed), torch.cat(pred_iou), mask_hw)
+    return _best(masks, torch.cat(stability))
 
 
 def _best(masks: ImageMasks, stability: Tensor) -> ImageMasks | None:
@@ -199,30 +159,16 @@ def _stability(logits: Tensor) -> Tensor:
 
 
 def pack_masks(logits: Tensor) -> Tensor:
-    """Pack (N, h, w) logits to (N, h, ⌈w / 4⌉) uint8 as in `ImageMasks`, NaN being outside."""
-    codes = sum((logits > step).to(torch.uint8) for step in _LOGIT_STEPS)
-    codes = F.pad(codes, (0, -codes.shape[2] % _PER_BYTE)).unflatten(2, (-1, _PER_BYTE))
+    """Pack (N, h, w) logits to (N, B) uint8 as in `ImageMasks`, NaN counting as outside."""
+    codes = sum((logits > step).to(torch.uint8) for step in _LOGIT_STEPS).flatten(1)
+    codes = F.pad(codes, (0, -codes.shape[1] % _PER_BYTE)).unflatten(1, (-1, _PER_BYTE))
     return sum(codes[..., i] << 2 * i for i in range(_PER_BYTE))
 
 
-def _byte_levels() -> Tensor:
+def _byte_levels(device: torch.device) -> Tensor:
     """Return (256, 4) float32, the levels of the four pixels in a byte."""
     codes = (torch.arange(256)[:, None] >> torch.tensor([0, 2, 4, 6])) & 3
-    return torch.tensor(_LEVELS)[codes]
-
-
-def _looked_up(packed: Tensor, table: Tensor) -> Tensor:
-    """Replace each byte of (K, h, B) uint8 by its row of (256, n) float32, n 2 or 4.
-
-    Returns:
-        (K, h, B · n) float32.
-    """
-    if packed.device.type != "cpu":
-        return F.embedding(packed.int(), table.to(packed.device)).flatten(2)
-    # A row as one item of 8 or 16 bytes: a quarter of torch's time.
-    item = {2: np.complex64, 4: np.complex128}[table.shape[1]]
-    taken = table.contiguous().numpy().view(item)[:, 0].take(packed.numpy())
-    return torch.from_numpy(taken.view(np.float32))
+    return torch.tensor(_LEVELS)[codes].to(device)
 
 
 def _first_of_duplicates(masks: ImageMasks) -> Tensor:

@@ -28,16 +28,19 @@ class KnownMasks:
 
     Attributes:
         prompts: (K, 6) int32, different prompts of `prompts.lattice_prompts`.
-        masks: Their K masks; None where nothing is known.
+        packed: (K, B) uint8, their masks as in `ImageMasks`.
+        pred_iou: (K,) float32.
     """
 
     prompts: np.ndarray
-    masks: ImageMasks | None
+    packed: Tensor
+    pred_iou: Tensor
 
     @classmethod
     def nothing(cls) -> KnownMasks:
         """Know no prompt."""
-        return cls(np.empty((0, 6), np.int32), None)
+        packed = torch.empty(0, 0, dtype=torch.uint8)
+        return cls(np.empty((0, 6), np.int32), packed, torch.empty(0))
 
     def rows(self, prompts: np.ndarray) -> np.ndarray:
         """Return (N,) int64, where (N, 6) prompts are among the known ones; -1 for nowhere."""
@@ -50,17 +53,24 @@ class KnownMasks:
         _, first = np.unique(unknown, axis=0, return_index=True)
         return unknown[np.sort(first)]
 
-    def answers(self, prompts: np.ndarray) -> ImageMasks:
-        """Return the N ≥ 1 masks of (N, 6) prompts, all of them known."""
-        return self.masks[torch.from_numpy(self.rows(prompts))]
+    def masks(self, prompts: np.ndarray, mask_hw: tuple[int, int]) -> ImageMasks:
+        """Return the N masks of (N, 6) prompts, all of them known.
+
+        Args:
+            prompts: As `lattice_prompts` returns them.
+            mask_hw: (h_n, w_n), the part of the low-resolution logits that the image fills.
+        """
+        rows = torch.from_numpy(self.rows(prompts))
+        return ImageMasks(self.packed[rows], self.pred_iou[rows], mask_hw)
 
     def extended(self, prompts: np.ndarray, masks: ImageMasks) -> KnownMasks:
         """Add the answers to (M, 6) prompts that are not known yet."""
-        masks = masks.to(torch.device("cpu"))
-        if self.masks is None:
-            return KnownMasks(prompts, masks)
+        if len(self.prompts) == 0:
+            return KnownMasks(prompts, masks.packed.cpu(), masks.pred_iou.cpu())
         return KnownMasks(
-            np.concatenate([self.prompts, prompts]), ImageMasks.cat([self.masks, masks])
+            np.concatenate([self.prompts, prompts]),
+            torch.cat([self.packed, masks.packed.cpu()]),
+            torch.cat([self.pred_iou, masks.pred_iou.cpu()]),
         )
 
     def used_last(self, prompts: np.ndarray) -> KnownMasks:
@@ -68,7 +78,8 @@ class KnownMasks:
         used = np.unique(self.rows(prompts))
         order = np.concatenate([used, np.setdiff1d(np.arange(len(self.prompts)), used)])
         order = order[: max(_MAX_KNOWN, len(used))]
-        return KnownMasks(self.prompts[order], self.masks[torch.from_numpy(order)])
+        rows = torch.from_numpy(order)
+        return KnownMasks(self.prompts[order], self.packed[rows], self.pred_iou[rows])
 
 
 class PromptMemory:
@@ -97,10 +108,8 @@ class PromptMemory:
         kept = self._cache.recall(self._sam, image, self._dtype, self._derived)
         known = KnownMasks.nothing()
         if kept is not None:
-            asked, packed, iou_bits, looks = kept
-            mask_hw = self._sam.mask_hw((image.shape[1], image.shape[2]))
-            masks = ImageMasks(packed, iou_bits.view(torch.float32), looks, mask_hw)
-            known = KnownMasks(asked.numpy(), masks)
+            asked, packed, iou_bits = kept
+            known = KnownMasks(asked.numpy(), packed, iou_bits.view(torch.float32))
         found = int((known.rows(prompts) >= 0).sum())
         self._cache.count_prompts(found, len(prompts) - found)
         return known
@@ -110,8 +119,7 @@ class PromptMemory:
         # As integers, for the cache rounds floats: a miss and a hit accept the same regions.
         tensors = (
             torch.from_numpy(known.prompts),
-            known.masks.packed,
-            known.masks.pred_iou.view(torch.int32),
-            known.masks.looks,
+            known.packed,
+            known.pred_iou.view(torch.int32),
         )
         self._cache.keep(self._sam, image, self._dtype, self._derived, tensors)

@@ -266,7 +266,7 @@ class Refiner:
         side, sam = self.config.points_per_side, self.sam
         known = {id(image): e for image, e in zip(images, embeddings, strict=True)}
 
-        def compute(chosen: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        def compute(chosen: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
             unknown = [image for image in chosen if known[id(image)] is None]
             if unknown:
                 new = zip(unknown, sam.embed(unknown), strict=True)
@@ -279,13 +279,13 @@ class Refiner:
                 )
                 if masks is None:
                     raise no_numbers(sam.name, self.precision)
-                found.append((masks.packed, masks.pred_iou, masks.looks))
+                found.append((masks.packed, masks.pred_iou))
             return found
 
         kept = self._once_an_image(images, compute, f"masks {MASKS_VERSION} {side}")
         return [
-            ImageMasks(*tensors, sam.mask_hw((image.shape[1], image.shape[2])))
-            for tensors, image in zip(kept, images, strict=True)
+            ImageMasks(packed, pred_iou, sam.mask_hw((image.shape[1], image.shape[2])))
+            for (packed, pred_iou), image in zip(kept, images, strict=True)
         ]
 
     def _once_an_image(

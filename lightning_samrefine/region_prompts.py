@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +13,7 @@ from torch import Tensor
 from lightning_samrefine.answers import Answers
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.decoding import Decoded
-from lightning_samrefine.image_masks import ImageMasks
-from lightning_samrefine.looks import image_features
+from lightning_samrefine.image_masks import ImageMasks, pack_masks
 from lightning_samrefine.models.protocol import Promptable, Prompts
 from lightning_samrefine.prompt_memory import KnownMasks, PromptMemory
 from lightning_samrefine.prompts import build_prompts, lattice_prompts, prompts_at
@@ -95,8 +95,8 @@ class RegionPrompts:
             return answers
         rows, columns = self._sam.mask_hw(answers.image_hw)
         if self._config.soft_floor:
-            masks, pred_iou = self._packed(answers, question, decoded, (rows, columns))
-            return replace(answers, pred_iou=pred_iou, region_masks=masks)
+            masks = self._packed(answers, question, decoded, (rows, columns))
+            return replace(answers, pred_iou=masks.pred_iou.cpu(), region_masks=masks)
         masks = torch.stack([logits[:rows, :columns] > 0 for logits in decoded.low_res_logits])
         return replace(answers, masks=masks, **vars(decoded))
 
@@ -106,19 +106,20 @@ class RegionPrompts:
         question: Question,
         decoded: Decoded | None,
         mask_hw: tuple[int, int],
-    ) -> tuple[ImageMasks, Tensor]:
-        """Return the masks of all regions, known and new, and their predicted IoU on the CPU."""
-        new = None
-        if decoded is not None:
-            features = image_features(self._sam, question.embedding, mask_hw)
-            rows, columns = mask_hw
-            maps = torch.stack([one[:rows, :columns] for one in decoded.low_res_logits])
-            new = ImageMasks.of_logits(maps, decoded.pred_iou.to(maps.device), features)
+    ) -> ImageMasks:
+        """Return the masks of all regions, those that were known and those that are new."""
+        new = None if decoded is None else _pack(decoded.low_res_logits, decoded.pred_iou, mask_hw)
         if question.known is None:
-            return new, decoded.pred_iou
+            return new
         known = question.known
         if new is not None:
             known = known.extended(question.missing, new)
             self._memory.keep(answers.image, known.used_last(question.wanted))
-        masks = known.answers(question.wanted)
-        return masks.to(answers.probs.device), masks.pred_iou
+        masks = known.masks(question.wanted, mask_hw)
+        return replace(masks, packed=masks.packed.to(answers.probs.device))
+
+
+def _pack(logits: Sequence[Tensor], pred_iou: Tensor, mask_hw: tuple[int, int]) -> ImageMasks:
+    rows, columns = mask_hw
+    maps = torch.stack([one[:rows, :columns] for one in logits])
+    return ImageMasks(pack_masks(maps), pred_iou, mask_hw)

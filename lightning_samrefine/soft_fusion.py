@@ -13,12 +13,10 @@ from lightning_samrefine.answers import Answers, refinement, region_table
 from lightning_samrefine.class_gate import accepted_regions
 from lightning_samrefine.colours import weigh_by_colours
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.image_masks import ImageMasks
 from lightning_samrefine.inputs import first_argmax
-from lightning_samrefine.naming import NamedMasks, name_masks, planes_of
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.smoothing import smooth
-from lightning_samrefine.support import Support, masks_at, weigh
+from lightning_samrefine.support import Planes, Support, class_probs, masks_at, planes_of, weigh
 
 # What a class keeps where a second support lacks it, in multiples of the ``soft_floor``: regions
 # beside the image's masks have been heard among all of them before.
@@ -40,30 +38,28 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
         config: Its ``soft_floor`` is above 0.
     """
     probs, labels, regions = answers.probs, answers.labels, answers.regions
-    prompted, num_of_image = config.prompt_regions, len(answers.image_masks or ())
-    pred_iou = answers.pred_iou if prompted else torch.zeros(len(regions))
+    supports: list[Support] = []
+    evidence = probs
+    by_image = answers.image_masks is not None and len(answers.image_masks) > 0
+    if config.colours:
+        evidence = weigh_by_colours(probs, answers.image, config.colours, config.stride)
+    masks = answers.image_masks if by_image else answers.region_masks
+    planes = planes_of(evidence, masks.mask_hw) if masks is not None else None
+    pred_iou = answers.pred_iou if config.prompt_regions else torch.zeros(len(regions))
+    if by_image:
+        support, stands_for = Support.of_image(answers.image_masks, planes)
+        supports.append(support)
+        if not config.prompt_regions:
+            points, classes = regions.relative_points(), torch.from_numpy(regions.classes)
+            points, classes = points.to(probs.device), classes.to(probs.device)
+            found, regions_masks = masks_at(answers.image_masks, stands_for, points, classes)
+            pred_iou, answers = found.cpu(), replace(answers, masks=regions_masks)
     accepted = accepted_regions(config, regions.classes, pred_iou)
-    masks = [answers.image_masks] if num_of_image else []
-    if prompted and accepted.any():
-        masks.append(answers.region_masks[torch.from_numpy(accepted).to(probs.device)])
-    if masks:
-        evidence = probs
-        if config.colours:
-            evidence = weigh_by_colours(probs, answers.image, config.colours, config.stride)
-        named = name_masks(ImageMasks.cat(masks), planes_of(evidence, masks[0].mask_hw))
-    supports = [Support.of_image(named[:num_of_image])] if num_of_image else []
-    if prompted:
+    if config.prompt_regions:
         mask_probs = answers.region_masks.probs()
         answers = replace(answers, masks=mask_probs > 0.5)
         if accepted.any():
-            of_regions = named[num_of_image:]
-            supports = _with_regions(supports, answers, mask_probs, accepted, of_regions)
-    elif num_of_image:
-        points, classes = regions.relative_points(), torch.from_numpy(regions.classes)
-        points, classes = points.to(probs.device), classes.to(probs.device)
-        found, region_masks = masks_at(named, points, classes)
-        pred_iou, answers = found.cpu(), replace(answers, masks=region_masks)
-        accepted = accepted_regions(config, regions.classes, pred_iou)
+            supports = _with_regions(supports, answers, mask_probs, accepted, planes)
     table = region_table(answers, pred_iou, accepted, config.stride)
     if not supports:
         return refinement(table, labels, probs)
@@ -84,7 +80,7 @@ def _with_regions(
     answers: Answers,
     mask_probs: Tensor,
     accepted: np.ndarray,
-    named: NamedMasks,
+    planes: Planes,
 ) -> list[Support]:
     """Add what accepted regions' masks support; a rejected region stands for itself.
 
@@ -93,7 +89,7 @@ def _with_regions(
         answers: About the image.
         mask_probs: (N, h_n, w_n) float32, σ of all regions' masks.
         accepted: (N,) bool, at least one.
-        named: The masks of these.
+        planes: From `planes_of`.
     """
     regions, probs = answers.regions, answers.probs
     own = None
@@ -102,9 +98,14 @@ def _with_regions(
         for c in np.unique(regions.classes[~accepted]):
             own[c] = regions.mask_of(~accepted & (regions.classes == c))
         own = F.interpolate(own[None], mask_probs.shape[1:], mode="nearest")[0]
-    classes = torch.from_numpy(regions.classes[accepted]).to(probs.device)
+    chosen = torch.from_numpy(accepted).to(probs.device)
+    classes = torch.from_numpy(regions.classes).to(probs.device)[chosen]
     if not accepted.all():
-        mask_probs = mask_probs[torch.from_numpy(accepted).to(probs.device)]
-    said = Support.of_regions(named, mask_probs, classes, own)
-    together = [support.with_regions(named, mask_probs, classes, own) for support in supports]
+        mask_probs = mask_probs[chosen]
+    pred_iou = answers.region_masks.pred_iou.to(probs.device)[chosen]
+    purity = class_probs(mask_probs, planes).gather(0, classes[None])[0]
+    said = Support.of_regions(mask_probs, pred_iou * purity, classes, len(probs), own)
+    together = [
+        support.with_regions(mask_probs, pred_iou, purity, classes, own) for support in supports
+    ]
     return [*together, said]

@@ -145,18 +145,6 @@ def check_multimask(sam: Promptable) -> None:
         _shaped(pred_iou, (len(given), 3), f"decode_multimask's predicted IoU of {what}")
 
 
-def check_features(sam: Promptable) -> None:
-    """If it has `features`, those are a finite map that moves with what the image shows."""
-    if not hasattr(sam, "features"):
-        return
-    image = _image(sam, _IMAGE_SIZES[1])
-    shown = [sam.features(one).float() for one in _embed(sam, [image, image.flip(2)])]
-    for features in shown:
-        _require(features.ndim == 3, f"features of shape {tuple(features.shape)}, not (D, h, w)")
-        _require(bool(features.isfinite().all()), "features are not finite")
-    _require(not torch.equal(*shown), "features do not depend on the image")
-
-
 def check_decode_images(sam: Promptable) -> None:
     """If it has `decode_images`, that answers as `decode` does, image by image."""
     if not hasattr(sam, "decode_images"):
@@ -214,7 +202,6 @@ CHECKS: tuple[Callable[[Promptable], None], ...] = (
     check_decode,
     check_prompts_matter,
     check_multimask,
-    check_features,
     check_decode_images,
     check_upscale,
     check_autocast,

@@ -60,21 +60,20 @@ class TestLattice:
 
 def known(count, start=0):
     prompts = np.arange(start, start + count, dtype=np.int32)[:, None].repeat(6, axis=1)
-    numbers = torch.arange(start, start + count)
-    packed, looks = numbers.to(torch.uint8)[:, None, None], numbers.to(torch.int8)[:, None]
-    return prompts, ImageMasks(packed, numbers / 100, looks, (1, 4))
+    packed = torch.arange(start, start + count, dtype=torch.int64).to(torch.uint8)[:, None]
+    return prompts, ImageMasks(packed, torch.arange(start, start + count) / 100, (2, 2))
 
 
 class TestKnownMasks:
     def test_every_prompt_gets_its_own_mask(self):
         prompts, masks = known(5)
-        some = KnownMasks.nothing().extended(prompts[:3], masks[:3])
-        every = some.extended(prompts[3:], masks[3:])
+        some = KnownMasks.nothing().extended(prompts[:3], ImageMasks(*part(masks, slice(0, 3))))
+        every = some.extended(prompts[3:], ImageMasks(*part(masks, slice(3, 5))))
         wanted = prompts[[4, 0, 2, 0]]
         assert np.array_equal(some.missing(wanted), prompts[[4]])
         assert len(every.missing(wanted)) == 0
-        found = every.answers(wanted)
-        assert found.packed.flatten().tolist() == found.looks.flatten().tolist() == [4, 0, 2, 0]
+        found = every.masks(wanted, (2, 2))
+        assert found.packed[:, 0].tolist() == [4, 0, 2, 0]
         assert torch.equal(found.pred_iou, masks.pred_iou[[4, 0, 2, 0]])
 
     def test_each_missing_prompt_is_named_once_in_order(self):
@@ -91,11 +90,14 @@ class TestKnownMasks:
         assert len(both.missing(known(3)[0])) == 0
         kept = both.used_last(known(3, start=10)[0][:2])
         assert kept.prompts[:, 0].tolist() == [10, 11, 0, 1]
-        assert kept.masks.packed.flatten().tolist() == [10, 11, 0, 1]
-        assert kept.masks.looks.flatten().tolist() == [10, 11, 0, 1]
-        assert torch.equal(kept.masks.pred_iou, torch.tensor([10, 11, 0, 1]) / 100)
+        assert kept.packed[:, 0].tolist() == [10, 11, 0, 1]
+        assert torch.equal(kept.pred_iou, torch.tensor([10, 11, 0, 1]) / 100)
         every = both.used_last(both.prompts)
-        assert len(every.prompts) == len(every.masks) == 6
+        assert len(every.prompts) == len(every.packed) == len(every.pred_iou) == 6
+
+
+def part(masks, rows):
+    return masks.packed[rows], masks.pred_iou[rows], masks.mask_hw
 
 
 def moved(probs):

@@ -10,7 +10,7 @@ from segment_anything.utils.amg import calculate_stability_score
 from test_refiner import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
-from lightning_samrefine import naming as naming_module
+from lightning_samrefine import support as support_module
 from lightning_samrefine.image_masks import (
     ImageMasks,
     _best,
@@ -20,9 +20,8 @@ from lightning_samrefine.image_masks import (
 )
 from lightning_samrefine.models import MultimaskPromptable, Prompts
 from lightning_samrefine.models.sam import SamPromptable
-from lightning_samrefine.naming import NamedMasks, class_probs, name_masks, planes_of
 from lightning_samrefine.smoothing import smooth
-from lightning_samrefine.support import Support, masks_at, weigh
+from lightning_samrefine.support import Support, class_probs, masks_at, planes_of, weigh
 
 LEVELS = (0.0, 0.27, 0.73, 1.0)
 
@@ -36,7 +35,8 @@ def random_masks(count=9, size=(21, 30), seed=0):
 
 
 def packed_masks(**arguments):
-    return ImageMasks.of_logits(*random_masks(**arguments))
+    logits, pred_iou = random_masks(**arguments)
+    return ImageMasks(pack_masks(logits), pred_iou, tuple(logits.shape[1:]))
 
 
 def random_probs(num_classes=4, size=(42, 60), seed=0):
@@ -95,16 +95,8 @@ class TestImageMasks:
         expected = np.array(LEVELS)[np.digitize(logits.numpy(), [-2, 0, 2], right=True)]
         masks = packed_masks(size=size)
         assert masks.packed.dtype == torch.uint8
-        assert masks.packed.shape == (9, size[0], math.ceil(size[1] / 4))
+        assert masks.packed.shape == (9, math.ceil(size[0] * size[1] / 4))
         np.testing.assert_allclose(masks.probs().numpy(), expected, atol=1e-6)
-        padded = np.pad(expected, [(0, 0), (0, size[0] % 2), (0, size[1] % 2)])
-        squares = [padded[:, y::2, x::2] for y in (0, 1) for x in (0, 1)]
-        np.testing.assert_allclose(masks.halved().numpy(), sum(squares) / 4, atol=1e-6)
-
-    def test_pixels_are_found_in_their_bytes(self):
-        masks = packed_masks()
-        y, x = torch.tensor([0, 20, 7, 7]), torch.tensor([0, 29, 13, 14])
-        assert torch.equal(masks.inside_at(y, x), masks.probs()[:, y, x] > 0.5)
 
     def test_points_are_in_the_middle_of_cells_no_closer_than_16_pixels(self):
         points = point_grid((360, 480), (768, 1024), 24)
@@ -118,7 +110,6 @@ class TestImageMasks:
         image = blobs()[0]
         embedding = random_sam.embed([image])[0]
         masks = generate_masks(random_sam, embedding, (48, 60), 24, 4)
-        assert masks.looks.shape == (len(masks), embedding.shape[1])
         assert (masks.pred_iou > 0.7).all()
         assert (masks.pred_iou.diff() <= 0).all()
 
@@ -129,7 +120,7 @@ class TestImageMasks:
         pred_iou = 0.75 + 0.2 * torch.cat([pred_iou, pred_iou.flip(0), torch.tensor([1.0])])
         pred_iou[2] = 0.69
         stability = calculate_stability_score(logits, 0, 1.0)
-        kept = _best(ImageMasks.of_logits(logits, pred_iou), stability)
+        kept = _best(ImageMasks(pack_masks(logits), pred_iou, (21, 30)), stability)
 
         inside = torch.nn.functional.avg_pool2d((logits > 0).float(), 2, ceil_mode=True) > 0.5
         expected = []
@@ -143,7 +134,7 @@ class TestImageMasks:
 
     def test_no_good_mask_is_no_mask(self):
         logits, pred_iou = random_masks()
-        masks = _best(ImageMasks.of_logits(logits, 0 * pred_iou), torch.ones(9))
+        masks = _best(ImageMasks(pack_masks(logits), 0 * pred_iou, (21, 30)), torch.ones(9))
         assert len(masks) == 0
         assert masks.probs().shape == (0, 21, 30)
 
@@ -156,20 +147,20 @@ def shrunk(probs):
     return planes_of(probs, (21, 30))
 
 
-def whole_probs(halved, small):
+def whole_probs(mask, small):
     """The probability of each class of a mask as a whole, one pixel after another.
 
     inside² / (around + 0.01), normalised. Inside is the geometric mean, normalised; around is the
     mean over a coarse grid of what dilation by two of its cells adds to the mask.
     """
     inside = np.array(
-        [np.exp((halved * np.log(np.maximum(c, 1e-3))).sum() / halved.sum()) for c in small]
+        [np.exp((mask * np.log(np.maximum(c, 1e-3))).sum() / mask.sum()) for c in small]
     )
     inside /= inside.sum()
-    coarse, total, size = halved[1::2, 1::2], np.zeros(len(small)), 0.0
+    coarse, total, size = mask[2::4, 2::4], np.zeros(len(small)), 0.0
     for y, x in np.ndindex(coarse.shape):
         ring = coarse[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3].max() - coarse[y, x]
-        total += ring * small[:, 1 + 2 * y, 1 + 2 * x]
+        total += ring * small[:, 2 + 4 * y, 2 + 4 * x]
         size += ring
     around = total / size if size > 1e-3 else inside
     lifted = inside**2 / (around + 0.01)
@@ -179,13 +170,12 @@ def whole_probs(halved, small):
 class TestClassProbs:
     @pytest.mark.parametrize("grid", [(21, 30), (5, 7), (3, 2), (1, 1)])
     def test_inside_against_around(self, grid):
-        halves = [(side + 1) // 2 for side in grid]
-        halved = torch.rand(5, *halves, generator=torch.Generator().manual_seed(0))
-        halved[1] = 1  # fills the image
+        mask_probs = torch.rand(5, *grid, generator=torch.Generator().manual_seed(0))
+        mask_probs[1] = 1  # fills the image
         planes = planes_of(random_probs(), grid)
-        found, _ = class_probs(halved, planes)
-        small = planes.sums[:-3].exp().numpy()
-        expected = np.stack([whole_probs(mask, small) for mask in halved.numpy()], axis=1)
+        found = class_probs(mask_probs, planes)
+        small = planes.logs[:-1].exp().numpy()
+        expected = np.stack([whole_probs(mask, small) for mask in mask_probs.numpy()], axis=1)
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
 
     def test_a_thing_that_a_blurred_prediction_nearly_missed_is_named(self):
@@ -194,40 +184,29 @@ class TestClassProbs:
         blurred = 0.05 + 0.35 * torch.nn.functional.avg_pool2d(thing, 5, 1, 2)
         probs = torch.cat([1 - blurred, blurred])
         assert (probs.argmax(0) == 0).all()
-        names, _ = class_probs(torch.cat([thing, 1 - thing]), planes_of(probs, (80, 80)))
+        names = class_probs(torch.cat([thing, 1 - thing]), planes_of(probs, (40, 40)))
         assert names.argmax(0).tolist() == [1, 0]
-
-
-def named_masks(names, pred_iou=None):
-    """Some masks that are called something."""
-    masks = packed_masks(count=names.shape[1])
-    if pred_iou is not None:
-        masks = ImageMasks(masks.packed, pred_iou, masks.looks, masks.mask_hw)
-    return NamedMasks(masks, names)
 
 
 class TestSupport:
     def test_masks_in_parts_of_a_cpus_cache_or_at_once(self, monkeypatch):
         masks, small = packed_masks(), shrunk(random_probs())
-        expected = name_masks(masks, small)
-        support = Support.of_image(expected)
-        monkeypatch.setattr(naming_module, "_CPU_MASKS", 2)
-        found = name_masks(masks, small)
-        torch.testing.assert_close(found.names, expected.names)
-        torch.testing.assert_close(Support.of_image(found).classes, support.classes)
-        assert torch.equal(Support.of_image(found).inside, masks.probs().amax(dim=0))
+        expected = Support.of_image(masks, small)
+        monkeypatch.setattr(support_module, "_CPU_MASKS", 2)
+        found = Support.of_image(masks, small)
+        torch.testing.assert_close(found[0].classes, expected[0].classes)
+        assert torch.equal(found[0].inside, masks.probs().amax(dim=0))
+        assert torch.equal(found[1], expected[1])
 
-    def test_image_masks_support_the_class_they_stand_for(self):
+    def test_image_masks_support_their_purest_class(self):
         masks, probs = packed_masks(), random_probs()
-        named = name_masks(masks, shrunk(probs))
-        support, stands_for = Support.of_image(named), named.classes
+        small = shrunk(probs)
+        support, stands_for = Support.of_image(masks, small)
 
-        small = torch.nn.functional.interpolate(probs[None], (11, 15), mode="bilinear")[0].numpy()
+        small = torch.nn.functional.interpolate(probs[None], (21, 30), mode="bilinear")[0].numpy()
         expected = np.zeros((4, 21, 30))
-        for mask, halved, pred_iou in zip(
-            masks.probs().numpy(), masks.halved().numpy(), masks.pred_iou.numpy(), strict=True
-        ):
-            purity = whole_probs(halved, small)
+        for mask, pred_iou in zip(masks.probs().numpy(), masks.pred_iou.numpy(), strict=True):
+            purity = whole_probs(mask, small)
             c = int(np.argmax(purity))
             expected[c] = np.maximum(expected[c], pred_iou * purity[c] ** 3 * mask)
         np.testing.assert_allclose(support.classes.numpy(), expected, atol=1e-5)
@@ -235,40 +214,39 @@ class TestSupport:
         for x, y, c in [(0.5, 0.5, 0), (0.99, 0.01, 3), (0.2, 0.7, 1)]:
             at = masks.probs()[:, int(y * 21), int(x * 30)] > 0.5
             holding = masks.pred_iou[at & (stands_for == c)]
-            best, found = masks_at(named, torch.tensor([[x, y]]), torch.tensor([c]))
+            best, found = masks_at(masks, stands_for, torch.tensor([[x, y]]), torch.tensor([c]))
             assert best.item() == (holding.max().item() if len(holding) else 0)
             assert found[0, int(y * 21), int(x * 30)] == (len(holding) > 0)
             chosen = masks.probs()[masks.pred_iou == best] > 0.5
             assert torch.equal(found, chosen) if len(holding) else not found.any()
 
-    def test_regions_support_their_class_and_the_one_their_mask_stands_for(self):
+    def test_regions_support_their_own_class_and_rejected_ones_stand_for_themselves(self):
         mask_probs = torch.full((2, 4, 6), 0.5)
         mask_probs[0, 0, 0] = 0
         own = torch.zeros(3, 4, 6)
         own[2, 2:, 4:] = 1
-        # The second mask is rather of class 1 than of class 0, its region's.
-        names = torch.tensor([[0.0, 0.4], [1.0, 0.6], [0.0, 0.0]])
-        named = named_masks(names, torch.tensor([1.0, 0.8]))
-        support = Support.of_regions(named, mask_probs, torch.tensor([1, 0]), own)
-        assert support.classes[1, 0, 0].item() == pytest.approx(0.8 * 0.4 * 0.5)
+        weight = torch.tensor([1.0, 0.8])
+        support = Support.of_regions(mask_probs, weight, torch.tensor([1, 0]), 3, own)
+        assert support.classes[1, 0, 0] == 0
         assert (support.classes[1, 1:] == 0.5).all()
-        torch.testing.assert_close(support.classes[0], torch.full((4, 6), 0.8 * 0.4 * 0.5))
+        assert (support.classes[0] == 0.4).all()
         assert support.classes[2].sum() == 4
         assert support.inside.max() == 0.5
 
     def test_regions_among_the_masks_of_the_image_count_for_less(self):
         masks, probs = packed_masks(), random_probs()
-        image = Support.of_image(name_masks(masks, shrunk(probs)))
+        small = shrunk(probs)
+        image, _ = Support.of_image(masks, small)
         classes = torch.arange(9) % 4
         own = torch.zeros(4, 21, 30)
         own[3, :5, :7] = 1
         mask_probs = masks.probs()
-        named = named_masks(torch.rand(4, 9, generator=torch.Generator().manual_seed(0)))
-        together = image.with_regions(named, mask_probs, classes, own)
+        purity = torch.linspace(0.2, 1.0, 9)
+        together = image.with_regions(mask_probs, masks.pred_iou, purity, classes, own)
 
         expected = image.classes.clone()
         for i, c in enumerate(classes):
-            weight = 0.3 * masks.pred_iou[i] * named.names[c, i] ** 3
+            weight = 0.3 * masks.pred_iou[i] * purity[i] ** 3
             expected[c] = expected[c].maximum(weight * mask_probs[i])
         expected[3, :5, :7] = expected[3, :5, :7].clamp(min=0.3)
         torch.testing.assert_close(together.classes, expected)
@@ -290,7 +268,7 @@ class TestSupport:
         image = blobs(size=(42, 60))[0]
 
         def refine(maps):
-            refined, _ = weigh(maps, [Support.of_image(name_masks(masks, shrunk(maps)))], [0.05])
+            refined, _ = weigh(maps, [Support.of_image(masks, shrunk(maps))[0]], [0.05])
             return smooth(refined, image, 4.0)
 
         torch.testing.assert_close(refine(probs[order]), refine(probs)[order])
@@ -414,7 +392,7 @@ class TestRefiner:
                 self.module, self.name, self.device = sam.module, "plain", sam.device
                 self.image_size, self.mask_size = sam.image_size, sam.mask_size
                 self.input_hw, self.mask_hw, self.upscale = sam.input_hw, sam.mask_hw, sam.upscale
-                self.embed, self.decode, self.features = sam.embed, sam.decode, sam.features
+                self.embed, self.decode = sam.embed, sam.decode
 
         plain = Plain(random_sam)
         assert isinstance(random_sam, MultimaskPromptable)

@@ -132,11 +132,6 @@ class TwoMasks(SamPromptable):
         return torch.stack([logits, logits], dim=1), torch.stack([iou, iou], dim=1)
 
 
-class Blind(SamPromptable):
-    def features(self, embedding):
-        return torch.ones_like(embedding[0])
-
-
 class WrongImage(SamPromptable):
     def decode_images(self, embeddings, prompts):
         return super().decode_images(embeddings[::-1], prompts)
@@ -157,7 +152,6 @@ class WrongImage(SamPromptable):
         (KeepsChannel, "check_decode", r"logits of .*: got \(3, 1, 32, 32\), accepted"),
         (MaskBlind, "check_prompts_matter", "mask prompts change nothing"),
         (TwoMasks, "check_multimask", r"got \(3, 2, 32, 32\)"),
-        (Blind, "check_features", "features do not depend on the image"),
         (WrongImage, "check_decode_images", "logits of .* and those of each image: .* apart"),
         (WrongFrame, "check_upscale", r"which mask_hw \(32, 32\) does not explain"),
         (Half, "check_autocast", r"got torch\.bfloat16, accepted is float32"),

@@ -113,10 +113,6 @@ class HfPromptable:
         *finer, embedding = encoded
         return embedding, *finer
 
-    def features(self, embedding: tuple[Tensor, ...]) -> Tensor:
-        """Return an embedding as a map of the model's frame, (D, h_e, w_e) float32."""
-        return embedding[0][0]
-
     def decode(self, embedding: tuple[Tensor, ...], prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Decode N ≥ 1 prompts on one image, single-mask output (step 7).
 

@@ -69,12 +69,11 @@ def join(prompts: Sequence[Prompts]) -> Prompts:
 class Promptable(Protocol):
     """A model that turns an image and prompts into masks and predicted IoUs.
 
-    Four members are optional. ``accepts_masks = False`` says that the model takes no mask prompts:
+    Three members are optional. ``accepts_masks = False`` says that the model takes no mask prompts:
     it then gets `Prompts` without masks, and the log says so. ``decode_multimask(embedding,
     prompts)`` returns SAM's three masks, (N, 3, m, m) float32 logits, with their predicted IoU,
     (N, 3) float32. ``decode_images(embeddings, prompts)`` decodes prompts on several images in one
-    batch, see `JointPromptable`. ``features(embedding)`` returns an embedding as a map of the
-    model's frame, (D, h_e, w_e) float: masks hear what others that look alike in it are called.
+    batch, see `JointPromptable`.
 
     Frames differ between models, hence `input_hw`, `mask_hw` and `upscale`; the two in use are in
     `lightning_samrefine.models.frames`. `lightning_samrefine.testing` checks a model of yours.

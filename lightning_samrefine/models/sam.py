@@ -66,10 +66,6 @@ class SamPromptable:
             embeddings.extend(self._encode(batch).float().split(1))
         return embeddings
 
-    def features(self, embedding: Tensor) -> Tensor:
-        """Return an embedding as a map of the model's frame, (D, h_e, w_e) float32."""
-        return embedding[0]
-
     def decode(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Decode N ≥ 1 prompts on one image, single-mask output (step 7).
 
