@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -107,6 +107,10 @@ class MemoryStore:
         self.nbytes += entry.nbytes
 
 
+class _DamagedError(Exception):
+    """A file is whole, but holds something else than what was written."""
+
+
 class DiskStore:
     """One safetensors file an entry, in a folder that any number of processes share.
 
@@ -128,15 +132,18 @@ class DiskStore:
         self._writes_until_scan = 0
 
     def get(self, key: str) -> Entry | None:
-        """Return an entry and count it as used; a damaged one is deleted."""
+        """Return an entry and count it as used; a damaged one is deleted.
+
+        Raises:
+            OSError: The file could not be read, which says nothing of what is in it.
+            MemoryError: Likewise.
+        """
         path = self._path(key)
         try:
             entry = _read(path, key)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             return None
-        except PermissionError:
-            return None
-        except Exception:  # whatever a damaged header makes the parser raise
+        except (SafetensorError, _DamagedError):
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
@@ -207,13 +214,15 @@ def _read(path: Path, key: str) -> Entry:
     """Read a file, which stays mapped for as long as the tensors live.
 
     Raises:
-        ValueError: The file is whole, but holds something else than what was written.
+        _DamagedError: As it says.
+        SafetensorError: The file is not whole.
     """
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = tuple(file.get_tensor(str(index)) for index in range(len(file.keys())))
-    if metadata.get("key") != key or metadata.get("crc32") != _checksum(tensors):
-        raise ValueError(f"{path}: not what was written")
+    sound = metadata.get("key") == key and metadata.get("crc32") == _checksum(tensors)
+    if not sound or "note" not in metadata:
+        raise _DamagedError(f"{path}: not what was written")
     return Entry(tensors, metadata["note"])
 
 

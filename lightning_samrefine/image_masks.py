@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_samrefine.finite import iou_of_numbers
 from lightning_samrefine.memory import ChunkSize
 from lightning_samrefine.models.protocol import MultimaskPromptable, Prompts
+from lightning_samrefine.precision import autocast
 
 # Raise this when the masks of an image change by more than rounding.
 MASKS_VERSION = 1
@@ -176,7 +177,9 @@ def _first_of_duplicates(masks: ImageMasks) -> Tensor:
     inside = (masks.probs() > 0.5).float()
     small = (F.avg_pool2d(inside, 2, ceil_mode=True) > 0.5).float().flatten(1)
     area = small.sum(dim=1)
-    overlap = small @ small.T
+    # A caller's autocast would count the pixels of an overlap in 8 or 11 bits.
+    with autocast(None, small.device):
+        overlap = small @ small.T
     iou = overlap / (area[:, None] + area - overlap).clamp(min=1)
     duplicates = (iou > _DUPLICATE_IOU).cpu().numpy()
     kept: list[int] = []

@@ -1,6 +1,9 @@
 """The embedding cache: what hits, what never may, and what damage does to it."""
 
+import contextlib
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -388,6 +391,48 @@ def test_embeddings_of_an_unknown_type_are_passed_on(cache, sam):
     assert [entry["features"] is image for entry, image in zip(found, batch, strict=True)] == [
         True
     ] * 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        MemoryError(),
+    ],
+    ids=["EMFILE", "EIO", "ESTALE", "memory"],
+)
+def test_a_file_that_cannot_be_read_just_now_stays(tmp_path, sam, monkeypatch, error):
+    (image,) = images(1)
+    expected = embed(make_cache("disk", tmp_path), sam, [image])[0]
+
+    def refuse(*arguments, **keywords):
+        raise error
+
+    cache = make_cache("disk", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_samrefine.cache_store.safe_open", refuse)
+        with pytest.warns(RuntimeWarning, match=type(error).__name__):
+            assert torch.equal(embed(cache, sam, [image])[0], expected)
+    fresh = make_cache("disk", tmp_path)
+    assert torch.equal(embed(fresh, sam, [image])[0], expected)
+    assert (fresh.stats.hits, fresh.stats.misses) == (1, 0)
+
+
+def test_a_process_without_free_file_descriptors_deletes_nothing(tmp_path):
+    store = DiskStore(10**6, tmp_path)
+    store.put("key", entry(1000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        with contextlib.suppress(Exception):
+            store.get("key")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert store.get("key") is not None
 
 
 # --- limits ---

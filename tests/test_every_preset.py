@@ -14,19 +14,11 @@ from lightning_samrefine.config import PRESETS
 from lightning_samrefine.models.sam import SamPromptable
 
 
-class SureSam(SamPromptable):
-    """Sure enough of its points for image-driven masks, which random weights are not."""
-
-    def decode_multimask(self, embedding, prompts):
-        logits, pred_iou = super().decode_multimask(embedding, prompts)
-        return 20 * logits, 0.75 + 0.2 * pred_iou.sigmoid()
-
-
-class SmallSam(SureSam):
+class SmallSam(SamPromptable):
     """Has memory for one prompt and one image at once, and says how many it was asked for."""
 
     def __init__(self):
-        super().__init__(build_random_sam(), "sure")
+        super().__init__(build_random_sam(), "small")
         self.asked = []
 
     def remember(self, count):
@@ -47,18 +39,13 @@ class SmallSam(SureSam):
         return super().decode_multimask(embedding, prompts)
 
 
-@pytest.fixture(scope="module")
-def sure_sam():
-    return SureSam(build_random_sam(), "sure")
-
-
 @pytest.fixture(params=sorted(PRESETS))
-def refiner(request, sure_sam):
+def refiner(request, random_sam):
     # No region is too small or too unsure: these images have few.
     config = RefineConfig.preset(
         request.param, min_region_area=1, score_thresh=0.0, pred_iou_thresh=0.5
     )
-    return Refiner(sure_sam, config, "32")
+    return Refiner(random_sam, config, "32")
 
 
 def assert_sound(out, probs):
@@ -134,14 +121,14 @@ def test_labels_of_any_integer_type_with_unknown_values(refiner, dtype):
     assert (out.labels[:4][~out.covered[:4]] == 30_000).all()
 
 
-def test_chunks_of_prompts_and_the_order_of_a_batch_change_nothing(refiner, sure_sam):
+def test_chunks_of_prompts_and_the_order_of_a_batch_change_nothing(refiner, random_sam):
     images, probs = zip(*(noisy(seed=seed) for seed in range(3)), strict=True)
     outs = refiner.refine_batch(images, probs)
     for image, prob, out in zip(images[::-1], probs[::-1], outs[::-1], strict=True):
         alone = refiner(image, prob)
         assert torch.equal(alone.labels, out.labels)
         assert torch.equal(alone.probs, out.probs)
-    one_by_one = Refiner(sure_sam, replace(refiner.config, max_prompts_per_batch=1), "32")
+    one_by_one = Refiner(random_sam, replace(refiner.config, max_prompts_per_batch=1), "32")
     for image, prob, out in zip(images, probs, outs, strict=True):
         other = one_by_one(image, prob)
         assert (other.labels != out.labels).float().mean() < 0.01
@@ -149,13 +136,13 @@ def test_chunks_of_prompts_and_the_order_of_a_batch_change_nothing(refiner, sure
         assert (other.probs - out.probs).abs().median() < 1e-4
 
 
-def test_memory_that_runs_out_is_asked_for_less_and_for_no_more_later(refiner, sure_sam):
+def test_memory_that_runs_out_is_asked_for_less_and_for_no_more_later(refiner, random_sam):
     images, probs = zip(*(noisy(seed=seed) for seed in range(3)), strict=True)
     small = SmallSam()
     spare = Refiner(small, replace(refiner.config, max_prompts_per_batch=4), "32")
     outs = spare.refine_batch(images, probs)
     assert max(small.asked) > 1
-    one_by_one = Refiner(sure_sam, replace(refiner.config, max_prompts_per_batch=1), "32")
+    one_by_one = Refiner(random_sam, replace(refiner.config, max_prompts_per_batch=1), "32")
     for image, prob, out in zip(images, probs, outs, strict=True):
         expected = one_by_one(image, prob)
         assert torch.equal(out.labels, expected.labels)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -110,8 +111,31 @@ class TestImageMasks:
         image = blobs()[0]
         embedding = random_sam.embed([image])[0]
         masks = generate_masks(random_sam, embedding, (48, 60), 24, 4)
+        assert len(masks) > 3  # of a sensible model, or there is nothing to look at
         assert (masks.pred_iou > 0.7).all()
         assert (masks.pred_iou.diff() <= 0).all()
+        inside = (masks.probs() > 0.5).double()
+        small = torch.nn.functional.avg_pool2d(inside, 2, ceil_mode=True) > 0.5
+        assert 0 < max(_iou(a, b) for a, b in combinations(small, 2)) <= 0.8
+
+    @pytest.mark.parametrize("seed", [4, 21, 25, 27])
+    def test_a_callers_autocast_finds_the_same_duplicates(self, seed):
+        """In bf16, with 8 bits, an overlap near the threshold falls on either side of it."""
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.full((40, 128, 128), -9.0)
+        for mask in logits:
+            top, left, *size = torch.randint(0, 18, (4,), generator=generator).tolist()
+            mask[top : 110 + size[0], left : 110 + size[1]] = 9.0
+        masks = ImageMasks(pack_masks(logits), torch.linspace(0.99, 0.75, 40), (128, 128))
+        small = torch.nn.functional.avg_pool2d((logits > 0).double(), 2, ceil_mode=True) > 0.5
+        expected: list[int] = []
+        for index in range(40):
+            if all(_iou(small[index], small[other]) <= 0.8 for other in expected):
+                expected.append(index)
+        assert 1 < len(expected) < 40
+        with torch.autocast("cpu", torch.bfloat16):
+            found = _best(masks, torch.ones(40))
+        assert torch.equal(found.pred_iou, masks.pred_iou[expected])
 
     def test_duplicates_and_bad_masks_go(self):
         logits, pred_iou = random_masks(6, seed=3)

@@ -1,9 +1,10 @@
 """A SAM small enough to run thousands of prompts a minute, with answers worth testing.
 
 Random weights give one and the same answer to every prompt: a predicted IoU in a band of a few
-thousandths and masks of a single sign. `build_random_sam` therefore fits two affine maps after
-drawing the weights, so that over random prompts the predicted IoU spreads over (0, 1) and the
-mask logits over both signs.
+thousandths and masks of a single sign. `build_random_sam` therefore fits affine maps after drawing
+the weights, so that over random prompts the predicted IoU spreads over (0, 1) and the mask logits
+over both signs. The three masks of a point are fitted to pass the thresholds of image-driven masks
+about every other time: an image would otherwise have none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ WEIGHT_GAIN = 2.0
 PRED_IOU_MEAN = 0.5
 PRED_IOU_STD = 0.2
 LOGIT_STD = 3.0
+# Of the three masks of a point.
+MULTIMASK_IOU_MEAN = 0.65
+MULTIMASK_IOU_STD = 0.1
+MULTIMASK_LOGIT_STD = 12.0
 
 
 class TinyImageEncoder(nn.Module):
@@ -101,23 +106,38 @@ def spread_answers(sam: Sam, prompts: int = 128) -> None:
 
     size = sam.image_encoder.img_size
     image = nn.functional.interpolate(torch.rand(1, 3, 9, 9) * 255, (size, size), mode="bilinear")
+    embedding = sam.image_encoder(sam.preprocess(image))
     boxes, points, masks = _random_prompts(sam, prompts)
-    sparse, dense = sam.prompt_encoder(
-        points=(points, torch.ones(prompts, 1)), boxes=boxes, masks=masks
-    )
-    logits, pred_iou = decoder(
-        image_embeddings=sam.image_encoder(sam.preprocess(image)),
-        image_pe=sam.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=False,
-    )
+    clicks = (points, torch.ones(prompts, 1))
 
-    iou_layer = decoder.iou_prediction_head.layers[-1]
-    iou_gain = PRED_IOU_STD / pred_iou.std()
-    iou_layer.weight.mul_(iou_gain)
-    iou_layer.bias.mul_(iou_gain).add_(PRED_IOU_MEAN - iou_gain * pred_iou.mean())
+    def answers(multimask: bool, **prompt: Tensor | None) -> tuple[Tensor, Tensor]:
+        sparse, dense = sam.prompt_encoder(points=clicks, **prompt)
+        return decoder(
+            image_embeddings=embedding,
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask,
+        )
 
-    mask_layer = decoder.output_hypernetworks_mlps[0].layers[-1]
-    mask_layer.weight.mul_(LOGIT_STD / logits.std())
-    mask_layer.bias.mul_(LOGIT_STD / logits.std())
+    def fit(token: int, logits: Tensor, pred_iou: Tensor, mean: float, std: float, spread: float):
+        iou_layer = decoder.iou_prediction_head.layers[-1]
+        gain = std / pred_iou.std()
+        iou_layer.weight[token].mul_(gain)
+        iou_layer.bias[token].mul_(gain).add_(mean - gain * pred_iou.mean())
+        mask_layer = decoder.output_hypernetworks_mlps[token].layers[-1]
+        mask_layer.weight.mul_(spread / logits.std())
+        mask_layer.bias.mul_(spread / logits.std())
+
+    logits, pred_iou = answers(multimask=False, boxes=boxes, masks=masks)
+    fit(0, logits, pred_iou, PRED_IOU_MEAN, PRED_IOU_STD, LOGIT_STD)
+    logits, pred_iou = answers(multimask=True, boxes=None, masks=None)
+    for k in range(3):
+        fit(
+            k + 1,
+            logits[:, k],
+            pred_iou[:, k],
+            MULTIMASK_IOU_MEAN,
+            MULTIMASK_IOU_STD,
+            MULTIMASK_LOGIT_STD,
+        )
