@@ -104,7 +104,7 @@ class Attachment:
             if dataloader_idx not in self._understood:
                 raise
             reason = f"{type(error).__name__}: {error}"
-            self._warn_once(f"a batch could not be read and is left out ({reason})")
+            self._warn_once("unread batch", f"a batch could not be read and is left out ({reason})")
             return None
         self._understood.add(dataloader_idx)
         return inputs
@@ -116,22 +116,22 @@ class Attachment:
 
 
 class _WarnOnce:
-    """Warns of the first failure, on whatever process it happens.
+    """Warns of the first failure of each kind, on whatever process it happens.
 
     An object of its own: the refiner holds it, and must not hold on to itself through it.
     """
 
     def __init__(self, owner: str, counted_in: str) -> None:
         self._owner, self._counted_in = owner, counted_in
-        self._warned = False
+        self._kinds: set[str] = set()
 
-    def __call__(self, reason: str) -> None:
-        if self._warned:
+    def __call__(self, kind: str, reason: str) -> None:
+        if kind in self._kinds:
             return
-        self._warned = True
+        self._kinds.add(kind)
         message = (
-            f"{self._owner}: {reason}. Further failures are counted in {self._counted_in} "
-            "without a warning."
+            f"{self._owner}: {reason}. Further failures of this kind are counted in "
+            f"{self._counted_in} without a warning."
         )
         warnings.warn(
             rank_prefixed_message(message, rank_zero_only.rank), RuntimeWarning, stacklevel=2

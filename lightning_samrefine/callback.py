@@ -57,8 +57,10 @@ class SAMRefineCallback(Callback):
     sanity check.
 
     The user's model is not run again and not changed; nothing goes into checkpoints, and training
-    sees the same random numbers as without the callback. An image whose refinement fails keeps
-    its raw prediction, with one warning, and is counted in ``refine_failed_images``.
+    sees the same random numbers as without the callback. Where every image of a loader's first
+    batch fails to be refined, the set-up is wrong and the first error is raised. An image that
+    fails later keeps its raw prediction, with one warning a kind of failure, and is counted in
+    ``refine_failed_images``.
 
     Args:
         sam: A name for `load_sam`, or a `Promptable`. SAM is moved to the Trainer's device for
@@ -257,7 +259,7 @@ class SAMRefineCallback(Callback):
         inputs = self._attachment.read(batch, outputs, evaluation.capture, dataloader_idx)
         if not trainer.sanity_checking:
             label = batch_label(trainer, batch_idx)
-            self._take(evaluation.loaders[dataloader_idx], inputs, batch, label)
+            self._take(evaluation.loaders[dataloader_idx], inputs, batch, label, dataloader_idx)
 
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
@@ -323,7 +325,12 @@ class SAMRefineCallback(Callback):
         )
 
     def _take(
-        self, loader: LoaderEvaluation, inputs: RefineInputs | None, batch: Any, label: str
+        self,
+        loader: LoaderEvaluation,
+        inputs: RefineInputs | None,
+        batch: Any,
+        label: str,
+        dataloader_idx: int,
     ) -> None:
         """Refine and compare a batch; None for one that could not be read."""
         if inputs is None:
@@ -332,7 +339,7 @@ class SAMRefineCallback(Callback):
         inputs = loader.real(inputs)
         if len(inputs) > 0:
             names = sample_names(batch, len(inputs), label)
-            loader.add(inputs, *self._attachment.refiner(inputs), names)
+            loader.add(inputs, *self._attachment.refiner(inputs, dataloader_idx), names)
 
     def _report(self, trainer: Trainer, stage: str) -> None:
         """Log the figures of every loader, remember them, and show what they come from."""

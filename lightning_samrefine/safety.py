@@ -1,9 +1,10 @@
-"""Refining without risk to the run: no failure escapes, no random number is consumed."""
+"""Refining without risk to the run: later failures are counted, no random number is consumed."""
 
 from __future__ import annotations
 
 import random
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -35,42 +36,65 @@ def isolated_rng(device: torch.device) -> Iterator[None]:
 
 
 class SafeRefiner:
-    """Refines what can be refined, and says which images could not be.
+    """Refines what can be refined, and tells which images could not be.
 
     Args:
         refiner: Does the work.
-        warn: Called with a reason whenever an image fails.
+        warn: Called with the kind of a failure and a reason whenever an image fails.
     """
 
-    def __init__(self, refiner: Refiner, warn: Callable[[str], None]) -> None:
+    def __init__(self, refiner: Refiner, warn: Callable[[str, str], None]) -> None:
         self.refiner = refiner
         self._warn = warn
+        # Dataloaders of which an image was refined: what fails there later is no wrong set-up.
+        self._proven: set[int] = set()
 
-    def __call__(self, inputs: RefineInputs) -> tuple[list[Refinement | None], float]:
+    def __call__(
+        self, inputs: RefineInputs, dataloader_idx: int = 0
+    ) -> tuple[list[Refinement | None], float]:
         """Refine a batch, image by image where the batch as a whole fails.
 
         Args:
-            inputs: B samples on SAM's device.
+            inputs: B ≥ 1 samples on SAM's device.
+            dataloader_idx: The loader that they come from.
 
         Returns:
             B refinements, None for an image whose scores are not finite or whose refinement
             raised; and the seconds that it took, the device's pending work included.
+
+        Raises:
+            Exception: The first image's error where every image of a loader's first batch fails:
+                the set-up is wrong, and "no gain" would be a wrong result.
         """
-        finite = [bool(probs.isfinite().all()) for probs in inputs.probs]
-        if not all(finite):
-            self._warn(f"{_KEPT} (its scores hold NaN or infinite values)")
-        wanted = [index for index, usable in enumerate(finite) if usable]
-        refinements: list[Refinement | None] = [None] * len(inputs)
+        outcomes: list[Refinement | Exception] = [
+            ValueError("scores must be finite, got NaN or infinite values") for _ in inputs.probs
+        ]
+        wanted = [index for index, probs in enumerate(inputs.probs) if probs.isfinite().all()]
         device = self.refiner.sam.device
         _synchronize(device)
         start = time.perf_counter()
         with isolated_rng(device):
-            for index, refinement in zip(wanted, self._refine(inputs, wanted), strict=True):
-                refinements[index] = refinement
+            for index, outcome in zip(wanted, self._refine(inputs, wanted), strict=True):
+                outcomes[index] = outcome
         _synchronize(device)
-        return refinements, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        errors = {index: one for index, one in enumerate(outcomes) if isinstance(one, Exception)}
+        if len(errors) < len(outcomes):
+            self._proven.add(dataloader_idx)
+        elif dataloader_idx not in self._proven:
+            raise _explained(errors[0], len(errors), dataloader_idx)
+        for index, error in errors.items():
+            kind = type(error).__name__ if index in wanted else "non-finite scores"
+            self._warn(kind, f"{_KEPT} ({type(error).__name__}: {error})")
+        return [None if isinstance(one, Exception) else one for one in outcomes], seconds
 
-    def _refine(self, inputs: RefineInputs, wanted: list[int]) -> list[Refinement | None]:
+    def trust(self, dataloader_idx: int) -> None:
+        """Take note that the same set-up has refined an image of this loader before."""
+        self._proven.add(dataloader_idx)
+
+    def _refine(self, inputs: RefineInputs, wanted: list[int]) -> list[Refinement | Exception]:
+        if not wanted:
+            return []
         try:
             return list(
                 self.refiner.refine_batch(
@@ -80,12 +104,28 @@ class SafeRefiner:
                 )
             )
         except Exception as error:  # whatever a model or a device may raise
-            reason = f"{type(error).__name__}: {error}"
-        # Out of the handler, so that the error's frames release their tensors before the retry.
-        if len(wanted) == 1:
-            self._warn(f"{_KEPT} ({reason})")
-            return [None]
-        return [refinement for index in wanted for refinement in self._refine(inputs, [index])]
+            _release_tensors(error)
+            if len(wanted) == 1:
+                return [error]
+        # Out of the handler, so that nothing of the failed call is held during the retry.
+        return [outcome for index in wanted for outcome in self._refine(inputs, [index])]
+
+
+def _release_tensors(error: BaseException | None) -> None:
+    """Clear the local variables of an error's frames, and of those of its causes."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _explained(error: Exception, images: int, dataloader_idx: int) -> Exception:
+    """Add to an error why it ends the run, where Python can (from 3.11 on)."""
+    if hasattr(error, "add_note"):
+        error.add_note(
+            f"Refinement failed for all {images} images of the first batch of dataloader "
+            f"{dataloader_idx}, so the set-up is wrong. Later failures are counted and end no run."
+        )
+    return error
 
 
 def _synchronize(device: torch.device) -> None:

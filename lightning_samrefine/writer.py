@@ -258,10 +258,12 @@ class SAMRefineWriter(BasePredictionWriter):
             for index, (stem, image) in enumerate(zip(stems, images, strict=True))
             if not writing.run.is_done(stem, image)
         ]
+        if len(missing) < len(stems):
+            attached.refiner.trust(dataloader_idx)
         if not missing:
             return
         wanted = inputs.take(missing)
-        refinements, _ = attached.refiner(wanted)
+        refinements, _ = attached.refiner(wanted, dataloader_idx)
         for position, (index, refinement) in enumerate(zip(missing, refinements, strict=True)):
             writing.run.write(stems[index], images[index], wanted, position, refinement)
 

@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 from lightning_samrefine import SAMRefineCallback, SAMRefineWriter
 from lightning_samrefine.models.sam import SamPromptable
 
-UNREGIONED, FAILING = 1, 2  # images without a region, and that SAM fails at, wherever they are
+# Images without a region, and that SAM fails at, wherever they are; never the first of a process.
+UNREGIONED, FAILING = 1, 4
 SECONDS = 120
 
 

@@ -59,8 +59,19 @@ def noisy(classes=3, hw=(40, 48), seed=0):
     return image, torch.nn.functional.interpolate(coarse, hw, mode="bilinear")[0].softmax(dim=0)
 
 
-def validate(callback, module=None, loaders=None, **kwargs):
-    trainer = Trainer(**{**SILENT, **kwargs}, callbacks=[callback])
+class AfterFirstBatch(Callback):
+    """Changes a SAM when the first batch is done."""
+
+    def __init__(self, sam, **changes):
+        self.sam, self.changes = sam, changes
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, *_):
+        if batch_idx == 0:
+            vars(self.sam).update(self.changes)
+
+
+def validate(callback, module=None, loaders=None, others=(), **kwargs):
+    trainer = Trainer(**{**SILENT, **kwargs}, callbacks=[callback, *others])
     results = trainer.validate(
         module or Segmenter(), loader() if loaders is None else loaders, verbose=False
     )
@@ -96,13 +107,15 @@ class TestMemory:
 
     @pytest.mark.parametrize("where", ["prompts", "images"])
     def test_one_that_does_not_fit_keeps_raw_and_is_counted(self, where):
-        sam = SmallSam(OUT_OF_MEMORY[1], **{where: 0})
+        sam = SmallSam(OUT_OF_MEMORY[1])
         callback = SAMRefineCallback(sam, num_classes=NUM_CLASSES, refine=REFINE)
+        full = AfterFirstBatch(sam, **{where: 0})
         with pytest.warns(RuntimeWarning, match="allocate memory") as caught:
-            logged = validate(callback, loaders=loader(5, batch_size=2))
+            logged = validate(callback, loaders=loader(5, batch_size=2), others=[full])
         assert sum("SAMRefineCallback" in str(one.message) for one in caught) == 1
-        assert logged["val/refine_failed_images"] == 5
-        assert logged["val/miou_gain"] == 0
+        assert logged["val/refine_failed_images"] == 3
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            validate(callback, loaders=loader(5, batch_size=2))
 
     def test_another_error_is_not_retried(self):
         asked = []
@@ -138,6 +151,8 @@ class TestModelOutput:
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
     def test_an_answer_that_is_no_number_is_counted(self, refine, part, bad):
         class Broken(SamPromptable):
+            is_broken = False
+
             def decode(self, embedding, prompts):
                 return self.spoil(super().decode(embedding, prompts))
 
@@ -145,17 +160,20 @@ class TestModelOutput:
                 return self.spoil(super().decode_multimask(embedding, prompts))
 
             def spoil(self, answer):
+                if not self.is_broken:
+                    return answer
                 return tuple(
                     torch.full_like(v, bad) if i == part else v for i, v in enumerate(answer)
                 )
 
-        callback = SAMRefineCallback(
-            Broken(build_random_sam(), "broken"), num_classes=NUM_CLASSES, refine=refine
-        )
+        sam = Broken(build_random_sam(), "broken")
+        callback = SAMRefineCallback(sam, num_classes=NUM_CLASSES, refine=refine)
+        breaking = AfterFirstBatch(sam, is_broken=True)
         with pytest.warns(RuntimeWarning, match="IoU of NaN or infinity, or a mask"):
-            logged = validate(callback)
-        assert logged["val/refine_failed_images"] == 4
-        assert logged["val/miou_gain"] == 0
+            logged = validate(callback, others=[breaking])
+        assert logged["val/refine_failed_images"] == 2
+        with pytest.raises(FloatingPointError, match="IoU of NaN or infinity, or a mask"):
+            validate(callback)
 
     @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
     def test_upscaled_logits_that_are_no_numbers_cover_nothing(self, bad):

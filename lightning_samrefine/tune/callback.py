@@ -47,7 +47,12 @@ class TuneCallback(SAMRefineCallback):
     @override
     @torch.no_grad()
     def _take(
-        self, loader: LoaderEvaluation, inputs: RefineInputs | None, batch: Any, label: str
+        self,
+        loader: LoaderEvaluation,
+        inputs: RefineInputs | None,
+        batch: Any,
+        label: str,
+        dataloader_idx: int,
     ) -> None:
         if inputs is not None:
             self._visit(self._attachment.refiner.refiner, inputs)
