@@ -16,10 +16,10 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.refine_files import with_refine_files
+from lightning_samrefine.setup_errors import SetupError, explain
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -35,12 +35,7 @@ TASKS = ("validate", "test", "fit", "tune", "predict")
 # What the data module knows better than the command line, where the config leaves it null.
 INHERITED = ("num_classes", "class_names", "ignore_index", "image_mean", "image_std", "image_range")
 
-_LONGEST_MESSAGE = 600
 _FOLDER_MARK = "<output_dir>"
-
-
-class SetupError(Exception):
-    """A wrong set-up that one sentence explains; the cause is chained."""
 
 
 def config_dir() -> Path:
@@ -107,29 +102,6 @@ def run(cfg: DictConfig) -> float | None:
         _write_curve(trainer, folder / "curve.png")
         print_summary(metrics, folder)
     return refined_miou(metrics, "test" if cfg.task == "test" else "val")
-
-
-def explain(error: Exception) -> str | None:
-    """Say in one sentence what is wrong with the set-up, or ``None`` if that is not what failed."""
-    # The cheap classes first: loading Lightning to report a mistyped path would take seconds.
-    is_setup = (
-        isinstance(error, SetupError | ValueError | FileNotFoundError | OmegaConfBaseException)
-        or _is_misconfiguration(error)
-        or str(error).startswith("Error(s) in loading state_dict")  # a RuntimeError of torch
-        or (isinstance(error, ImportError) and "pip install" in str(error))  # an extra is absent
-    )
-    if not is_setup:
-        return None
-    sentence = " ".join(str(error).split())
-    if len(sentence) > _LONGEST_MESSAGE:
-        sentence = sentence[:_LONGEST_MESSAGE] + " …"
-    return sentence
-
-
-def _is_misconfiguration(error: Exception) -> bool:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    return isinstance(error, MisconfigurationException)
 
 
 def _job(cfg: DictConfig) -> float | None:

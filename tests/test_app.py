@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from PIL import Image
@@ -338,6 +338,53 @@ def test_a_failure_that_is_no_setup_keeps_its_traceback():
     assert explain(RuntimeError("out of memory")) is None
     assert explain(MisconfigurationException("two\n lines")) == "two lines"
     assert explain(SetupError("x" * 10_000)).endswith(" …")
+
+
+class Mistaken(Pixelwise):
+    """Raises in its step what a wrong set-up raises, too."""
+
+    def validation_step(self, batch, batch_idx):
+        raise ValueError("mine")
+
+
+class Absent(torch.utils.data.Dataset):
+    """Does not find its file."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise FileNotFoundError("mine")
+
+
+class Workers(LightningDataModule):
+    """Reads in a process of its own."""
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(Absent(), num_workers=1)
+
+
+def test_an_error_in_the_users_own_code_keeps_its_traceback(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    own = ["segmenter=custom", "segmenter._target_=test_app.Mistaken", "+segmenter.num_classes=4"]
+    with pytest.raises(ValueError, match="mine") as info:
+        _job(composed(tmp_path, *overrides(folder), *own))
+    assert info.traceback[-1].name == "validation_step"
+    assert explain(info.value) is None
+
+
+def test_an_error_in_a_worker_process_is_told_apart(tmp_path):
+    own = ["segmenter=custom", "segmenter._target_=test_app.Pixelwise", "+segmenter.num_classes=4"]
+    own += ["data=custom", "data._target_=test_app.Workers", "callback.num_classes=4", *SAM]
+    with pytest.raises(FileNotFoundError, match="DataLoader worker") as info:
+        run(composed(tmp_path, *own, "trainer.accelerator=cpu"))
+    assert explain(info.value) is None
+    loader = torch.utils.data.DataLoader(
+        ["bets"], batch_size=None, collate_fn=RefineConfig.preset, num_workers=1
+    )
+    with pytest.raises(ValueError, match="DataLoader worker") as info:
+        next(iter(loader))
+    assert explain(info.value).startswith("preset: got 'bets'")
 
 
 # --- the command itself --------------------------------------------------------------------------
