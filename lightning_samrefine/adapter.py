@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_samrefine.batch_search import (
-    Leaf,
-    Samples,
-    at_key,
-    at_position,
-    describe,
-    find_named,
-    leaves,
-)
+from lightning_samrefine.batch_search import Samples, describe
+from lightning_samrefine.found import Found, Roles
 from lightning_samrefine.images import RgbConverter
-from lightning_samrefine.scores import SCORES_KINDS, ScoresKind, is_score_map, to_probs
-
-IMAGE_NAMES = (
-    "image", "images", "img", "imgs", "pixel_values", "input", "inputs", "x",
-)  # fmt: skip
-TARGET_NAMES = (
-    "mask", "masks", "target", "targets", "label", "labels", "gt", "ground_truth", "seg",
-    "segmentation", "semantic", "semantic_mask", "semantic_seg", "seg_mask", "annotation", "y",
-)  # fmt: skip
-# In a step's output the other names are as likely to hold a prediction.
-TARGET_NAMES_IN_OUTPUTS = ("target", "targets", "gt", "ground_truth", "y", "y_true")
-SCORES_NAMES = (
-    "logits", "probs", "probabilities", "scores", "preds", "pred", "predictions", "prediction",
-    "out", "output", "outputs", "y_hat", "y_pred", "masks_pred", "pred_masks",
-)  # fmt: skip
+from lightning_samrefine.roles import MissingTargetError, RoleSearch
+from lightning_samrefine.score_search import QUERIES, query_masks
+from lightning_samrefine.scores import SCORES_KINDS, ScoresKind, to_probs
 
 
 @dataclass(frozen=True)
@@ -72,6 +52,21 @@ class RefineInputs:
         )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A converted batch and where it came from.
+
+    Attributes:
+        inputs: In the refiner's terms.
+        roles: Where image, target and scores were; None where an adapter returned `RefineInputs`.
+        kind: What the scores were said to be.
+    """
+
+    inputs: RefineInputs
+    roles: Roles | None
+    kind: ScoresKind
+
+
 AdapterFunction = Callable[[Any, Any, Tensor | None], RefineInputs | Mapping[str, Any]]
 """``adapter(batch, outputs, captured)``: the batch, what the step returned, and the scores that a
 forward hook saw (or None). Returns `RefineInputs`, or a mapping with ``image``, ``target`` and one
@@ -82,16 +77,17 @@ of ``logits``, ``probs`` and ``labels``, which are then treated like any others.
 class BatchAdapter:
     """Finds image, target and scores, and converts them.
 
-    The image and the target are looked for in the batch, then in what the step returned; scores
-    in what it returned, then in what a forward hook saw, then in the batch. In each by the usual
-    names (up to three containers deep), then by position: a tuple batch is (image, target, …), a
-    step's output its only tensor that looks like scores.
+    The image and the target are looked for in the batch, then in what the step returned: by the
+    usual names (up to three containers deep), then by position, a tuple batch being (image,
+    target, …); both come from one container where several hold them. Scores are what has a usual
+    name in the step's output, else what a forward hook saw, else a single tensor in the output or
+    one with a usual name in the batch. See docs/reading.md, and `RoleSearch`.
 
     Args:
         num_classes: C ≥ 2. None until it is known; needed to convert.
         image_key: Where the image is, such as ``"image"``, ``"data.image"`` or ``"0"``.
         target_key: Where the target is.
-        scores_key: Where the scores are.
+        scores_key: Where the scores are; ``"forward"`` is what the forward hook saw.
         scores_kind: What the scores are, see `to_probs`.
         rgb: Undoes the image's normalisation.
         function: Replaces the search, see `AdapterFunction`.
@@ -151,55 +147,66 @@ class BatchAdapter:
                 fit: shapes, number of classes, value ranges.
             TypeError: A custom adapter returned something else.
         """
+        return self.read(batch, outputs, captured, seen).inputs
+
+    def read(
+        self,
+        batch: Any,
+        outputs: Any,
+        captured: Tensor | None = None,
+        seen: str = "nothing",
+        settled: Roles | None = None,
+    ) -> Reading:
+        """Convert one batch, and say what was read.
+
+        Args:
+            batch: As in a call.
+            outputs: As in a call.
+            captured: As in a call.
+            seen: As in a call.
+            settled: What an earlier batch was read from: this one is read from the same places.
+
+        Raises:
+            MissingTargetError: Nothing but the target is missing.
+            ValueError: As in a call.
+            TypeError: As in a call.
+        """
         kind = self.scores_kind
         if self.function is not None:
             found = self.function(batch, outputs, captured)
             if isinstance(found, RefineInputs):
-                return self._checked(found)
-            image, target, scores, kind = _unpack(found)
-            target = target if self.needs_target else None
+                return Reading(self._checked(found), None, kind)
+            roles, kind = _unpack(found)
+            roles = roles if self.needs_target else replace(roles, target=None)
         else:
-            image = self._find_image(batch, outputs)
-            target = self._find_target(batch, outputs)
-            scores = self._find_scores(batch, outputs, captured)
+            search = RoleSearch(
+                self._num_classes,
+                self.image_key,
+                self.target_key,
+                self.scores_key,
+                kind,
+                self.needs_target,
+            )
+            if settled is None:
+                roles = search(batch, outputs, captured)
+            else:
+                roles = search.again(settled, batch, outputs, captured)
+        image, target, scores = roles.image, roles.target, roles.scores
         missing = [
             role
             for role, value in (("image", image), ("target", target), ("scores", scores))
             if value is None and (role != "target" or self.needs_target)
         ]
         if image is None or scores is None or missing:
-            raise ValueError(self._not_found(missing, batch, outputs, seen))
-        return self._convert(self._move(image), self._move(target), self._move(scores), kind)
-
-    def _find_image(self, batch: Any, outputs: Any) -> Samples | None:
-        if self.image_key is not None:
-            return _first(at_key(batch, self.image_key), at_key(outputs, self.image_key))
-        return _first(
-            batch if isinstance(batch, Tensor) else None,
-            _in_batch(batch, 0, IMAGE_NAMES, _is_image),
-            find_named(outputs, IMAGE_NAMES, _is_image),
+            error = MissingTargetError if missing == ["target"] else ValueError
+            raise error(self._not_found(missing, batch, outputs, seen))
+        inputs = self._convert(
+            self._move(image.value),
+            None if target is None else self._move(target.value),
+            self._move(scores.value),
+            kind,
         )
-
-    def _find_target(self, batch: Any, outputs: Any) -> Samples | None:
-        if not self.needs_target:
-            return None
-        if self.target_key is not None:
-            return _first(at_key(batch, self.target_key), at_key(outputs, self.target_key))
-        return _first(
-            _in_batch(batch, 1, TARGET_NAMES, _is_target),
-            find_named(outputs, TARGET_NAMES_IN_OUTPUTS, _is_target),
-        )
-
-    def _find_scores(self, batch: Any, outputs: Any, captured: Tensor | None) -> Samples | None:
-        if self.scores_key is not None:
-            return _first(at_key(outputs, self.scores_key), at_key(batch, self.scores_key))
-        return _first(
-            find_scores(outputs, self._num_classes),
-            captured,
-            find_named(batch, SCORES_NAMES, partial(_fits_scores, num_classes=self._num_classes)),
-            # What is named right but shaped wrong gets an error about its shape in `to_probs`.
-            find_named(outputs, SCORES_NAMES, _has_pixels),
-        )
+        return Reading(inputs, roles, kind)
 
     @property
     def _num_classes(self) -> int:
@@ -213,8 +220,10 @@ class BatchAdapter:
             role if keys[role] is None else f"{role} under {role}_key={keys[role]!r}"
             for role in missing
         )
+        queries = "scores" in missing and query_masks(outputs, self._num_classes)
+        hint = f"The step returned {QUERIES}. " if queries else ""
         return (
-            f"No {wanted} found. The batch is {describe(batch)}; the step returned "
+            f"No {wanted} found. {hint}The batch is {describe(batch)}; the step returned "
             f"{describe(outputs)}; forward hooks saw {seen}. Scores are float "
             f"(B, {self.num_classes}, H, W), or integer (B, H, W) under a usual name. "
             "Return the scores from the step (such as {'logits': logits}), name what is there "
@@ -286,43 +295,6 @@ class BatchAdapter:
         return inputs
 
 
-def find_scores(outputs: Any, num_classes: int) -> Samples | None:
-    """Find scores in what a step or a network returned, None where there are none.
-
-    Takes the first fitting tensor under a usual name, or else the only tensor that looks like
-    scores. ``"out"`` of torchvision's networks and ``"logits"`` of transformers' are such names.
-    """
-    found = find_named(outputs, SCORES_NAMES, lambda value: _fits_scores(value, num_classes))
-    if found is not None:
-        return found
-    if isinstance(outputs, Tensor):
-        # The step returned this and nothing else, so integers are a label map as well.
-        return outputs if _fits_scores(outputs, num_classes) else None
-    fitting = [leaf for leaf in leaves(outputs) if _looks_like_scores(leaf, num_classes)]
-    return fitting[0].value if len(fitting) == 1 else None
-
-
-def _first(*candidates: Samples | None) -> Samples | None:
-    return next((value for value in candidates if value is not None), None)
-
-
-def _in_batch(
-    batch: Any, position: int, names: Sequence[str], fits: Callable[[Samples], bool]
-) -> Samples | None:
-    """Find by name, then by position, then what only its shape speaks against.
-
-    The last gets an error about its shape where it is converted, which says more than "not
-    found".
-    """
-    by_position = at_position(batch, position)
-    return _first(
-        find_named(batch, names, fits),
-        by_position if by_position is not None and fits(by_position) else None,
-        find_named(batch, names, _has_pixels),
-        by_position,
-    )
-
-
 def to_labels(target: Tensor, labels: Tensor) -> Tensor:
     """Convert a target to (B, H, W) int64.
 
@@ -351,9 +323,7 @@ def to_labels(target: Tensor, labels: Tensor) -> Tensor:
     return maps.to(torch.int64)
 
 
-def _unpack(
-    found: Any,
-) -> tuple[Samples | None, Samples | None, Samples | None, ScoresKind]:
+def _unpack(found: Any) -> tuple[Roles, ScoresKind]:
     """Read a custom adapter's mapping."""
     kinds: tuple[Literal["logits", "probs", "labels"], ...] = ("logits", "probs", "labels")
     given = [kind for kind in kinds if isinstance(found, Mapping) and found.get(kind) is not None]
@@ -362,35 +332,9 @@ def _unpack(
             f"adapter: got {describe(found)}, accepted is RefineInputs or a mapping with image, "
             "target and one of logits, probs and labels"
         )
-    return found["image"], found.get("target"), found[given[0]], given[0]
 
+    def at(key: str) -> Found | None:
+        value = found.get(key)
+        return None if value is None else Found("adapter", (key,), value)
 
-def _is_image(value: Samples) -> bool:
-    return value.ndim == 4 if isinstance(value, Tensor) else all(item.ndim == 3 for item in value)
-
-
-def _is_target(value: Samples) -> bool:
-    if isinstance(value, Tensor):
-        return value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1)
-    return all(item.ndim == 2 or item.shape[0] == 1 for item in value)
-
-
-def _fits_scores(value: Samples, num_classes: int) -> bool:
-    """Whether a value under a usual name can be scores: label maps and binary maps included."""
-    items = [value] if isinstance(value, Tensor) else [item[None] for item in value]
-    return all(
-        is_score_map(item, num_classes)
-        or (
-            _is_target(item)
-            and (not item.is_floating_point() or (num_classes == 2 and item.ndim == 3))
-        )
-        for item in items
-    )
-
-
-def _looks_like_scores(leaf: Leaf, num_classes: int) -> bool:
-    return isinstance(leaf.value, Tensor) and is_score_map(leaf.value, num_classes)
-
-
-def _has_pixels(value: Samples) -> bool:
-    return not isinstance(value, Tensor) or value.ndim >= 3
+    return Roles(at("image"), at("target"), at(given[0])), given[0]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models import Promptable
@@ -14,18 +18,32 @@ from lightning_samrefine.precision import PRECISIONS
 from lightning_samrefine.refine_files import is_refine_file, read_refine, refine_from_mapping
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse anything but an integer of at least ``least``.
+def as_integer(value: Any) -> int | None:
+    """Return an integer of Python, NumPy or torch (also in an array of no dimension), else None."""
+    if isinstance(value, bool | np.bool_) or getattr(value, "ndim", 0) != 0:
+        return None
+    if isinstance(value, Tensor) and (value.dtype == torch.bool or value.is_floating_point()):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return an integer of at least ``least``, and refuse anything else.
 
     Raises:
         TypeError: No integer.
         ValueError: Too small.
     """
     accepted = f"accepted is an integer of at least {least}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    number = as_integer(value)
+    if number is None:
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, {accepted}")
-    if value < least:
+    if number < least:
         raise ValueError(f"{name}: got {value!r}, {accepted}")
+    return number
 
 
 def check_sam(sam: Any, checkpoint: Any, precision: Any) -> None:
@@ -100,7 +118,7 @@ def parse_num_classes(num_classes: int | None, class_names: Sequence[str] | None
         num_classes = None if class_names is None else len(class_names)
     if num_classes is None:
         return None
-    check_count("num_classes", num_classes)
+    num_classes = check_count("num_classes", num_classes)
     if num_classes < 2:
         raise MisconfigurationException(
             "num_classes: got 1, accepted is at least 2: a one-channel binary model has 2 classes, "
@@ -120,8 +138,8 @@ def num_classes_of(pl_module: LightningModule) -> int:
         MisconfigurationException: It does not say.
     """
     for owner in (pl_module, pl_module.hparams):
-        value = getattr(owner, "num_classes", None)
-        if isinstance(value, int) and value >= 1:
+        value = as_integer(getattr(owner, "num_classes", None))
+        if value is not None and value >= 1:
             return max(value, 2)
     raise MisconfigurationException(
         f"num_classes: got None, and {type(pl_module).__name__} has neither num_classes nor "

@@ -14,13 +14,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_samrefine.adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.arguments import num_classes_of
+from lightning_samrefine.batch_search import describe
 from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.capture import ScoresCapture
 from lightning_samrefine.class_gate import check_classes
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.found import Roles
 from lightning_samrefine.models import Promptable, load_sam
 from lightning_samrefine.models.protocol import accepts_masks
+from lightning_samrefine.reading_summary import summarize
 from lightning_samrefine.refiner import Refiner
+from lightning_samrefine.roles import MissingTargetError
 from lightning_samrefine.safety import SafeRefiner, isolated_rng
 
 
@@ -70,16 +74,20 @@ class Attachment:
             self.refiner = SafeRefiner(Refiner(sam, config, precision, cache), self._warn_once)
         self.adapter: BatchAdapter | None = None
         # Loaders of which a batch was read: what fails there later is no set-up error.
-        self._understood: set[int] = set()
+        self._understood: dict[int, Roles | None] = {}
+        # Loaders without targets, which are left out.
+        self._without_targets: set[int] = set()
+        self._announced: set[int] = set()
 
     def bind(
         self, adapter: BatchAdapter, num_classes: int | None, pl_module: LightningModule
     ) -> BatchAdapter:
-        """Settle the number of classes, after the module's own setup and before any batch.
+        """Settle the number of classes, after the module's own setup and before any evaluation.
 
         Raises:
             MisconfigurationException: Nobody says how many there are.
         """
+        self._announced.clear()
         if self.adapter is None:
             num_classes = num_classes or num_classes_of(pl_module)
             refiner = self.refiner.refiner
@@ -94,20 +102,63 @@ class Attachment:
 
     @torch.no_grad()
     def read(
-        self, batch: Any, outputs: Any, capture: ScoresCapture, dataloader_idx: int
+        self,
+        batch: Any,
+        outputs: Any,
+        capture: ScoresCapture,
+        dataloader_idx: int,
+        loaders: int = 1,
+        ignore_index: int | None = None,
     ) -> RefineInputs | None:
-        """Read a batch; None for one that cannot be read although others of its loader could."""
+        """Read a batch, and log at the first of an evaluation what is read.
+
+        Args:
+            batch: As the dataloader yields it; what the step has taken out of it is put back.
+            outputs: What the step returned.
+            capture: What left the network.
+            dataloader_idx: The loader's number.
+            loaders: How many there are; of several, those without targets are left out.
+            ignore_index: For the log.
+
+        Returns:
+            None for a batch that cannot be read although others of its loader could, and for a
+            loader that `is_left_out`.
+
+        Raises:
+            ValueError: The first batch of a loader cannot be read.
+        """
         assert self.adapter is not None  # bind comes before any batch
+        if self.is_left_out(dataloader_idx):
+            return None
+        batch = capture.whole(batch)
+        settled = self._understood.get(dataloader_idx)
         try:
-            inputs = self.adapter(batch, outputs, *capture.take())
+            reading = self.adapter.read(batch, outputs, *capture.take(outputs), settled=settled)
+        except MissingTargetError:
+            if dataloader_idx in self._understood or len(self._without_targets) + 1 >= loaders:
+                raise
+            self._without_targets.add(dataloader_idx)
+            self._warn_once(
+                f"dataloader {dataloader_idx} has no target under a usual name or target_key and "
+                f"is left out; the batch is {describe(batch)}"
+            )
+            return None
         except Exception as error:
             if dataloader_idx not in self._understood:
                 raise
             reason = f"{type(error).__name__}: {error}"
             self._warn_once("unread batch", f"a batch could not be read and is left out ({reason})")
             return None
-        self._understood.add(dataloader_idx)
-        return inputs
+        self._understood[dataloader_idx] = None if reading.roles is None else reading.roles.places()
+        if dataloader_idx not in self._announced:
+            self._announced.add(dataloader_idx)
+            which = f"dataloader {dataloader_idx}: " if loaders > 1 else ""
+            rank_zero_info(f"{self._owner}: {which}{summarize(reading, ignore_index)}")
+        return reading.inputs
+
+    def is_left_out(self, dataloader_idx: int) -> bool:
+        """Whether a loader has no targets, and others have."""
+        return dataloader_idx in self._without_targets
 
     def release(self) -> None:
         """Move a user's own SAM back to where it was."""

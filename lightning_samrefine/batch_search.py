@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import PurePath
+from types import ModuleType
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_DEPTH = 3  # such as a tuple of dicts of dicts
+
+# What may have attributes or keys and is nevertheless one value.
+_OPAQUE = (
+    str, bytes, int, float, complex, type(None), Tensor, np.ndarray, np.generic, nn.Module,
+    PurePath, type, ModuleType,
+)  # fmt: skip
 
 Samples: TypeAlias = "Tensor | list[Tensor]"
 """One batched tensor, or a list with one tensor per image where sizes differ."""
@@ -24,7 +34,7 @@ class Leaf:
 
 
 def leaves(container: Any, path: tuple[str | int, ...] = ()) -> Iterator[Leaf]:
-    """Yield the tensors of nested mappings, dataclasses, tuples and lists, in their order.
+    """Yield the tensors of nested mappings, sequences and objects, in their order.
 
     Below the top, a list or tuple of nothing but tensors of 2 or 3 dimensions is one leaf: images
     of different sizes.
@@ -38,34 +48,22 @@ def leaves(container: Any, path: tuple[str | int, ...] = ()) -> Iterator[Leaf]:
             yield from leaves(value, (*path, key))
 
 
-def find_named(
-    container: Any, names: Sequence[str], fits: Callable[[Samples], bool]
-) -> Samples | None:
-    """Return the first fitting value under one of the names.
-
-    An earlier name wins, then the shallower place, then the earlier one. Case does not matter.
-    """
-    found = list(leaves(container))
-    for name in names:
-        named = [leaf for leaf in found if leaf.path and str(leaf.path[-1]).lower() == name]
-        for leaf in sorted(named, key=lambda leaf: len(leaf.path)):
-            if fits(leaf.value):
-                return leaf.value
-    return None
+def named(container: Any, names: Sequence[str]) -> list[Leaf]:
+    """Return what lies under one of the names, an earlier name first. Case does not matter."""
+    found = [leaf for leaf in leaves(container) if leaf.path]
+    return [leaf for name in names for leaf in found if str(leaf.path[-1]).lower() == name]
 
 
-def at_position(container: Any, index: int) -> Samples | None:
+def at_position(container: Any, index: int) -> Leaf | None:
     """Return entry ``index`` of a tuple or list, where it is a tensor or a list of tensors."""
     if not isinstance(container, Sequence) or isinstance(container, str):
         return None
-    return next((leaf.value for leaf in leaves(container) if leaf.path == (index,)), None)
+    return next((leaf for leaf in leaves(container) if leaf.path == (index,)), None)
 
 
-def at_key(container: Any, key: str) -> Samples | None:
+def at_key(container: Any, key: str) -> Leaf | None:
     """Return what lies under a user's key, such as ``"mask"``, ``"data.mask"`` or ``"1"``."""
-    return next(
-        (leaf.value for leaf in leaves(container) if ".".join(map(str, leaf.path)) == key), None
-    )
+    return next((leaf for leaf in leaves(container) if ".".join(map(str, leaf.path)) == key), None)
 
 
 def batch_size(container: Any) -> int:
@@ -96,15 +94,68 @@ def describe(value: Any, depth: int = MAX_DEPTH) -> str:
 
 def entries(container: Any) -> list[tuple[str | int, Any]]:
     """Return a container's keys or indices with what is under them; none where it is none."""
+    return [(key if isinstance(key, int) else str(key), value) for key, value in _items(container)]
+
+
+def snapshot(container: Any, depth: int = MAX_DEPTH) -> dict[Any, tuple[Any, Any]] | None:
+    """Remember what a container holds, without copying a tensor; see `restore`."""
+    if depth == 0:
+        return None
+    return {key: (value, snapshot(value, depth - 1)) for key, value in _items(container)} or None
+
+
+def restore(container: Any, kept: dict[Any, tuple[Any, Any]] | None) -> Any:
+    """Undo removals since `snapshot`; what was replaced stays as it is.
+
+    Returns:
+        The container itself where nothing was removed, else a shallow copy with everything.
+    """
+    if kept is None:
+        return container
+    now = dict(_items(container))
+    if isinstance(container, list) and len(container) < len(kept):
+        now = {}  # what is left has moved up
+    missing = {}
+    for key, (value, inner) in kept.items():
+        before = now.get(key, value)
+        whole = restore(before, inner) if before is value else before
+        if key not in now or whole is not before:
+            missing[key] = whole
+    if not missing:
+        return container
+    if isinstance(container, list | tuple):
+        values = [missing.get(key, now.get(key)) for key in kept]
+        make = type(container)
+        return make(*values) if hasattr(container, "_fields") else make(values)
+    copied = copy.copy(container)
+    for key, value in missing.items():
+        if hasattr(copied, "__setitem__"):
+            copied[key] = value
+        else:
+            setattr(copied, key, value)
+    return copied
+
+
+def _items(container: Any) -> list[tuple[Any, Any]]:
+    """Return pairs of key and value: of mappings, sequences, and objects by their attributes."""
     if isinstance(container, Mapping):
-        return [(key if isinstance(key, int) else str(key), container[key]) for key in container]
-    if is_dataclass(container) and not isinstance(container, type):
-        return [(field.name, getattr(container, field.name)) for field in fields(container)]
+        return [(key, container[key]) for key in container]
     if isinstance(container, tuple) and hasattr(container, "_fields"):
         return list(zip(container._fields, container, strict=True))
     if isinstance(container, list | tuple):
         return list(enumerate(container))
-    return []
+    if isinstance(container, _OPAQUE) or callable(container):
+        return []
+    if callable(getattr(container, "keys", None)) and hasattr(container, "__getitem__"):
+        return [(key, container[key]) for key in container.keys()]  # noqa: SIM118 - no mapping
+    if is_dataclass(container):
+        names = [field.name for field in fields(container)]
+    else:
+        slots = getattr(type(container), "__slots__", ())
+        attributes = getattr(container, "__dict__", ())
+        names = [*([slots] if isinstance(slots, str) else slots), *attributes]
+    public = (name for name in names if not name.startswith("_") and hasattr(container, name))
+    return [(name, getattr(container, name)) for name in public]
 
 
 def _is_sample_list(container: Any) -> bool:

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_samrefine.adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.arguments import (
+    as_integer,
     check_count,
     check_sam,
     parse_class_names,
@@ -156,17 +157,17 @@ class SAMRefineCallback(Callback):
         super().__init__()
         check_sam(sam, checkpoint, precision)
         make_cache(cache, cache_gb)  # refuses what it cannot make
-        check_count("every_n_epochs", every_n_epochs)
-        check_count("trimap_width", trimap_width)
+        every_n_epochs = check_count("every_n_epochs", every_n_epochs)
+        trimap_width = check_count("trimap_width", trimap_width)
         if max_batches is not None:
-            check_count("max_batches", max_batches)
-        if ignore_index is not None and not isinstance(ignore_index, int):
+            max_batches = check_count("max_batches", max_batches)
+        if ignore_index is not None and (number := as_integer(ignore_index)) is None:
             raise TypeError(f"ignore_index: got {ignore_index!r}, accepted is an integer or None")
         self.sam = sam
         self.checkpoint = checkpoint
         self.class_names = parse_class_names(class_names)
         self.num_classes = parse_num_classes(num_classes, self.class_names)
-        self.ignore_index = ignore_index
+        self.ignore_index = None if ignore_index is None else number
         self.refine_config = parse_refine(refine)
         self.precision = precision
         self.cache = cache
@@ -241,7 +242,7 @@ class SAMRefineCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._evaluation is not None and self._is_measured(batch_idx):
-            self._evaluation.capture.arm()
+            self._evaluation.capture.arm(batch)
 
     @override
     def on_validation_batch_end(
@@ -256,8 +257,15 @@ class SAMRefineCallback(Callback):
         evaluation = self._evaluation
         if evaluation is None or not self._is_measured(batch_idx):
             return
-        inputs = self._attachment.read(batch, outputs, evaluation.capture, dataloader_idx)
-        if not trainer.sanity_checking:
+        inputs = self._attachment.read(
+            batch,
+            outputs,
+            evaluation.capture,
+            dataloader_idx,
+            len(evaluation.loaders),
+            self.ignore_index,
+        )
+        if not trainer.sanity_checking and not self._attachment.is_left_out(dataloader_idx):
             label = batch_label(trainer, batch_idx)
             self._take(evaluation.loaders[dataloader_idx], inputs, batch, label, dataloader_idx)
 
@@ -348,7 +356,9 @@ class SAMRefineCallback(Callback):
             cache.end_epoch(stage)
         evaluated: list[Evaluated] = []
         for index, loader in enumerate(loaders):
-            result = loader.comparison.result()
+            result = loader.comparison.result()  # a collective call, also of a loader left out
+            if result.counts[0] == 0 and len(loaders) > 1:
+                continue
             figures = result.figures()
             suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""
             if not trainer.barebones:  # which forbids to log, see `setup`

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_samrefine.adapter import find_scores
+from lightning_samrefine.batch_search import restore, snapshot
+from lightning_samrefine.score_search import QUERIES, network_scores, query_masks
 
 
 class ScoresCapture:
@@ -21,7 +22,9 @@ class ScoresCapture:
     of them the step means cannot be known.
 
     Under a strategy that sends the step through ``forward`` the module's hook also fires with
-    what the step returns, which holds no scores where this is needed.
+    what the step returns, which is no network's output and not taken for one.
+
+    Children that take no hooks, as scripted ones do, are named where nothing was seen.
 
     Args:
         module: The LightningModule.
@@ -31,28 +34,38 @@ class ScoresCapture:
     def __init__(self, module: nn.Module, num_classes: int) -> None:
         self._num_classes = num_classes
         self._armed = False
-        self._own: list[Tensor] = []
-        self._children: list[Tensor] = []
-        self._misfit: Tensor | None = None
-        self._handles: list[RemovableHandle] = [module.register_forward_hook(self._on_own)]
-        self._handles += [
-            child.register_forward_hook(self._on_child) for child in _called_children(module)
-        ]
-
-    def arm(self) -> None:
-        """Start remembering: a batch begins."""
         self._forget()
+        self._handles: list[RemovableHandle] = [module.register_forward_hook(self._on_own)]
+        self._without_hooks: list[str] = []
+        for name, child in _called_children(module):
+            try:
+                self._handles.append(child.register_forward_hook(self._on_child))
+            except RuntimeError:
+                self._without_hooks.append(f"{name!r} ({type(child).__name__})")
+
+    def arm(self, batch: Any = None) -> None:
+        """Start remembering: a batch begins, whose entries a step may take out of it."""
+        self._forget()
+        self._batch = snapshot(batch)
         self._armed = True
 
-    def take(self) -> tuple[Tensor | None, str]:
+    def whole(self, batch: Any) -> Any:
+        """Return the batch with what the step has taken out of it since `arm`."""
+        return restore(batch, self._batch)
+
+    def take(self, outputs: Any = None) -> tuple[Tensor | None, str]:
         """Stop remembering.
+
+        Args:
+            outputs: What the step returned.
 
         Returns:
             The scores of this batch or None, and what was seen, for an error. A 4-D tensor of
             another number of channels counts as scores only where the module itself returned it
             and nothing fitting came by: it deserves an error of its own.
         """
-        own, children, misfit = self._own, self._children, self._misfit
+        own = [scores for step, scores in self._own if step is None or step is not outputs]
+        children, misfit, queries = self._children, self._misfit, self._queries
         self._armed = False
         self._forget()
         for who, calls in (("forward", own), ("the module's children", children)):
@@ -60,7 +73,13 @@ class ScoresCapture:
                 return calls[0], f"scores from {who}"
             if calls:
                 return None, f"scores from {len(calls)} calls of {who}, ambiguous"
-        return misfit, "nothing" if misfit is None else "a tensor from forward"
+        if queries:
+            return None, QUERIES
+        if misfit is not None:
+            return misfit, "a tensor from forward"
+        if self._without_hooks:
+            return None, f"nothing; {', '.join(self._without_hooks)} takes no forward hooks"
+        return None, "nothing"
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -70,14 +89,20 @@ class ScoresCapture:
         self.take()
 
     def _forget(self) -> None:
-        self._own, self._children, self._misfit = [], [], None
+        self._own: list[tuple[Any, Tensor]] = []
+        self._children: list[Tensor] = []
+        self._misfit: Tensor | None = None
+        self._queries = False
+        self._batch: Any = None
 
     def _on_own(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._armed:
             return
         scores = self._scores_in(output)
         if scores is not None:
-            self._own.append(scores)
+            # Whoever is given a batch's index is the step, sent through forward.
+            is_step = any(isinstance(value, int) for value in inputs)
+            self._own.append((output if is_step else None, scores))
         elif isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
             self._misfit = output.detach()
 
@@ -89,15 +114,16 @@ class ScoresCapture:
         self._children.append(scores)
 
     def _scores_in(self, output: Any) -> Tensor | None:
-        found = find_scores(output, self._num_classes)
-        fits = isinstance(found, Tensor) and found.ndim == 4 and found.is_floating_point()
-        return found.detach() if fits else None
+        found = network_scores(output, self._num_classes)
+        if found is None:
+            self._queries |= bool(query_masks(output, self._num_classes))
+        return None if found is None else found.detach()
 
 
-def _called_children(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
+def _called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
         # Containers are indexed, not called.
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _called_children(child)
+            yield from ((f"{name}.{inner}", one) for inner, one in _called_children(child))
         else:
-            yield child
+            yield name, child

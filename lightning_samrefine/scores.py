@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, TypeAlias
+from typing import Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,16 +30,62 @@ def is_score_map(value: Tensor, num_classes: int) -> bool:
     )
 
 
+def has_whole_stride(scores_hw: tuple[int, int], image_hw: tuple[int, int]) -> bool:
+    """Whether scores have an image's size, or that divided by one whole number in both directions.
+
+    Both roundings of the quotient count: networks differ in them.
+    """
+    (height, width), (full_height, full_width) = scores_hw, image_hw
+    if not (0 < height <= full_height and 0 < width <= full_width):
+        return False
+    return any(
+        height in (full_height // stride, -(-full_height // stride))
+        and width in (full_width // stride, -(-full_width // stride))
+        for stride in range(1, max(full_height // height, full_width // width) + 2)
+    )
+
+
+def one_hot_labels(maps: Tensor) -> Tensor | None:
+    """Return the labels of hard predictions, None where there are others.
+
+    Args:
+        maps: (B, K, h, w), one-hot over K ≥ 2 classes; or 0 and 1 in (B, 1, h, w) or (B, h, w).
+
+    Returns:
+        (B, h, w) int64.
+    """
+    if maps.ndim not in (3, 4) or not _is_binary(maps):
+        return None
+    if maps.ndim == 3 or maps.shape[1] == 1:
+        return (maps if maps.ndim == 3 else maps[:, 0]).long()
+    return maps.long().argmax(dim=1) if bool((maps.sum(dim=1) == 1).all()) else None
+
+
+def kind_of(scores: Tensor, kind: ScoresKind) -> str:
+    """Return in words what `to_probs` takes scores for."""
+    if kind == "labels" or (kind == "auto" and not scores.is_floating_point()):
+        return "label map"
+    if kind != "logits" and one_hot_labels(scores) is not None:
+        return "label map"
+    maps = scores[:, None] if scores.ndim == 3 else scores
+    of_class = " of class 1" if maps.ndim == 4 and maps.shape[1] == 1 else ""
+    is_probs = _are_probs(maps) if kind == "auto" else torch.tensor(kind == "probs")
+    if bool(is_probs.all()):
+        return "probabilities" + of_class
+    return "logits" + of_class if not bool(is_probs.any()) else "logits and probabilities by image"
+
+
 def to_probs(
     scores: Tensor, kind: ScoresKind, num_classes: int, image_hw: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Bring scores to the image's size as probabilities and labels.
 
-    ``"auto"`` decides so: integers are labels. Images of C channels whose values lie in [0, 1]
-    and sum to 1 within 1e-3 (bf16: 2e-2) are probabilities, others logits, for a softmax. A batch
-    of one-channel maps that lies in [0, 1] as a whole holds probabilities of class 1, any other
-    holds logits, for a sigmoid. Probabilities that are named so need not sum to 1: Algorithm 4
-    looks at each class by itself.
+    ``"auto"`` decides so: integers are labels, and so are one-hot maps of any type (for two
+    classes also a single map of 0 and 1), unless they are named ``"logits"``. Images of C channels
+    whose values lie in [0, 1] and sum to 1 within 1e-3 (bf16: 2e-2) are probabilities, others
+    logits, for a softmax. A batch of one-channel maps that lies in [0, 1] as a whole holds
+    probabilities of class 1, any other holds logits, for a sigmoid. Probabilities that are named
+    so need not sum to 1: Algorithm 4 looks at each class by itself.
 
     Args:
         scores: (B, C, h, w) float; (B, 1, h, w) or (B, h, w) float of a binary model; (B, h, w)
@@ -55,17 +101,22 @@ def to_probs(
         all where its value is outside [0, C), which the labels keep.
 
     Raises:
-        ValueError: A shape that fits neither, scores larger than the image, or probabilities
-            outside [0, 1].
+        ValueError: A shape that fits neither, a size that no whole stride makes of the image's,
+            probabilities outside [0, 1], or classes of 0 and 1 that overlap.
     """
+    channels = 1 if scores.ndim == 3 else scores.shape[1] if scores.ndim == 4 else 0
+    fits = channels == num_classes or (channels == 1 and num_classes == 2)
+    is_binary = fits and kind != "logits" and _is_binary(scores)
+    if is_binary and (hard := one_hot_labels(scores)) is not None:
+        return _from_labels(hard, num_classes, image_hw)
     if kind == "labels" or (kind == "auto" and not scores.is_floating_point()):
         return _from_labels(scores, num_classes, image_hw)
     if not scores.is_floating_point():
         raise ValueError(f"scores: got dtype {scores.dtype}, accepted as {kind} is a float type")
     maps = scores[:, None] if scores.ndim == 3 else scores
     if maps.ndim != 4 or not is_score_map(maps, num_classes):
-        channels = "(B, 2, h, w), (B, 1, h, w) or (B, h, w)"
-        accepted = channels if num_classes == 2 else f"(B, {num_classes}, h, w)"
+        binary = "(B, 2, h, w), (B, 1, h, w) or (B, h, w)"
+        accepted = binary if num_classes == 2 else f"(B, {num_classes}, h, w)"
         raise ValueError(
             f"scores: got shape {tuple(scores.shape)}, accepted for num_classes={num_classes} is "
             f"{accepted}"
@@ -75,6 +126,8 @@ def to_probs(
         _warn_of_sums(maps)
     if kind == "probs":
         _check_probs(maps)
+    if kind == "auto" and is_binary and bool(maps.any()):
+        _refuse_overlap(maps)
     maps = _enlarge(maps.float(), image_hw, "bilinear")
     if maps.shape[1] == 1:
         foreground = maps.clamp(0, 1) if bool(is_probs.all()) else maps.sigmoid()
@@ -141,6 +194,20 @@ def _warn_of_sums(maps: Tensor) -> None:
         )
 
 
+def _is_binary(maps: Tensor) -> bool:
+    return bool(((maps == 0) | (maps == 1)).all())
+
+
+def _refuse_overlap(maps: Tensor) -> NoReturn:
+    """Refuse maps of 0 and 1 that are not one-hot: neither logits nor probabilities look so."""
+    share = float((maps.sum(dim=1) != 1).float().mean())
+    raise ValueError(
+        f"scores must be logits, probabilities or one class a pixel, got values of 0 and 1 alone, "
+        f"which name no class or several in {share:.1%} of the pixels. Return the probabilities, "
+        "or set scores_kind='probs' or 'logits' to have them taken as they are"
+    )
+
+
 def _check_probs(maps: Tensor) -> None:
     tolerance = _SUM_TOLERANCE.get(maps.dtype, _DEFAULT_SUM_TOLERANCE)
     if bool(((maps < -tolerance) | (maps > 1 + tolerance)).any()):
@@ -158,6 +225,13 @@ def _enlarge(maps: Tensor, image_hw: tuple[int, int], mode: str) -> Tensor:
     if height > image_hw[0] or width > image_hw[1]:
         raise ValueError(
             f"scores: got (h, w) = {(height, width)}, accepted is at most the image's {image_hw}"
+        )
+    if not has_whole_stride((height, width), image_hw):
+        raise ValueError(
+            f"scores must have the image's size {image_hw}, or that divided by a whole stride, got "
+            f"{(height, width)}, which no whole stride makes of it: the network pads, crops or "
+            "resizes its input, and where the pixels belong is unknown. In the step, resize the "
+            "scores to what the network was given, crop the padding, and return them"
         )
     align = False if mode == "bilinear" else None
     return nnf.interpolate(maps, image_hw, mode=mode, align_corners=align)

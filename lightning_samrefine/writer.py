@@ -230,7 +230,7 @@ class SAMRefineWriter(BasePredictionWriter):
         dataloader_idx: int = 0,
     ) -> None:
         if self._writing is not None:
-            self._writing.capture.arm()
+            self._writing.capture.arm(batch)
 
     @override
     def write_on_batch_end(

@@ -94,9 +94,9 @@ def test_captured_scores_stand_in_for_outputs_without_any(adapter, outputs):
     assert_found(adapter((IMAGE, TARGET), outputs, LOGITS))
 
 
-def test_outputs_win_over_captured_and_captured_over_the_batch(adapter):
+def test_named_outputs_win_over_captured_and_captured_over_the_batch(adapter):
     batch = {"image": IMAGE, "mask": TARGET, "logits": LOGITS - 3 * LOGITS}
-    assert_found(adapter(batch, LOGITS, -LOGITS))
+    assert_found(adapter(batch, {"logits": LOGITS}, -LOGITS))
     assert_found(adapter(batch, None, LOGITS))
     batch["logits"] = LOGITS
     assert_found(adapter(batch, None))
@@ -152,7 +152,7 @@ def test_images_of_different_sizes_come_as_lists(adapter):
     sizes = [(4, 6), (8, 5)]
     images = [torch.zeros(3, h, w, dtype=torch.uint8) for h, w in sizes]
     targets = [torch.ones(h, w).long() for h, w in sizes]
-    logits = [torch.randn(C, h // 2, w) for h, w in sizes]
+    logits = [torch.randn(C, h // 2, -(-w // 2)) for h, w in sizes]
     for batch, outputs in (
         ((images, targets), {"logits": logits}),
         ({"image": images, "mask": [t[None] for t in targets]}, {"logits": tuple(logits)}),
@@ -282,3 +282,16 @@ def test_bad_arguments_name_themselves(arguments, error, message):
 def test_targets_keep_ignored_values():
     target = torch.tensor([[[0.0, 255.0, 1.0]]])
     assert to_labels(target, torch.zeros(1, 1, 3)).tolist() == [[[0, 255, 1]]]
+
+
+def test_later_batches_are_read_from_the_places_of_the_first(adapter):
+    first = adapter.read((IMAGE, TARGET), LOGITS, LOGITS)
+    settled = first.roles.places()
+    assert settled.scores.place == "outputs"
+    later = adapter.read((IMAGE, TARGET), LOGITS, -LOGITS, settled=settled)
+    assert_found(later.inputs)
+    with pytest.raises(ValueError, match="No target found"):
+        adapter.read((IMAGE,), LOGITS, settled=settled)
+    hooked = adapter.read((IMAGE, TARGET), {"loss": LOSS}, LOGITS).roles.places()
+    with pytest.raises(ValueError, match="No scores found"):
+        adapter.read((IMAGE, TARGET), {"loss": LOSS, "anything": LOGITS}, settled=hooked)

@@ -123,3 +123,26 @@ def test_hooks_go_away(network, capture):
     assert all(m._forward_hooks for m in (network, network.body, network.parts[0]))
     capture.remove()
     assert not any(m._forward_hooks for m in network.modules())
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_what_a_step_sent_through_forward_returned_is_no_score(network, capture, index):
+    expected = network(X)
+    returned = {"loss": torch.tensor(1.0), "anything": torch.rand(2, C, 6, 8)}
+    capture._on_own(network, ({"image": X}, index), returned)
+    assert torch.equal(capture.take(returned)[0], expected)
+
+
+def test_children_that_take_no_hooks_are_named():
+    class Scripted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.jit.script(nn.Conv2d(3, C, 1))
+
+    capture = ScoresCapture(Scripted(), C)
+    capture.arm()
+    assert capture.take() == (
+        None,
+        "nothing; 'net' (RecursiveScriptModule) takes no forward hooks",
+    )
+    capture.remove()
