@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -62,6 +62,27 @@ def check_sam(sam: Any, checkpoint: Any, precision: Any) -> None:
     if precision not in PRECISIONS:
         raise ValueError(
             f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}"
+        )
+
+
+def check_trainer(owner: str, trainer: Trainer) -> None:
+    """Refuse a Trainer of the package pytorch_lightning.
+
+    It is a copy of `lightning.pytorch` whose classes are others: a Trainer of the one takes
+    callbacks of the other, which do not recognize its loggers and states.
+
+    Args:
+        owner: Class name of the callback.
+        trainer: What called ``setup``.
+
+    Raises:
+        MisconfigurationException: The Trainer, or a base class of it, is of pytorch_lightning.
+    """
+    if any(base.__module__.startswith("pytorch_lightning.") for base in type(trainer).__mro__):
+        raise MisconfigurationException(
+            f"{owner}: the Trainer must be that of lightning.pytorch, got pytorch_lightning's; "
+            "replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl` and "
+            "`from pytorch_lightning` by `from lightning.pytorch`, for the LightningModule as well"
         )
 
 

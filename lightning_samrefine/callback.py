@@ -18,6 +18,7 @@ from lightning_samrefine.arguments import (
     as_integer,
     check_count,
     check_sam,
+    check_trainer,
     parse_class_names,
     parse_num_classes,
     parse_refine,
@@ -113,7 +114,8 @@ class SAMRefineCallback(Callback):
             see `lightning_samrefine.comparison.ComparisonResult.details`.
 
     Raises:
-        MisconfigurationException: No number of classes, or one that contradicts ``class_names``.
+        MisconfigurationException: No number of classes, or one that contradicts ``class_names``;
+            in ``setup``, a Trainer of pytorch_lightning instead of lightning.pytorch.
         TypeError: An argument of a wrong type.
         ValueError: An argument outside its range, or a batch in which something is missing.
         FileNotFoundError: No checkpoint at that path, or none that could be downloaded, in
@@ -202,6 +204,7 @@ class SAMRefineCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in _STAGES:
             return
+        check_trainer(type(self).__name__, trainer)
         self._release()
         if trainer.barebones:
             rank_zero_warn(

@@ -20,6 +20,7 @@ from lightning_samrefine.adapter import BatchAdapter
 from lightning_samrefine.arguments import (
     check_count,
     check_sam,
+    check_trainer,
     parse_class_names,
     parse_num_classes,
     parse_refine,
@@ -97,8 +98,8 @@ class SAMRefineWriter(BasePredictionWriter):
         counts: What this process did, of type `PredictCounts`.
 
     Raises:
-        MisconfigurationException: No number of classes, or a folder that holds something
-            else or results of other settings.
+        MisconfigurationException: No number of classes, a Trainer of pytorch_lightning, or a
+            folder that holds something else or results of other settings.
         ModuleNotFoundError: pyarrow is missing; the extra ``predict`` brings it.
         TypeError: An argument of a wrong type.
         ValueError: An argument outside its range, a batch in which something is missing, or one
@@ -178,6 +179,7 @@ class SAMRefineWriter(BasePredictionWriter):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":
             return
+        check_trainer(_NAME, trainer)
         super().setup(trainer, pl_module, stage)
         self._release()
         try:
