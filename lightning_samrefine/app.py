@@ -101,7 +101,9 @@ def run(cfg: DictConfig) -> float | None:
         write_metrics(metrics, folder / "metrics.json")
         _write_curve(trainer, folder / "curve.png")
         print_summary(metrics, folder)
-    return refined_miou(metrics, "test" if cfg.task == "test" else "val")
+    stage = "test" if cfg.task == "test" else "val"
+    name = cfg.callback.get("name")
+    return refined_miou(metrics, stage if name is None else f"{stage}/{name}")
 
 
 def _job(cfg: DictConfig) -> float | None:
@@ -264,7 +266,7 @@ def _execute(
 
 
 def _write_curve(trainer: Trainer, path: Path) -> None:
-    """Draw raw against refined over the epochs that the callback saw, if more than one."""
+    """Draw raw against refined over the validations of each callback, if more than one."""
     from lightning_samrefine import SAMRefineCallback
 
     callbacks = (part for part in trainer.callbacks if isinstance(part, SAMRefineCallback))
@@ -275,7 +277,8 @@ def _write_curve(trainer: Trainer, path: Path) -> None:
             from lightning_samrefine.curves import draw_curve
             from lightning_samrefine.panels import save_figure
 
-            save_figure(draw_curve(first_loader), path)
+            name = path.name if callback.name is None else f"{callback.name}_{path.name}"
+            save_figure(draw_curve(first_loader), path.with_name(name))
 
 
 def _can_test(segmenter: LightningModule, datamodule: LightningDataModule) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -126,6 +127,25 @@ def parse_class_names(class_names: Sequence[str] | None) -> list[str] | None:
     if twice:
         raise ValueError(f"class_names: got {', '.join(twice)} more than once")
     return names
+
+
+def parse_name(name: str | None) -> str | None:
+    """Return the name unless a logger or a file system would change it.
+
+    Raises:
+        TypeError: No string.
+        ValueError: Empty, or with other characters than letters, digits, ``_``, ``-`` and ``.``.
+    """
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string or None, got {type(name).__name__} {name!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+        raise ValueError(
+            "name must be letters, digits, '_', '-' and '.' (not first), as in 'fast', got "
+            f"{name!r}"
+        )
+    return name
 
 
 def parse_num_classes(num_classes: int | None, class_names: Sequence[str] | None) -> int | None:

@@ -20,6 +20,7 @@ from lightning_samrefine.arguments import (
     check_sam,
     check_trainer,
     parse_class_names,
+    parse_name,
     parse_num_classes,
     parse_refine,
 )
@@ -33,7 +34,13 @@ from lightning_samrefine.dashboards import safe_names
 from lightning_samrefine.evaluation import LoaderEvaluation
 from lightning_samrefine.images import RgbConverter
 from lightning_samrefine.models import Promptable
-from lightning_samrefine.presentation import Evaluated, Presenter, batch_label, sample_names
+from lightning_samrefine.presentation import (
+    Evaluated,
+    Presenter,
+    batch_label,
+    logged_step,
+    sample_names,
+)
 from lightning_samrefine.sampling import evaluation_dataloaders
 
 _STAGES = ("fit", "validate", "test")
@@ -82,8 +89,12 @@ class SAMRefineCallback(Callback):
             ``"disk"`` (a folder that processes and later runs share, see `EmbeddingCache`), an
             `EmbeddingCache` of yours, or None.
         cache_gb: Its limit in 10⁹ bytes; None is 4 in memory and 20 on disk.
-        every_n_epochs: Inside ``fit``, evaluate after every n-th epoch. Nothing is logged for the
-            others, where `ModelCheckpoint` and the like would see the value of the last one.
+        every_n_epochs: Inside ``fit``, measure the first validation and every n-th after it, those
+            inside an epoch counted one by one. Nothing is logged for the others, where Lightning
+            shows the last measured values to `ModelCheckpoint` and `EarlyStopping`: with the
+            default ``save_top_k=1`` an equal value saves nothing, with more the weights of a
+            skipped validation may be saved under the last measured value; ``patience`` counts
+            skipped validations, too.
         max_batches: Measure the first n batches of each loader (of each process), raw and refined
             alike; None for all.
         trimap_width: Half-width in pixels of the band around borders.
@@ -91,10 +102,13 @@ class SAMRefineCallback(Callback):
             drawn as image | raw | refined | truth | changed pixels, with every region's box and
             predicted IoU: into ``panels/`` of the Trainer's log folder, and into TensorBoard, W&B
             and MLflow, along with charts of classes and of predicted IoU. 0 draws none.
-        panels_every_n_epochs: Inside ``fit``, draw in every n-th epoch.
+        panels_every_n_epochs: Inside ``fit``, draw the first validation and every n-th after it, of
+            those that are measured. Pictures are filed under the step of Lightning's figures.
         panels_width: Width of the panels in pixels.
         report: Write a self-contained page to look at after every evaluation: ``report.html`` in
-            the log folder where True, or the path given.
+            the log folder where True (``report-v1.html`` where another run has left one), or the
+            path given, which is replaced. ``Trainer(fast_dev_run=True)`` writes neither panels nor
+            report.
         image_key: Where the image is in the batch, such as ``"image"``, ``"data.image"`` or
             ``"0"``; None searches, see `lightning_samrefine.adapter.BatchAdapter`.
         target_key: Where the target is.
@@ -106,16 +120,20 @@ class SAMRefineCallback(Callback):
         adapter: A callable ``(batch, outputs, captured)`` that replaces the search and returns
             `lightning_samrefine.adapter.RefineInputs`, or a mapping with ``image``, ``target``
             and one of ``logits``, ``probs`` and ``labels``.
+        name: Tells the callbacks of one Trainer apart, such as ``"fast"`` beside one with the
+            preset ``"default"``: figures are ``val/fast/miou_refined``, panels and the report of
+            the log folder begin with ``fast_``. Letters, digits, ``_``, ``-`` and ``.``.
 
     Attributes:
         history: What was logged (under ``Trainer(barebones=True)``, which forbids logging, what
-            would have been), one dict an evaluation and loader: ``stage``, ``epoch``,
-            ``dataloader_idx``, and the names above without their prefix; also what is not logged,
-            see `lightning_samrefine.comparison.ComparisonResult.details`.
+            would have been), one dict an evaluation and loader: ``stage``, ``epoch``, ``step`` (as
+            loggers count), ``dataloader_idx``, and the names above without their prefix; also what
+            is not logged, see `lightning_samrefine.comparison.ComparisonResult.details`.
 
     Raises:
         MisconfigurationException: No number of classes, or one that contradicts ``class_names``;
-            in ``setup``, a Trainer of pytorch_lightning instead of lightning.pytorch.
+            in ``setup``, two callbacks of one name in one Trainer, or a Trainer of
+            pytorch_lightning instead of lightning.pytorch.
         TypeError: An argument of a wrong type.
         ValueError: An argument outside its range, or a batch in which something is missing.
         FileNotFoundError: No checkpoint at that path, or none that could be downloaded, in
@@ -155,6 +173,7 @@ class SAMRefineCallback(Callback):
         image_std: Sequence[float] | float | None = None,
         image_range: Literal["0-255", "0-1"] | None = None,
         adapter: Callable[..., Any] | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         check_sam(sam, checkpoint, precision)
@@ -177,7 +196,8 @@ class SAMRefineCallback(Callback):
         self.every_n_epochs = every_n_epochs
         self.max_batches = max_batches
         self.trimap_width = trimap_width
-        self.presenter = Presenter(panels, panels_every_n_epochs, panels_width, report)
+        self.name = parse_name(name)
+        self.presenter = Presenter(panels, panels_every_n_epochs, panels_width, report, self.name)
         self.history: list[dict[str, Any]] = []
         self.adapter = BatchAdapter(
             image_key=image_key,
@@ -189,6 +209,14 @@ class SAMRefineCallback(Callback):
         )
         self._attached: Attachment | None = None
         self._evaluation: _Evaluation | None = None
+        # Of the running fit: finished validations, and where its part of the history begins.
+        self._validations = 0
+        self._history_start = 0
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return super().state_key if self.name is None else self._generate_state_key(name=self.name)
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning binds the module's log to the callback: pickling it would drag the module along.
@@ -206,6 +234,7 @@ class SAMRefineCallback(Callback):
             return
         check_trainer(type(self).__name__, trainer)
         self._release()
+        _check_different(trainer)
         if trainer.barebones:
             rank_zero_warn(
                 "SAMRefineCallback: Trainer(barebones=True) logs nothing; the figures are in the "
@@ -227,6 +256,8 @@ class SAMRefineCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attachment.bind(self.adapter, self.num_classes, pl_module)
+        self._validations = 0
+        self._history_start = len(self.history)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -280,6 +311,7 @@ class SAMRefineCallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._report(trainer, "val")
+            self._validations += 1
         self._end_evaluation()
 
     @override
@@ -308,7 +340,7 @@ class SAMRefineCallback(Callback):
 
     def _is_due(self, trainer: Trainer) -> bool:
         fitting = trainer.state.fn == TrainerFn.FITTING
-        return not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return not fitting or self._validations % self.every_n_epochs == 0
 
     def _is_measured(self, batch_idx: int) -> bool:
         return self.max_batches is None or batch_idx < self.max_batches
@@ -318,6 +350,7 @@ class SAMRefineCallback(Callback):
         num_classes = adapter.num_classes
         device = trainer.strategy.root_device
         names = safe_names(self.class_names or map(str, range(num_classes)), trainer.loggers)
+        panels = self.presenter.panels if self.presenter.draws(trainer, self._validations) else 0
         self._evaluation = _Evaluation(
             ScoresCapture(pl_module, num_classes),
             # New ones each time: metric states from an epoch under inference_mode could not be
@@ -328,7 +361,7 @@ class SAMRefineCallback(Callback):
                     RefinementComparison(
                         num_classes, self.ignore_index, names, self.trimap_width
                     ).to(device),
-                    self.presenter.panels if self.presenter.draws(trainer) else 0,
+                    panels,
                     self.presenter.gallery(trainer, num_classes, self.ignore_index),
                 )
                 for loader in evaluation_dataloaders(trainer)
@@ -364,16 +397,18 @@ class SAMRefineCallback(Callback):
                 continue
             figures = result.figures()
             suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""
+            prefix = stage if self.name is None else f"{stage}/{self.name}"
             if not trainer.barebones:  # which forbids to log, see `setup`
                 self.log_dict(
-                    {f"{stage}/{key}{suffix}": value for key, value in figures.items()},
+                    {f"{prefix}/{key}{suffix}": value for key, value in figures.items()},
                     add_dataloader_idx=False,
                     # The processes hold equal values already, of which the maximum changes no bit;
                     # without sync_dist Lightning warns, key by key, that they might differ.
                     sync_dist=True,
                     reduce_fx="max",
                 )
-            where = {"stage": stage, "epoch": trainer.current_epoch, "dataloader_idx": index}
+            where = {"stage": stage, "epoch": trainer.current_epoch, "step": logged_step(trainer)}
+            where["dataloader_idx"] = index
             self.history.append({**where, **figures, **result.details()})
             if self.class_names is not None:  # in pictures they are what the user wrote
                 result = replace(result, class_names=tuple(self.class_names))
@@ -381,7 +416,11 @@ class SAMRefineCallback(Callback):
         if evaluated:
             sam = self._attachment.refiner.refiner.sam
             about = {"SAM": f"{sam.name} on {sam.device}", "ignore_index": str(self.ignore_index)}
-            self.presenter.present(trainer, evaluated, self.history, self.refine_config, about)
+            if self.name is not None:
+                about["name"] = self.name
+            draws = self.presenter.draws(trainer, self._validations)
+            history = self.history[self._history_start :]
+            self.presenter.present(trainer, evaluated, draws, history, self.refine_config, about)
 
     def _end_evaluation(self) -> None:
         if self._evaluation is not None:
@@ -393,3 +432,28 @@ class SAMRefineCallback(Callback):
         if self._attached is not None:
             self._attached.release()
             self._attached = None
+
+
+def _check_different(trainer: Trainer) -> None:
+    """Refuse callbacks that would overwrite each other's figures, panels or report.
+
+    Raises:
+        MisconfigurationException: Two of one name, or with one report.
+    """
+    found = [part for part in trainer.callbacks if isinstance(part, SAMRefineCallback)]
+    # Some file systems do not tell upper from lower case.
+    names = [None if part.name is None else part.name.casefold() for part in found]
+    for part, name in zip(found, names, strict=True):
+        if names.count(name) > 1:
+            raise MisconfigurationException(
+                f"SAMRefineCallback: name must differ between the {len(found)} callbacks of one "
+                f"Trainer, got {part.name!r} more than once; figures are logged under it, as in "
+                "SAMRefineCallback(name='fast')"
+            )
+    reports = [part.presenter.report for part in found]
+    for report in reports:
+        if isinstance(report, Path) and reports.count(report) > 1:
+            raise MisconfigurationException(
+                f"SAMRefineCallback: report must differ between the callbacks of one Trainer, got "
+                f"{str(report)!r} more than once"
+            )

@@ -1,4 +1,4 @@
-"""The curve of raw against refined mIoU over the epochs of a run."""
+"""The curve of raw against refined mIoU over the evaluations of a run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 
+def curve_unit(history: Sequence[Mapping[str, float]]) -> str:
+    """Return ``"epoch"``, or ``"step"`` where an epoch has several evaluations."""
+    epochs = [figures["epoch"] for figures in history]
+    return "epoch" if len(set(epochs)) == len(epochs) else "step"
+
+
 def draw_curve(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Draw mIoU and trimap mIoU, raw and refined, over epochs.
+    """Draw mIoU and trimap mIoU, raw and refined, over epochs, or over steps.
 
     Args:
-        history: One mapping an evaluation, in order: ``epoch`` and the names of
-            `RefinementComparison.compute`.
+        history: One mapping an evaluation, in order: ``epoch``, ``step`` where an epoch comes
+            twice, and the names of `RefinementComparison.compute`.
 
     Returns:
         A matplotlib figure that belongs to no global state.
@@ -22,6 +28,7 @@ def draw_curve(history: Sequence[Mapping[str, float]]) -> Figure:
     """
     if not history:
         raise ValueError("history: got no evaluation, accepted is at least one")
+    unit = curve_unit(history)
     figure = Figure(figsize=(10, 4), layout="constrained")
     panes = figure.subplots(1, 2, sharex=True)
     for axes, (prefix, title) in zip(
@@ -29,13 +36,14 @@ def draw_curve(history: Sequence[Mapping[str, float]]) -> Figure:
     ):
         for side, colour in (("raw", "#888888"), ("refined", "#19a974")):
             points = [
-                (figures["epoch"], 100 * figures[f"{prefix}miou_{side}"])
+                (figures[unit], 100 * figures[f"{prefix}miou_{side}"])
                 for figures in history
                 if f"{prefix}miou_{side}" in figures
             ]
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=side, markersize=4)
+            xs, ys = zip(*points, strict=True) if points else ((), ())
+            axes.plot(xs, ys, "o-", color=colour, label=side, markersize=4)
         axes.set_title(f"{title}, validation")
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(unit)
         axes.set_ylabel("%")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
@@ -20,6 +21,7 @@ from torch import distributed
 from lightning_samrefine.arguments import check_count
 from lightning_samrefine.charts import draw_class_bars, draw_reliability
 from lightning_samrefine.comparison import ComparisonResult
+from lightning_samrefine.curves import curve_unit
 from lightning_samrefine.dashboards import rasterise, show_pictures
 from lightning_samrefine.evaluation import LoaderEvaluation
 from lightning_samrefine.panels import draw_panels
@@ -60,6 +62,7 @@ class Presenter:
         panels_width: Their width in pixels.
         report: Where the report goes: a path, True for ``report.html`` in the Trainer's log folder,
             False for none.
+        name: What pictures and files are told apart by where a Trainer has several callbacks.
 
     Raises:
         TypeError: An argument of a wrong type.
@@ -67,7 +70,12 @@ class Presenter:
     """
 
     def __init__(
-        self, panels: int, panels_every_n_epochs: int, panels_width: int, report: bool | str | Path
+        self,
+        panels: int,
+        panels_every_n_epochs: int,
+        panels_width: int,
+        report: bool | str | Path,
+        name: str | None = None,
     ) -> None:
         check_count("panels", panels, least=0)
         check_count("panels_every_n_epochs", panels_every_n_epochs)
@@ -78,30 +86,35 @@ class Presenter:
         self.panels_every_n_epochs = panels_every_n_epochs
         self.panels_width = panels_width
         self.report = Path(report) if isinstance(report, str) else report
+        self.name = name
         self._sections: dict[tuple[str, str], ReportSection] = {}
+        self._drawn: set[Path] = set()
+        self._report_paths: dict[Path, Path] = {}
 
     def emptied(self) -> Presenter:
         """Return one with the same settings and no evaluation, which can be pickled."""
-        return Presenter(self.panels, self.panels_every_n_epochs, self.panels_width, self.report)
+        return Presenter(
+            self.panels, self.panels_every_n_epochs, self.panels_width, self.report, self.name
+        )
 
     def gallery(
         self, trainer: Trainer, num_classes: int, ignore_index: int | None
     ) -> Gallery | None:
         """Return a new gallery for one loader, None where there is no report to fill."""
-        if self.report is False:
+        if self.report is False or trainer.fast_dev_run:
             return None
         return Gallery(num_classes, ignore_index, folder=_log_folder(trainer))
 
-    def draws(self, trainer: Trainer) -> bool:
-        """Whether panels are drawn in this epoch."""
-        epochs = trainer.current_epoch + 1
-        due = not _fitting(trainer) or epochs % self.panels_every_n_epochs == 0
-        return self.panels > 0 and due
+    def draws(self, trainer: Trainer, validations: int) -> bool:
+        """Whether panels are drawn after ``validations`` earlier ones of a fit."""
+        due = not _fitting(trainer) or validations % self.panels_every_n_epochs == 0
+        return self.panels > 0 and due and not trainer.fast_dev_run
 
     def present(
         self,
         trainer: Trainer,
         evaluations: Sequence[Evaluated],
+        draws: bool,
         history: Sequence[Mapping[str, Any]],
         thresholds: Any,
         about: Mapping[str, str],
@@ -111,13 +124,14 @@ class Presenter:
         Args:
             trainer: For loggers, log folder and epoch.
             evaluations: One a loader.
-            history: The callback's, these evaluations included.
+            draws: Whether panels and charts are due, see `draws`.
+            history: The running fit's, these evaluations included.
             thresholds: A dataclass of the refinement's settings.
             about: What else the report says of the run, by name.
         """
         folder = _log_folder(trainer)
         for evaluated in evaluations:
-            if self.draws(trainer):
+            if draws:
                 picker = evaluated.loader.picker
                 for panels in _gather(picker.panels()):
                     picker.merge(panels)
@@ -131,12 +145,12 @@ class Presenter:
             return
         try:
             for evaluated in evaluations:
-                if self.draws(trainer):
+                if draws:
                     self._draw(trainer, folder / "panels", evaluated)
                 if evaluated.loader.gallery is not None:
                     self._add_section(trainer, evaluated, history)
             if self._sections:
-                path = self.report if isinstance(self.report, Path) else folder / REPORT_NAME
+                path = self._report_path(folder)
                 facts = {
                     "Command": {"": _command()},
                     "Thresholds": {key: str(value) for key, value in asdict(thresholds).items()},
@@ -152,10 +166,14 @@ class Presenter:
             )
 
     def _draw(self, trainer: Trainer, folder: Path, evaluated: Evaluated) -> None:
-        stage, result = evaluated.stage, evaluated.result
+        stage, result, step = evaluated.stage, evaluated.result, logged_step(trainer)
         epoch = f"_epoch_{trainer.current_epoch:03d}" if stage == "val" else ""
-        stem = f"{stage}{epoch}{evaluated.suffix.replace('/', '_')}"
-        headline = stem.replace("_", " ")
+        stem = self._named(f"{stage}{epoch}{evaluated.suffix.replace('/', '_')}")
+        path = folder / f"{stem}.png"
+        if path in self._drawn and stage == "val":  # several validations an epoch
+            path = path.with_stem(f"{stem}_step_{step:06d}")
+        self._drawn.add(path)
+        headline = path.stem.replace("_", " ")
         pictures = {
             "class_iou": rasterise(draw_class_bars(result, f"IoU by class, {headline}")),
             "reliability": rasterise(draw_reliability(result.calibration)),
@@ -164,11 +182,24 @@ class Presenter:
         if panels:
             figure = draw_panels(panels, result.class_names, headline)
             pictures["panels"] = rasterise(figure, self.panels_width)
-        named = {f"{stage}/{key}{evaluated.suffix}": value for key, value in pictures.items()}
-        show_pictures(trainer.loggers, named, trainer.global_step)
+        prefix = stage if self.name is None else f"{stage}/{self.name}"
+        named = {f"{prefix}/{key}{evaluated.suffix}": value for key, value in pictures.items()}
+        show_pictures(trainer.loggers, named, step)
         if panels:
             folder.mkdir(parents=True, exist_ok=True)
-            pictures["panels"].save(folder / f"{stem}.png")
+            pictures["panels"].save(_free(path))
+
+    def _named(self, file: str) -> str:
+        return file if self.name is None else f"{self.name}_{file}"
+
+    def _report_path(self, folder: Path) -> Path:
+        """Return where the report goes: in a log folder always the same file for this callback."""
+        if isinstance(self.report, Path):
+            return self.report
+        path = folder / self._named(REPORT_NAME)
+        if path not in self._report_paths:
+            self._report_paths[path] = _free(path)
+        return self._report_paths[path]
 
     def _add_section(
         self, trainer: Trainer, evaluated: Evaluated, history: Sequence[Mapping[str, Any]]
@@ -179,10 +210,12 @@ class Presenter:
         if key in self._sections:
             self._sections[key].gallery.close()
         in_epochs = stage == "val" and _fitting(trainer)
+        title = stage if self.name is None else f"{self.name}, {stage}"
         same = [h for h in history if (h["stage"], h["dataloader_idx"]) == (stage, index)]
         self._sections[key] = ReportSection(
-            title=stage + (f", dataloader {index}" if evaluated.suffix else ""),
+            title=title + (f", dataloader {index}" if evaluated.suffix else ""),
             epoch=trainer.current_epoch if in_epochs else None,
+            step=logged_step(trainer) if in_epochs and curve_unit(same) == "step" else None,
             result=evaluated.result,
             gallery=evaluated.loader.gallery,
             curve=same if in_epochs else (),
@@ -216,9 +249,35 @@ def _fitting(trainer: Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING
 
 
+def logged_step(trainer: Trainer) -> int:
+    """Return the step that Lightning files the running evaluation's figures under.
+
+    Not ``global_step``, which counts the steps of every optimizer.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def _log_folder(trainer: Trainer) -> Path:
-    # Reading log_dir is a collective call: every process must make it.
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Return a folder of this run where its loggers have one. A collective call."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # reading log_dir is collective
+    logger = trainer.logger
+    shared = not isinstance(logger, CSVLogger | TensorBoardLogger)
+    if logger is None or logger.save_dir is None or not shared:
+        return folder
+    # All runs of other loggers share their folder; ModelCheckpoint tells them apart like this.
+    name, version = logger.name, logger.version
+    version = version if version is None or isinstance(version, str) else f"version_{version}"
+    parts = [str(part).strip("/") for part in (name, version) if part is not None]
+    return trainer.strategy.broadcast(folder.joinpath(*parts))
+
+
+def _free(path: Path) -> Path:
+    """Return the path, with a version where a file is there already, as `ModelCheckpoint` does."""
+    free, version = path, 0
+    while free.exists():
+        version += 1
+        free = path.with_stem(f"{path.stem}-v{version}")
+    return free
 
 
 def _is_distributed() -> bool:

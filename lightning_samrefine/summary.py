@@ -36,7 +36,12 @@ def write_metrics(metrics: Mapping[str, float], path: Path) -> None:
 
 
 def refined_miou(metrics: Mapping[str, float], stage: str) -> float | None:
-    """Return a stage's refined mIoU, the mean over its dataloaders, ``None`` without any."""
+    """Return a stage's refined mIoU, the mean over its dataloaders, ``None`` without any.
+
+    Args:
+        metrics: As logged, fractions in [0, 1].
+        stage: The first part of the names, ``"val/fast"`` for a callback named ``"fast"``.
+    """
     values = [metrics[f"{stage}/miou_refined{suffix}"] for suffix in _loaders(metrics, stage)]
     return sum(values) / len(values) if values else None
 
@@ -46,7 +51,8 @@ def refinement_table(metrics: Mapping[str, float], stage: str, loader: str = "")
 
     Args:
         metrics: As logged, fractions in [0, 1].
-        stage: ``"val"`` or ``"test"``, the first part of the names.
+        stage: The first part of the names: ``"val"``, ``"test"``, or ``"val/fast"`` for a callback
+            named ``"fast"``.
         loader: The last part of the names, ``"/dataloader_idx_0"``, where loaders are several.
 
     Returns:
@@ -70,7 +76,7 @@ def refinement_table(metrics: Mapping[str, float], stage: str, loader: str = "")
 def summary(metrics: Mapping[str, float], folder: Path) -> RenderableType:
     """Render the tables of all stages in ``metrics``, what refining cost, and the log folder."""
     parts: list[RenderableType] = []
-    for stage in ("val", "test"):
+    for stage in _stages(metrics):
         for loader in _loaders(metrics, stage):
             facts = [
                 text.format(metrics[f"{stage}/{key}{loader}"])
@@ -95,7 +101,7 @@ def summary(metrics: Mapping[str, float], folder: Path) -> RenderableType:
 def _to_look_at(folder: Path) -> list[Path]:
     """Return the report, the curve and each stage's last panels; earlier ones lie beside them."""
     drawn = sorted(folder.glob("**/panels/*.png"))
-    panels = {re.sub(r"_epoch_\d+", "", path.stem): path for path in drawn}
+    panels = {re.sub(r"_epoch_\d+|_step_\d+", "", path.stem): path for path in drawn}
     found = (folder / "report.html", folder / "curve.png", *panels.values())
     return [path for path in found if path.exists()]
 
@@ -105,6 +111,12 @@ def print_summary(
 ) -> None:
     """Print `summary`, the folder's path unbroken so that it can be copied."""
     (console or Console()).print(summary(metrics, folder), soft_wrap=True)
+
+
+def _stages(metrics: Mapping[str, float]) -> list[str]:
+    """Return the first parts of the names, every callback's: ``val``, ``val/fast``, ``test``."""
+    found = [name.partition("/miou_refined")[0] for name in metrics if "/miou_refined" in name]
+    return sorted(dict.fromkeys(found), key=lambda stage: (stage.partition("/")[0] != "val", stage))
 
 
 def _loaders(metrics: Mapping[str, float], stage: str) -> list[str]:

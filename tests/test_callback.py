@@ -352,7 +352,7 @@ class TestFit:
         logger = CSVLogger(tmp_path)
         self.fit([make(every_n_epochs=2)], max_epochs=5, logger=logger)
         rows = read_rows(logger)
-        assert [row["epoch"] for row in rows if row["val/miou_refined"]] == ["1", "3"]
+        assert [row["epoch"] for row in rows if row["val/miou_refined"]] == ["0", "2", "4"]
 
     def test_validate_alone_is_always_due(self, make):
         assert "val/miou_raw" in run_validate(make(every_n_epochs=7))

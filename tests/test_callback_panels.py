@@ -69,7 +69,7 @@ def test_every_dataloader_has_its_own_panels(random_sam, tmp_path):
 def test_panels_are_drawn_as_often_and_as_large_as_asked(random_sam, tmp_path):
     run(random_sam, tmp_path, panels=1, panels_every_n_epochs=2, panels_width=500)
     (drawn,) = tmp_path.rglob("*.png")
-    assert drawn.name == "val_epoch_001.png"
+    assert drawn.name == "val_epoch_000.png"
     assert Image.open(drawn).width == 500
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from lightning_samrefine.charts import draw_class_bars, draw_reliability, draw_trimaps
 from lightning_samrefine.comparison import SIDES, ComparisonResult
-from lightning_samrefine.curves import draw_curve
+from lightning_samrefine.curves import curve_unit, draw_curve
 from lightning_samrefine.metrics.changes import KINDS
 from lightning_samrefine.panels import CHANGE_COLOURS, class_colours
 from lightning_samrefine.report.gallery import MAX_REGIONS, Gallery
@@ -39,6 +39,7 @@ class ReportSection:
         result: Its figures.
         gallery: Its images and regions.
         curve: The figures of the same loader's evaluations over epochs, this one last.
+        step: Of the evaluation, None where its epoch has no other.
     """
 
     title: str
@@ -46,6 +47,7 @@ class ReportSection:
     result: ComparisonResult
     gallery: Gallery
     curve: Sequence[Mapping[str, Any]] = ()
+    step: int | None = None
 
 
 def write_report(
@@ -120,6 +122,7 @@ def _context(index: int, section: ReportSection) -> dict[str, Any]:
         "id": index,
         "title": section.title,
         "epoch": section.epoch,
+        "step": section.step,
         "headline": _headline(result),
         "verdict": _verdict(result),
         "means": list(_means(result)),
@@ -220,7 +223,8 @@ def _charts(section: ReportSection) -> Iterator[dict[str, str]]:
         ("True IoU of regions by predicted IoU", draw_reliability(result.calibration)),
     ]
     if len(section.curve) > 1:
-        drawn.append(("mIoU and trimap mIoU over epochs", draw_curve(section.curve)))
+        label = f"mIoU and trimap mIoU over {curve_unit(section.curve)}s"
+        drawn.append((label, draw_curve(section.curve)))
     for index, (label, figure) in enumerate(drawn):
         yield {"label": label, "svg": _svg(figure, f"{section.title}-{index}")}
 
