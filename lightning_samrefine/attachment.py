@@ -138,9 +138,12 @@ class Attachment:
             if dataloader_idx in self._understood or len(self._without_targets) + 1 >= loaders:
                 raise
             self._without_targets.add(dataloader_idx)
-            self._warn_once(
-                f"dataloader {dataloader_idx} has no target under a usual name or target_key and "
-                f"is left out; the batch is {describe(batch)}"
+            message = (
+                f"{self._owner}: dataloader {dataloader_idx} has no target under a usual name or "
+                f"target_key and is left out; the batch is {describe(batch)}"
+            )
+            warnings.warn(
+                rank_prefixed_message(message, rank_zero_only.rank), RuntimeWarning, stacklevel=2
             )
             return None
         except Exception as error:

@@ -146,6 +146,14 @@ def _items(container: Any) -> list[tuple[Any, Any]]:
         return list(enumerate(container))
     if isinstance(container, _OPAQUE) or callable(container):
         return []
+    try:
+        return _attributes(container)
+    except Exception:  # whatever a foreign object raises when it is looked at
+        return []
+
+
+def _attributes(container: Any) -> list[tuple[Any, Any]]:
+    """Return pairs of key and value of an object: its keys, fields or public attributes."""
     if callable(getattr(container, "keys", None)) and hasattr(container, "__getitem__"):
         return [(key, container[key]) for key in container.keys()]  # noqa: SIM118 - no mapping
     if is_dataclass(container):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 from torch.utils.hooks import RemovableHandle
 
 from lightning_samrefine.batch_search import restore, snapshot
@@ -24,7 +25,8 @@ class ScoresCapture:
     Under a strategy that sends the step through ``forward`` the module's hook also fires with
     what the step returns, which is no network's output and not taken for one.
 
-    Children that take no hooks, as scripted ones do, are named where nothing was seen.
+    Losses are not listened to: those of pixels have the shape of binary scores. Children that take
+    no hooks, as scripted ones do, are named where nothing was seen.
 
     Args:
         module: The LightningModule.
@@ -38,9 +40,11 @@ class ScoresCapture:
         self._handles: list[RemovableHandle] = [module.register_forward_hook(self._on_own)]
         self._without_hooks: list[str] = []
         for name, child in _called_children(module):
+            if _is_loss(name, child):
+                continue
             try:
                 self._handles.append(child.register_forward_hook(self._on_child))
-            except RuntimeError:
+            except Exception:  # whatever a kind of module of its own raises
                 self._without_hooks.append(f"{name!r} ({type(child).__name__})")
 
     def arm(self, batch: Any = None) -> None:
@@ -127,3 +131,9 @@ def _called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((f"{name}.{inner}", one) for inner, one in _called_children(child))
         else:
             yield name, child
+
+
+def _is_loss(name: str, child: nn.Module) -> bool:
+    """Whether a child is a loss: by its base class, or by what its class or it itself is called."""
+    called = f"{name} {type(child).__name__}".lower()
+    return isinstance(child, _Loss) or "loss" in called or "criterion" in called

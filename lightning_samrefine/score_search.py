@@ -134,9 +134,7 @@ class ScoresSearch:
             chosen = self._most_informative(by_name, image)
         elif hooked:
             bare = [one for one in unnamed if not one.path]
-            if bare and not self._agree(bare[0], hooked[0], image):
-                ambiguous("scores", [*bare, *hooked])
-            chosen = (bare or hooked)[0]
+            chosen = self._bare_or_hooked(bare[0], hooked[0], image) if bare else hooked[0]
         else:
             in_batch = [one for one in of("batch", named(batch, SCORES_NAMES)) if possible(one)]
             weak = distinct([*(unnamed if len(unnamed) == 1 else []), *in_batch])
@@ -156,6 +154,18 @@ class ScoresSearch:
             chosen = self._most_informative(weak, image)
         self._check_signs(chosen)
         return chosen
+
+    def _bare_or_hooked(self, bare: Found, hooked: Found, image: Found | None) -> Found:
+        """Choose between a step's only tensor and what left the network.
+
+        A label map gives way to the scores that it was made of, and stands where the step has
+        another rule. Scores that were enlarged by the step are what the user measures.
+        """
+        if self._kind(bare.value) == "label map":
+            return hooked if self._share_differing(bare, hooked, image) == 0 else bare
+        if not self._agree(bare, hooked, image):
+            ambiguous("scores", [bare, hooked])
+        return bare
 
     def _unnamed(
         self, outputs: Any, target: Found | None, possible: Callable[[Found], bool]
@@ -191,17 +201,21 @@ class ScoresSearch:
 
     def _agree(self, first: Found, second: Found, image: Found | None) -> bool:
         """Whether two candidates name the same classes, but for rounding and resizing."""
+        same = all(
+            one.shape[-2:] == other.shape[-2:]
+            for one, other in zip(items(first.value), items(second.value), strict=False)
+        )
+        allowed = _DIFFERING if same else _DIFFERING_IN_SIZE
+        return self._share_differing(first, second, image) <= allowed
+
+    def _share_differing(self, first: Found, second: Found, image: Found | None) -> float:
         sizes = [tuple(item.shape[-2:]) for item in items(image.value)] if image else []
         maps = [self._labels(one.value, sizes) for one in (first, second)]
         pixels = differing = 0
         for one, other in zip(*maps, strict=True):
             pixels += one.numel()
             differing += int((one != other.to(one.device)).sum())
-        same = all(
-            one.shape[-2:] == other.shape[-2:]
-            for one, other in zip(items(first.value), items(second.value), strict=False)
-        )
-        return differing <= pixels * (_DIFFERING if same else _DIFFERING_IN_SIZE)
+        return differing / max(pixels, 1)
 
     def _labels(self, value: Samples, sizes: list[tuple[int, int]]) -> list[Tensor]:
         maps = []
@@ -232,7 +246,8 @@ def network_scores(outputs: Any, num_classes: int) -> Tensor | None:
     """Return a network's scores, float (B, C, H, W), None where none or several are likely.
 
     A usual name such as ``"out"`` of torchvision's networks and ``"logits"`` of transformers'
-    comes before a single tensor of that shape.
+    comes before a single tensor of that shape. A network has no targets to return: ``"mask"`` and
+    the like are its prediction.
     """
     queries = query_masks(outputs, num_classes)
 
@@ -246,7 +261,15 @@ def network_scores(outputs: Any, num_classes: int) -> Tensor | None:
     by_name = [leaf.value for leaf in named(outputs, SCORES_NAMES) if fits(leaf)]
     if by_name:
         return by_name[0]
-    others = [x.value for x in leaves(outputs) if fits(x) and not _is_something_else(x.path)]
+    others = [
+        leaf.value
+        for leaf in leaves(outputs)
+        if fits(leaf)
+        and (
+            str(leaf.path[-1] if leaf.path else "").lower() in TARGET_NAMES
+            or not _is_something_else(leaf.path)
+        )
+    ]
     return others[0] if len(others) == 1 else None
 
 

@@ -584,3 +584,89 @@ class TestLine:
         with caplog.at_level(logging.INFO):
             validate(random_sam, module, DataLoader(Binary(2)), num_classes=2)
         assert "probabilities of class 1" in self.lines(caplog)[0]
+
+
+class TestNetworks:
+    """What leaves a network, and what only passes by its children."""
+
+    @pytest.mark.parametrize("name", ["seg", "mask", "masks", "semantic"])
+    def test_networks_may_call_scores_by_a_targets_name(self, random_sam, name):
+        class Network(nn.Conv2d):
+            def forward(self, image):
+                scores = super().forward(image)
+                return {name: scores, "depth": scores[:, :1], "image": image}
+
+        class Module(Segmenter):
+            def __init__(self):
+                super().__init__()
+                network = self.network
+                self.network = Network(3, NUM_CLASSES, 3, padding=1)
+                self.network.load_state_dict(network.state_dict())
+
+            def validation_step(self, batch, batch_idx):
+                self.network(batch["image"] / 255 - 0.5)
+
+        dataset = DictBlobs(4)
+        logged = validate(random_sam, Module(), DataLoader(dataset, 2))
+        assert logged["val/miou_raw"] == pytest.approx(raw_miou(Segmenter(), dataset), abs=1e-6)
+
+    def test_losses_of_pixels_do_not_replace_the_logits(self, random_sam):
+        class Module(Segmenter):
+            def __init__(self):
+                super().__init__(channels=1)
+                self.criterion = nn.BCEWithLogitsLoss(reduction="none")
+
+            def validation_step(self, batch, batch_idx):
+                logits = self.network(batch["image"] / 255 - 0.5)
+                return self.criterion(logits, batch["mask"]).mean()
+
+        module, dataset = Module(), Binary(4)
+        logged = validate(random_sam, module, DataLoader(dataset, 2), num_classes=2)
+        assert logged["val/miou_raw"] == pytest.approx(raw_miou(module, dataset), abs=1e-6)
+
+    def test_a_label_map_returned_alone_gives_way_to_its_scores(self, adapter):
+        inputs = adapter((IMAGE, TARGET), LOGITS.argmax(dim=1), LOGITS)
+        torch.testing.assert_close(inputs.probs, LOGITS.softmax(dim=1))
+
+    def test_a_label_map_of_another_rule_stands(self, adapter):
+        labels = LOGITS.argmax(dim=1)
+        labels[0, 0, 0] = (labels[0, 0, 0] + 1) % C
+        assert torch.equal(adapter((IMAGE, TARGET), labels, LOGITS).labels, labels)
+
+    def test_objects_that_fail_when_looked_at_are_no_containers(self, adapter):
+        class Broken:
+            @property
+            def __dict__(self):
+                raise RuntimeError("closed")
+
+        batch = {"image": IMAGE, "mask": TARGET, "file": Broken()}
+        assert torch.equal(adapter(batch, LOGITS).targets, TARGET)
+
+
+def test_stored_hard_probabilities_can_change(random_sam, tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    from lightning_samrefine.data import FolderDataModule
+    from lightning_samrefine.segmenters import StoredPredictions
+
+    dataset, module = DictBlobs(4), Segmenter().eval()
+    with torch.no_grad():
+        labels = module.network(dataset.images / 255 - 0.5).argmax(dim=1)
+    hot = nnf.one_hot(labels, NUM_CLASSES).permute(0, 3, 1, 2).numpy()
+    for name in ("images", "labels", "hard"):
+        (tmp_path / name).mkdir()
+    for index in range(4):
+        image = dataset.images[index].permute(1, 2, 0).numpy()
+        Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
+        target = dataset.targets[index].numpy().astype(np.uint8)
+        Image.fromarray(target).save(tmp_path / "labels" / f"{index}.png")
+        np.savez(tmp_path / "hard" / f"{index}.npz", probs=hot[index].astype(np.float32))
+    names = {"images": "images", "labels": "labels", "predictions": "hard"}
+    folders = {key: tmp_path / name for key, name in names.items()}
+    data = FolderDataModule(NUM_CLASSES, val=folders, ignore_index=IGNORE)
+    callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE)
+    trainer = Trainer(**SILENT, callbacks=[callback])
+    (logged,) = trainer.validate(StoredPredictions(), datamodule=data, verbose=False)
+    assert logged["val/miou_raw"] == pytest.approx(raw_miou(Segmenter(), dataset), abs=1e-6)
+    assert logged["val/refine_fixed_px"] + logged["val/refine_broken_px"] > 0
