@@ -17,6 +17,7 @@ from PIL import Image
 # What no logger changes in a name: TensorBoard makes "_" of other characters, MLflow drops them,
 # and "/" would make folders of its own. A space is TensorBoard's alone to change.
 _KEPT = re.compile(r"[^\w .-]")
+_LONGEST_SIDE = 32_000  # pixels
 _KEPT_ASCII = re.compile(r"[^A-Za-z0-9_ .-]")
 
 
@@ -64,8 +65,12 @@ def _key(name: str) -> str:
 
 
 def rasterise(figure: Figure, width: int | None = None) -> Image.Image:
-    """Draw a figure as an RGB image, ``width`` pixels wide where given."""
+    """Draw a figure as an RGB image, ``width`` pixels wide where given.
+
+    Neither side gets longer than 32,000 pixels: a figure that would is drawn smaller.
+    """
     dpi = 100 if width is None else width / figure.get_figwidth()
+    dpi = min(dpi, _LONGEST_SIDE / max(figure.get_size_inches()))
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -23,6 +23,9 @@ _COLUMNS = ("image and regions", "raw", "refined", "truth", "changed pixels")
 CHANGE_COLOURS = {"fixed": "#19c37d", "broken": "#ff4040", "swapped": "#f5b301"}
 _FADED = 0.45
 _DPI = 100
+_WIDTH = 16.0  # inches
+# Of a row, in inches: a column of pixels is drawn as one, not as high as it would be wide.
+_ROW_HEIGHTS = (0.2, 2 * _WIDTH / len(_COLUMNS))
 # The golden angle keeps neighbouring class numbers far apart in hue; class 0 starts at a calm blue,
 # being most of the picture where it is the background.
 _FIRST_HUE, _HUE_STEP = 0.6, 0.381966
@@ -168,7 +171,7 @@ def _changes_picture(panel: Panel) -> np.ndarray:
 
 
 def draw_panels(panels: Sequence[Panel], class_names: Sequence[str], title: str) -> Figure:
-    """Draw one row a panel.
+    """Draw one row a panel, as high as its image asks for, within bounds.
 
     Args:
         panels: At least one.
@@ -183,13 +186,11 @@ def draw_panels(panels: Sequence[Panel], class_names: Sequence[str], title: str)
     """
     if not panels:
         raise ValueError("panels: got none, accepted is at least one")
-    height, width = panels[0].image.shape[1:]
-    rows = len(panels)
-    figure = Figure(
-        figsize=(16, 0.9 + rows * (16 / 5 * height / width + 0.3)), layout="constrained"
-    )
+    heights = [_row_height(*panel.image.shape[1:]) for panel in panels]
+    size = (_WIDTH, 0.9 + sum(heights) + 0.3 * len(heights))
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
-    grid = figure.subplots(rows, len(_COLUMNS), squeeze=False)
+    grid = figure.subplots(len(panels), len(_COLUMNS), squeeze=False, height_ratios=heights)
     for axes_row, panel in zip(grid, panels, strict=True):
         _draw_row(axes_row, panel, len(class_names))
     for axes, column in zip(grid[0], _COLUMNS, strict=True):
@@ -198,6 +199,11 @@ def draw_panels(panels: Sequence[Panel], class_names: Sequence[str], title: str)
         handles=_legend(panels, class_names), loc="outside lower center", ncols=8, fontsize=9
     )
     return figure
+
+
+def _row_height(height: int, width: int) -> float:
+    least, most = _ROW_HEIGHTS
+    return min(max(_WIDTH / len(_COLUMNS) * height / width, least), most)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

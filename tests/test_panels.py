@@ -1,12 +1,18 @@
 """Panels show the extremes of an evaluation, and colours that tell classes apart."""
 
+import base64
+import io
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lightning_samrefine.curves import draw_curve
+from lightning_samrefine.dashboards import rasterise
 from lightning_samrefine.panels import (
+    Panel,
     PanelPicker,
     change_kinds,
     class_colours,
@@ -15,6 +21,7 @@ from lightning_samrefine.panels import (
     save_figure,
 )
 from lightning_samrefine.refinement import Regions
+from lightning_samrefine.report.thumbnails import image_tiles
 
 
 def regions():
@@ -103,6 +110,58 @@ def test_a_figure_shows_labels_where_they_are(tmp_path):
     assert Image.open(tmp_path / "new" / "panels.png").size[0] == 1600
     with pytest.raises(ValueError, match="panels: got none"):
         draw_panels([], ["sky"], "")
+
+
+@pytest.mark.parametrize("hw", [(1500, 4), (4, 1500), (20_000, 1), (1, 20_000)])
+def test_slivers_make_panels_and_tiles_of_a_bounded_size(hw):
+    labels = torch.zeros(hw, dtype=torch.int64)
+    image = torch.zeros(3, *hw, dtype=torch.uint8)
+    valid = torch.ones(hw, dtype=torch.bool)
+    panels = [
+        Panel("sliver", 0.1, image, labels, labels, labels, valid, regions()),
+        Panel("photo", 0.0, *_photo(), regions()),
+    ]
+    for shown in (panels, panels[::-1]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # such as axes that collapse to nothing
+            picture = rasterise(draw_panels(shown, ["sky", "road"], "sliver"), 1600)
+        assert picture.width == 1600
+        assert 300 < picture.height < 1200
+    tiles = image_tiles(image, labels, labels, labels, valid, 2)
+    sizes = {
+        Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size
+        for uri in tiles.values()
+    }
+    (size,) = sizes
+    assert size[0] <= 240
+    assert size[1] <= 960
+
+
+def _photo():
+    labels = torch.zeros(30, 40, dtype=torch.int64)
+    image = torch.zeros(3, 30, 40, dtype=torch.uint8)
+    return image, labels, labels, labels, torch.ones(30, 40, dtype=torch.bool)
+
+
+def test_rows_are_as_high_as_their_own_images():
+    tall = torch.zeros(80, 40, dtype=torch.int64)
+    panels = [
+        Panel("wide", 0.1, *_photo(), regions()),
+        Panel(
+            "tall", 0.0, torch.zeros(3, 80, 40, dtype=torch.uint8), tall, tall, tall, tall == 0,
+            regions(),
+        ),
+    ]  # fmt: skip
+    heights = draw_panels(panels, ["sky", "road"], "").axes[0].get_gridspec().get_height_ratios()
+    assert heights == pytest.approx([3.2 * 30 / 40, 3.2 * 80 / 40])
+
+
+def test_a_picture_of_any_number_of_rows_is_bounded():
+    from matplotlib.figure import Figure
+
+    picture = rasterise(Figure(figsize=(2, 2000)), 400)
+    assert picture.height == 32_000
+    assert picture.width == 32
 
 
 def test_the_curve_has_one_point_an_epoch():

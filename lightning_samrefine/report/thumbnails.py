@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_samrefine.panels import change_kinds, change_table, colourise
 
-TILE_WIDTH = 240
+TILE_WIDTH, _TILE_HEIGHT = 240, 960
 _CROP_SIDE = 132
 _PHOTO_QUALITY = 50
 # A region's crop: what its mask and the truth share, what only the mask has, what it misses.
@@ -22,8 +22,8 @@ _TINT = 0.55
 
 
 def tile_size(height: int, width: int) -> tuple[int, int]:
-    """Return (h, w) of an image's tiles: 240 px wide, or as wide as a smaller image is."""
-    scale = min(1.0, TILE_WIDTH / width)
+    """Return (h, w) of an image's tiles: within 960 × 240 px, and no larger than the image."""
+    scale = min(1.0, TILE_WIDTH / width, _TILE_HEIGHT / height)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
