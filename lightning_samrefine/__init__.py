@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_samrefine.models import load_sam
     from lightning_samrefine.refinement import Refinement
     from lightning_samrefine.refiner import Refiner
+    from lightning_samrefine.self_check import check
     from lightning_samrefine.writer import SAMRefineWriter
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Refiner",
     "SAMRefineCallback",
     "SAMRefineWriter",
+    "check",
     "load_sam",
 ]
 
@@ -32,6 +34,7 @@ _HOME = {
     "RefineConfig": "config",
     "Refinement": "refinement",
     "Refiner": "refiner",
+    "check": "self_check",
     "load_sam": "models",
 }
 

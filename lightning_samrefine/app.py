@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # torch and Lightning are imported where they are needed: `samrefine --help` answers without them.
 
-TASKS = ("validate", "test", "fit", "tune", "predict")
+TASKS = ("validate", "test", "fit", "tune", "predict", "check")
 
 # What the data module knows better than the command line, where the config leaves it null.
 INHERITED = ("num_classes", "class_names", "ignore_index", "image_mean", "image_std", "image_range")
@@ -58,7 +58,8 @@ def run(cfg: DictConfig) -> float | None:
 
     Returns:
         Refined mIoU in [0, 1], for sweepers: that of the validation set, or of the test set with
-        ``task=test``. ``None`` where refinement was skipped, and with ``task=predict``. With
+        ``task=test``. ``None`` where refinement was skipped, and with ``task=predict`` and
+        ``task=check``, which exits with status 1 where `lightning_samrefine.check` fails. With
         ``task=tune`` what was written, see `lightning_samrefine.tune`, and the refined mIoU of the
         validation set with it.
 
@@ -68,6 +69,8 @@ def run(cfg: DictConfig) -> float | None:
     """
     _check_config(cfg)
     refine = _refine_config(cfg)
+    if cfg.task == "check":
+        return _check_machine(cfg, refine)
     tuning = _tune_settings(cfg) if cfg.task == "tune" else None
 
     from lightning.pytorch import seed_everything
@@ -203,11 +206,7 @@ def _save_config(cfg: DictConfig, path: Path) -> None:
 def _build_trainer(cfg: DictConfig, refine: RefineConfig) -> Trainer:
     from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-    if "_target_" in cfg.sam:
-        sam = {"sam": _build(cfg, "sam"), "checkpoint": None}
-    else:
-        checkpoint = cfg.sam.model if "model" in cfg.sam else cfg.sam.checkpoint
-        sam = {"sam": cfg.sam.name, "checkpoint": checkpoint}
+    sam = _sam(cfg)
     if cfg.task == "predict":
         first = _build(cfg, "writer", refine=refine, **sam)
     else:
@@ -220,6 +219,26 @@ def _build_trainer(cfg: DictConfig, refine: RefineConfig) -> Trainer:
         callbacks.append(RichProgressBar())
     loggers: list[Logger] = [_build(cfg, f"logger.{name}") for name in cfg.logger]
     return _build(cfg, "trainer", callbacks=callbacks, logger=loggers)
+
+
+def _sam(cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments that name SAM, or hold it."""
+    if "_target_" in cfg.sam:
+        return {"sam": _build(cfg, "sam"), "checkpoint": None}
+    checkpoint = cfg.sam.model if "model" in cfg.sam else cfg.sam.checkpoint
+    return {"sam": cfg.sam.name, "checkpoint": checkpoint}
+
+
+def _check_machine(cfg: DictConfig, refine: RefineConfig) -> None:
+    """Print what `lightning_samrefine.check` finds, and exit with status 1 where it fails."""
+    from lightning_samrefine import check
+
+    device = "cpu" if cfg.trainer.get("accelerator") == "cpu" else None
+    precision = cfg.callback.get("precision", "auto")
+    result = check(**_sam(cfg), refine=refine, precision=precision, device=device)
+    print(result)
+    if not result.passed:
+        sys.exit(1)
 
 
 def _kept_embeddings(cfg: DictConfig) -> dict[str, Any]:

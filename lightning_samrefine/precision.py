@@ -26,16 +26,35 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     Raises:
         ValueError: An unknown precision.
     """
+    return choose_precision(precision, device)[0]
+
+
+def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """Choose the autocast type for a device, and give the reason in words.
+
+    Args:
+        precision: As for `autocast_dtype`.
+        device: As for `autocast_dtype`.
+
+    Raises:
+        ValueError: An unknown precision.
+    """
     if precision not in PRECISIONS:
         raise ValueError(
             f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}"
         )
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            return torch.bfloat16 if native else torch.float16
-        return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else None
-    return {"32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
+    if precision != "auto":
+        dtypes = {"32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        return dtypes[precision], f"precision={precision} was set"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU computes in bf16"
+        return torch.float16, "the GPU has no bf16 arithmetic, but fp16"
+    if device.type == "cpu":
+        if _cpu_has_bf16():
+            return torch.bfloat16, "the CPU has bf16 instructions"
+        return None, "the CPU has no bf16 instructions, or torch is too old to tell"
+    return None, f"bf16 is taken on CUDA and CPUs alone, not on {device.type}"
 
 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
