@@ -34,6 +34,7 @@ from lightning_samrefine.dashboards import safe_names
 from lightning_samrefine.evaluation import LoaderEvaluation
 from lightning_samrefine.images import RgbConverter
 from lightning_samrefine.models import Promptable
+from lightning_samrefine.monitors import warn_monitors, warn_unscored
 from lightning_samrefine.presentation import (
     Evaluated,
     Presenter,
@@ -62,8 +63,8 @@ class SAMRefineCallback(Callback):
     ``iou_raw/<class>``, ``iou_refined/<class>``, ``trimap_miou_*``, ``boundary_iou_*``,
     ``refine_fixed_px``, ``refine_broken_px``, ``refine_accept_rate``, ``refine_ms_per_image`` and
     more, see `lightning_samrefine.comparison.ComparisonResult.figures`. With several dataloaders
-    every name ends in ``/dataloader_idx_<i>``, as Lightning's own do. Nothing runs during the
-    sanity check.
+    every name ends in ``/dataloader_idx_<i>``, as Lightning's own do. The sanity check reads
+    batches without SAM, and warns of monitored figures that may never be logged.
 
     The user's model is not run again and not changed; nothing goes into checkpoints, and training
     sees the same random numbers as without the callback. Where every image of a loader's first
@@ -299,7 +300,11 @@ class SAMRefineCallback(Callback):
             len(evaluation.loaders),
             self.ignore_index,
         )
-        if not trainer.sanity_checking and not self._attachment.is_left_out(dataloader_idx):
+        if self._attachment.is_left_out(dataloader_idx):
+            return
+        if trainer.sanity_checking:
+            self._rehearse(evaluation.loaders[dataloader_idx], inputs)
+        else:
             label = batch_label(trainer, batch_idx)
             self._take(evaluation.loaders[dataloader_idx], inputs, batch, label, dataloader_idx)
 
@@ -309,7 +314,9 @@ class SAMRefineCallback(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
+        if trainer.sanity_checking:
+            self._check_figures(trainer)
+        else:
             self._report(trainer, "val")
             self._validations += 1
         self._end_evaluation()
@@ -385,6 +392,23 @@ class SAMRefineCallback(Callback):
             names = sample_names(batch, len(inputs), label)
             loader.add(inputs, *self._attachment.refiner(inputs, dataloader_idx), names)
 
+    def _rehearse(self, loader: LoaderEvaluation, inputs: RefineInputs | None) -> None:
+        """Count the targets of the sanity check, with raw predictions alone."""
+        if inputs is None:
+            return
+        inputs = loader.real(inputs)
+        loader.comparison.counts.update(images=len(inputs))
+        for labels, target in zip(inputs.labels, inputs.targets, strict=True):
+            loader.comparison.update(labels, labels, target)
+
+    def _check_figures(self, trainer: Trainer) -> None:
+        """Warn of figures that may never come, before an epoch is trained. A collective call."""
+        loaders = [] if self._evaluation is None else self._evaluation.loaders
+        results = [loader.comparison.result() for loader in loaders]
+        for result in results:
+            warn_unscored(result, "of the sanity check")
+        warn_monitors(trainer, "val" if self.name is None else f"val/{self.name}", results)
+
     def _report(self, trainer: Trainer, stage: str) -> None:
         """Log the figures of every loader, remember them, and show what they come from."""
         loaders = [] if self._evaluation is None else self._evaluation.loaders
@@ -396,6 +420,7 @@ class SAMRefineCallback(Callback):
             if result.counts[0] == 0 and len(loaders) > 1:
                 continue
             figures = result.figures()
+            warn_unscored(result, "of this evaluation")
             suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""
             prefix = stage if self.name is None else f"{stage}/{self.name}"
             if not trainer.barebones:  # which forbids to log, see `setup`

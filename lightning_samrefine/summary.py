@@ -91,7 +91,9 @@ def summary(metrics: Mapping[str, float], folder: Path) -> RenderableType:
             if failed:
                 facts.append(f"{failed:.0f} images could not be refined and kept their prediction")
             parts += [refinement_table(metrics, stage, loader), Text(", ".join(facts)), Text("")]
-    if not parts:
+    if not parts and any("/refine_failed_images" in name for name in metrics):
+        parts.append(Text("No pixel was scored: every target is ignored."))
+    elif not parts:
         parts.append(Text("No refinement was logged: every image or epoch was skipped."))
     parts.append(Text(f"Logs, metrics.json and config.yaml: {folder}"))
     parts += [Text(f"  {path}") for path in _to_look_at(folder)]

@@ -83,14 +83,14 @@ def draw_surface(tuning: Tuning) -> Figure:
     height, width = 1.8 + 0.32 * len(grid.pairs), 3.2 + 0.62 * len(ious)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
-    limit = max(np.abs(gains).max(), 1e-9)
+    limit = max(np.nan_to_num(np.abs(gains)).max(), 1e-9)
     image = axes.imshow(gains, cmap="PiYG", vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), value in np.ndenumerate(gains):
         chosen = row * len(ious) + column == tuning.choice.cell
         axes.text(
             column,
             row,
-            f"{value:+.2f}",
+            _number(value, "+"),
             ha="center",
             va="center",
             fontsize=8,
@@ -109,6 +109,11 @@ def draw_surface(tuning: Tuning) -> Figure:
 
 def sentences(tuning: Tuning) -> list[str]:
     """Say what was chosen and what to expect of it, in plain sentences."""
+    if np.isnan(tuning.expected_uncalibrated.gain):
+        return [
+            f"No pixel of the {len(tuning.counts)} validation images is scored: every target is "
+            "ignored, and no class is refined."
+        ]
     said = [] if tuning.helps else [f"{NO_HELP}: no class is refined."]
     uncalibrated = _expectation("The best cell alone", tuning.expected_uncalibrated, tuning)
     if not any(tuning.choice.is_open):
@@ -118,6 +123,8 @@ def sentences(tuning: Tuning) -> list[str]:
 
 
 def _expectation(subject: str, interval: BootstrapInterval, tuning: Tuning) -> str:
+    if np.isnan(interval.gain):
+        return f"{subject}: no gain to expect, for no pixel of the validation images is scored."
     gained, low, high = (100 * value for value in (interval.gain, interval.low, interval.high))
     return (
         f"{subject}: {gained:+.2f} points of {_NAMES[tuning.rule.objective]} expected "
@@ -154,7 +161,8 @@ def _cells_table(tuning: Tuning) -> Table:
     for cell in first:
         raw, refined = _means(tuning.counts.totals(cell, tuning.rule.objective))
         thresholds = (f"{value:g}" for value in vars(tuning.grid.cells[cell]).values())
-        numbers = (f"{100 * raw:.2f}", f"{100 * refined:.2f}", f"{100 * (refined - raw):+.2f}")
+        gained = _number(100 * (refined - raw), "+")
+        numbers = (_number(100 * raw), _number(100 * refined), gained)
         table.add_row(*thresholds, *numbers, style="bold" if cell == chosen else "")
     return table
 
@@ -173,20 +181,28 @@ def _classes_table(tuning: Tuning) -> Table:
         refined = tuning.helps and choice.is_open[c]
         table.add_row(
             Text(name),
-            f"{100 * raw[c]:.2f}",
-            f"{100 * (untuned[c] - raw[c]):+.2f}",
-            f"{100 * (tuned[c] - raw[c]):+.2f}",
-            f"{100 * choice.low[c]:+.2f}",
+            _number(100 * raw[c]),
+            _number(100 * (untuned[c] - raw[c]), "+"),
+            _number(100 * (tuned[c] - raw[c]), "+"),
+            _number(100 * choice.low[c], "+"),
             f"{threshold:g}" if refined else "not refined",
         )
     table.add_section()
     gains = [gain(tuning.counts.totals(choice.cell, objective))]
     gains.append(gain(tuning.trial.totals(0, objective)) if tuning.helps else 0.0)
-    mean = f"{100 * np.nanmean(raw):.2f}"
-    table.add_row(
-        _NAMES[objective], mean, *(f"{100 * value:+.2f}" for value in gains), "", "", style="bold"
-    )
+    cells = (_number(100 * _mean(raw)), *(_number(100 * value, "+") for value in gains))
+    table.add_row(_NAMES[objective], *cells, "", "", style="bold")
     return table
+
+
+def _number(value: float, sign: str = "") -> str:
+    return "-" if np.isnan(value) else f"{value:{sign}.2f}"
+
+
+def _mean(ious: np.ndarray) -> float:
+    """Return the mean over the classes that occur, NaN without any (where NumPy would warn)."""
+    present = ious[~np.isnan(ious)]
+    return float(present.mean()) if len(present) else float("nan")
 
 
 def _gains(tuning: Tuning) -> np.ndarray:
@@ -196,5 +212,5 @@ def _gains(tuning: Tuning) -> np.ndarray:
 
 
 def _means(totals: np.ndarray) -> tuple[float, float]:
-    raw, refined = np.nanmean(class_ious(totals), axis=1)
-    return float(raw), float(refined)
+    raw, refined = class_ious(totals)
+    return _mean(raw), _mean(refined)

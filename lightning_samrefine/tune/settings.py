@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class TuneSettings:
         datamodule: LightningDataModule,
         ckpt_path: str | None,
         folder: Path,
-    ) -> float:
+    ) -> float | None:
         """Tune, write and print what was found.
 
         Args:
@@ -68,7 +69,8 @@ class TuneSettings:
             folder: Takes the files.
 
         Returns:
-            mIoU of the validation set, refined with what was chosen.
+            mIoU of the validation set, refined with what was chosen; None where no pixel of it is
+            scored.
         """
         from lightning_samrefine.summary import write_metrics
         from lightning_samrefine.tune.report import print_tuning, tuning_metrics, write_tuning
@@ -79,4 +81,5 @@ class TuneSettings:
         write_tuning(tuning, folder)
         write_metrics(metrics, folder / "metrics.json")
         print_tuning(tuning, folder)
-        return metrics["tune/miou_tuned"]
+        tuned = metrics["tune/miou_tuned"]
+        return None if math.isnan(tuned) else tuned
