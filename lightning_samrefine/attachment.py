@@ -21,7 +21,7 @@ from lightning_samrefine.class_gate import check_classes
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.found import Roles
 from lightning_samrefine.models import Promptable, load_sam
-from lightning_samrefine.models.protocol import accepts_masks
+from lightning_samrefine.models.protocol import accepts_masks, drop_derived
 from lightning_samrefine.reading_summary import summarize
 from lightning_samrefine.refiner import Refiner
 from lightning_samrefine.roles import MissingTargetError
@@ -164,8 +164,9 @@ class Attachment:
         return dataloader_idx in self._without_targets
 
     def release(self) -> None:
-        """Move a user's own SAM back to where it was."""
+        """Move a user's own SAM back to where it was; what it keeps on the device is dropped."""
         if self._own_sam is not None:
+            drop_derived(self._own_sam)
             self._own_sam.module.to(self._home)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_samrefine.cache_store import DiskStore, Entry, MemoryStore, Store
 from lightning_samrefine.home import home
-from lightning_samrefine.models.identity import all_weights, stamp
+from lightning_samrefine.models.identity import all_weights, checksums, raw_bytes, stamp
 from lightning_samrefine.models.protocol import Promptable
 
 # Raise this when an encoder's output changes by more than rounding: older entries never hit again.
@@ -57,8 +57,9 @@ class EmbeddingCache:
     changed augmentation or another checkpoint never hits, and the same image always does,
     whatever the order, epoch, run or process.
 
-    Embeddings are kept in the autocast's dtype, float32 where there is none. A computed embedding
-    is rounded in the same way before it is used: a miss and a hit give equal bits.
+    Embeddings are kept in the autocast's dtype; where there is none, and everything but embeddings,
+    as they are. A computed embedding is `rounded` in the same way before it is used: a miss and a
+    hit give equal bits, and a refiner without a cache, which rounds as well, gives them too.
 
     Nothing that goes wrong here stops a run: the cache says so once and goes on without.
 
@@ -97,7 +98,7 @@ class EmbeddingCache:
             if kind == "memory"
             else DiskStore(limit, default_folder() if folder is None else Path(folder))
         )
-        self._fingerprints: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, str]]] = (
+        self._fingerprints: WeakKeyDictionary[nn.Module, dict[Any, _Fingerprint]] = (
             WeakKeyDictionary()
         )
         self._hits = self._misses = 0
@@ -154,7 +155,7 @@ class EmbeddingCache:
         self._count(len(keys) - misses, misses)
         computed = compute(list(missing.values())) if missing else []
         for key, embedding in zip(missing, computed, strict=True):
-            found[key] = self._put(key, embedding, dtype)
+            found[key] = self._put(key, embedding, None if derived else dtype)
         return [found[key] for key in keys]
 
     def recall(
@@ -186,10 +187,18 @@ class EmbeddingCache:
             image: (3, H, W) uint8.
             dtype: Of the autocast that they were made under; None for float32.
             derived: As for `embed`.
-            tensors: Integers, for floats would be rounded to ``dtype``.
+            tensors: To be kept as they are.
         """
         if self._writing and (keys := self._keys(sam, [image], dtype, derived)) is not None:
-            self._put(keys[0], tensors, dtype)
+            self._put(keys[0], tensors, None)
+
+    def recheck(self, module: nn.Module) -> None:
+        """Compare a model's weights by what they hold when they are needed next.
+
+        Otherwise they are only where torch has counted a change, and none through ``.data``.
+        """
+        for known in self._fingerprints.get(module, {}).values():
+            known.state = None
 
     def count_prompts(self, hits: int, misses: int) -> None:
         """Count prompts whose answers were found, and those that were not."""
@@ -240,7 +249,7 @@ class EmbeddingCache:
     def _put(self, key: str, embedding: Any, dtype: torch.dtype | None) -> Any:
         """Keep an embedding and return it as a hit would."""
         try:
-            rounded, entry = _pack(embedding, dtype or torch.float32, keep=self._writing)
+            found, entry = _pack(embedding, dtype, keep=self._writing)
         except Exception as error:
             self._give_up(error)
             return embedding
@@ -250,7 +259,7 @@ class EmbeddingCache:
                 self._epoch.written += 1
             except Exception as error:
                 self._give_up(error)
-        return rounded
+        return found
 
     def _count(self, hits: int, misses: int) -> None:
         self._hits += hits
@@ -265,15 +274,20 @@ class EmbeddingCache:
 
     def _fingerprint(self, sam: Promptable, derived: str) -> str:
         """Hash what an entry depends on besides the image; anew only after a change."""
-        state = _state(sam.module, whole=bool(derived))
+        whole = bool(derived)
+        about = (CODE_VERSION, sam.name, sam.image_size)
+        state = _state(sam.module, whole)
         of_module = self._fingerprints.setdefault(sam.module, {})
-        known = of_module.get(derived)
-        if known is None or known[0] != state:
-            about = (CODE_VERSION, sam.name, sam.image_size, *([derived] if derived else []))
-            weights = _weights(sam.module, whole=bool(derived))
-            known = (state, weights_fingerprint(weights.items(), about))
-            of_module[derived] = known
-        return known[1]
+        known = of_module.get((whole, *about))
+        if known is None or known.state != state:
+            weights = _weights(sam.module, whole)
+            contents = checksums(weights.values())
+            if known is not None and known.contents == contents:
+                known.state = state
+            else:
+                known = _Fingerprint(state, contents, weights_fingerprint(weights.items(), about))
+                of_module[(whole, *about)] = known
+        return f"{known.digest} {derived}" if derived else known.digest
 
 
 def make_cache(
@@ -296,6 +310,21 @@ def make_cache(
         reason = "beside no cache" if cache is None else "beside an EmbeddingCache, which has one"
         raise ValueError(f"cache_gb: got {gb} {reason}, accepted is None there")
     return cache
+
+
+@dataclass
+class _Fingerprint:
+    """The hash of a model's weights, and what tells whether it still holds.
+
+    Attributes:
+        state: As `_state` returned it; None where the contents have to be compared.
+        contents: As `checksums` returned them.
+        digest: As `weights_fingerprint` returned it.
+    """
+
+    state: tuple[Any, ...] | None
+    contents: tuple[int, ...]
+    digest: str
 
 
 @dataclass
@@ -327,20 +356,32 @@ def weights_fingerprint(weights: Iterable[tuple[str, Tensor]], about: tuple[Any,
     digest.update(repr(about).encode())
     for name, tensor in weights:
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(_bytes(tensor))
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def rounded(embedding: Any, dtype: torch.dtype | None) -> Any:
+    """Round the floats of an embedding to what a cache keeps; their own dtype comes back.
+
+    Args:
+        embedding: A tensor or a tuple of tensors; anything else is returned as it is.
+        dtype: Of the autocast that made it; None rounds nothing.
+    """
+    if dtype is None:
+        return embedding
+    if isinstance(embedding, Tensor):
+        is_float = embedding.is_floating_point()
+        return embedding.to(dtype).to(embedding.dtype) if is_float else embedding
+    if type(embedding) is tuple and all(isinstance(part, Tensor) for part in embedding):
+        return tuple(rounded(part, dtype) for part in embedding)
+    return embedding
 
 
 def _key(model: str, image: Tensor, dtype: torch.dtype | None, device: torch.device) -> str:
     digest = hashlib.blake2b(digest_size=20)
     digest.update(repr((model, dtype, device.type, image.dtype, tuple(image.shape))).encode())
-    digest.update(_bytes(image))
+    digest.update(raw_bytes(image))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def _weights(module: nn.Module, whole: bool) -> dict[str, Tensor]:
@@ -367,27 +408,28 @@ def _state(module: nn.Module, whole: bool) -> tuple[tuple[Any, ...], ...]:
     return stamp([*all_weights(encoder), *module.buffers(recurse=False)])
 
 
-def _pack(embedding: Any, dtype: torch.dtype, keep: bool) -> tuple[Any, Entry | None]:
-    """Round an embedding; return it as it goes on being used, and as it is kept.
+def _pack(embedding: Any, dtype: torch.dtype | None, keep: bool) -> tuple[Any, Entry | None]:
+    """Round an embedding to ``dtype``; return it as it goes on being used, and as it is kept.
 
     Raises:
         TypeError: The embedding is neither a tensor nor a tuple of tensors.
     """
     tensors = (embedding,) if isinstance(embedding, Tensor) else embedding
-    if not isinstance(tensors, tuple) or not all(isinstance(t, Tensor) for t in tensors):
+    # A named tuple would come back without its names.
+    if type(tensors) is not tuple or not all(isinstance(t, Tensor) for t in tensors):
         raise TypeError(f"embeddings of type {type(embedding).__name__} cannot be kept")
-    stored = tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
-    rounded = tuple(s.to(t.dtype) for s, t in zip(stored, tensors, strict=True))
     entry = None
     if keep:
+        narrow = [dtype if dtype and t.is_floating_point() else t.dtype for t in tensors]
         # Copies: a view would hold on to its whole batch, and a reader might write into it.
         copies = tuple(
-            s.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for s in stored
+            t.detach().to("cpu", kept_as, copy=True, memory_format=torch.contiguous_format)
+            for t, kept_as in zip(tensors, narrow, strict=True)
         )
         names = [str(t.dtype).removeprefix("torch.") for t in tensors]
         layout = "tensor" if isinstance(embedding, Tensor) else "tuple"
         entry = Entry(copies, " ".join([layout, *names]))
-    return (rounded[0] if isinstance(embedding, Tensor) else rounded), entry
+    return rounded(embedding, dtype), entry
 
 
 def _unpack(entry: Entry, device: torch.device) -> Any:

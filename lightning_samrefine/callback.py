@@ -354,6 +354,7 @@ class SAMRefineCallback(Callback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         adapter = self._attachment.bind(self.adapter, self.num_classes, pl_module)
+        self._attachment.refiner.refiner.recheck_weights()
         num_classes = adapter.num_classes
         device = trainer.strategy.root_device
         names = safe_names(self.class_names or map(str, range(num_classes)), trainer.loggers)

@@ -21,8 +21,8 @@ from lightning_samrefine.memory import ChunkSize
 from lightning_samrefine.models.protocol import MultimaskPromptable, Prompts
 from lightning_samrefine.precision import autocast
 
-# Raise this when the masks of an image change by more than rounding.
-MASKS_VERSION = 1
+# Raise this when the masks of an image change by more than rounding, or are kept in another way.
+MASKS_VERSION = 2
 
 # No denser than this many image pixels between points: small images hold few objects.
 _MIN_SPACING = 16

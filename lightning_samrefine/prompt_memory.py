@@ -3,7 +3,8 @@
 A prediction changes from epoch to epoch, yet most of its regions only a little. On the lattice of
 `prompts.lattice_prompts` they ask what was asked before, so a cache answers in SAM's place. An
 answer depends on the image, the prompt and the model alone: it makes no difference which run or
-epoch asked first.
+epoch asked first. On a CPU that holds to the bit, for prompts are decoded in chunks of one size; on
+a GPU the last bits depend on the size of the batch.
 """
 
 from __future__ import annotations
@@ -108,18 +109,13 @@ class PromptMemory:
         kept = self._cache.recall(self._sam, image, self._dtype, self._derived)
         known = KnownMasks.nothing()
         if kept is not None:
-            asked, packed, iou_bits = kept
-            known = KnownMasks(asked.numpy(), packed, iou_bits.view(torch.float32))
+            asked, packed, pred_iou = kept
+            known = KnownMasks(asked.numpy(), packed, pred_iou)
         found = int((known.rows(prompts) >= 0).sum())
         self._cache.count_prompts(found, len(prompts) - found)
         return known
 
     def keep(self, image: Tensor, known: KnownMasks) -> None:
         """Keep what is known about an image in place of what was kept before."""
-        # As integers, for the cache rounds floats: a miss and a hit accept the same regions.
-        tensors = (
-            torch.from_numpy(known.prompts),
-            known.packed,
-            known.pred_iou.view(torch.int32),
-        )
+        tensors = (torch.from_numpy(known.prompts), known.packed, known.pred_iou)
         self._cache.keep(self._sam, image, self._dtype, self._derived, tensors)

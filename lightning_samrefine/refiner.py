@@ -6,6 +6,7 @@ fusion is that of `soft_fusion`, with ``points_per_side`` the masks are those of
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lightning_samrefine.algorithm4 import fuse_by_algorithm4
 from lightning_samrefine.answers import Answers
-from lightning_samrefine.cache import EmbeddingCache, make_cache
+from lightning_samrefine.cache import EmbeddingCache, make_cache, rounded
 from lightning_samrefine.class_gate import check_classes, keep_closed, open_regions
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.decoding import Decoded, decode_prompts, decodes_jointly
@@ -25,7 +26,12 @@ from lightning_samrefine.finite import no_numbers
 from lightning_samrefine.image_masks import MASKS_VERSION, ImageMasks, generate_masks
 from lightning_samrefine.inputs import check_image_and_probs, checked_labels, first_argmax
 from lightning_samrefine.memory import ChunkSize, images_at_once, prompts_at_once
-from lightning_samrefine.models.protocol import MultimaskPromptable, Promptable, Prompts
+from lightning_samrefine.models.protocol import (
+    MultimaskPromptable,
+    Promptable,
+    Prompts,
+    drop_derived,
+)
 from lightning_samrefine.precision import autocast, autocast_dtype
 from lightning_samrefine.prompt_memory import PromptMemory
 from lightning_samrefine.refinement import Refinement
@@ -91,17 +97,47 @@ class Refiner:
             )
         if config is not None and not isinstance(config, RefineConfig):
             raise TypeError(f"config: got {type(config).__name__}, accepted is a RefineConfig")
-        dtype = autocast_dtype(precision, sam.device)
+        autocast_dtype(precision, sam.device)  # refuses one that is unknown
         self.sam = sam
         self.config = _possible(config or RefineConfig.preset("default"), sam)
         self.precision = precision
         self.cache = make_cache(cache, cache_gb)
+        self._prompts_at_once, self._images_at_once = ChunkSize(), ChunkSize()
+        self._told: set[str] = set()
+        self._region_prompts = self._prompts_of_regions()
+        self.recheck_weights()
+
+    def _prompts_of_regions(self) -> RegionPrompts:
         memory = None
         if self.cache is not None:
-            memory = PromptMemory(self.cache, sam, dtype, self.config.stride)
-        self._region_prompts = RegionPrompts(sam, self.config, memory)
-        self._prompts_at_once, self._images_at_once = ChunkSize(), ChunkSize()
-        self._told_of_left_out = False
+            dtype = autocast_dtype(self.precision, self.sam.device)
+            memory = PromptMemory(self.cache, self.sam, dtype, self.config.stride)
+        return RegionPrompts(self.sam, self.config, memory)
+
+    def with_config(self, config: RefineConfig) -> Refiner:
+        """Return a refiner with other thresholds that shares everything else with this one.
+
+        That is the model, the cache, and how many prompts and images memory was found to allow.
+
+        Args:
+            config: Adapted to the model as in the constructor.
+        """
+        other = copy.copy(self)
+        other.config = _possible(config, self.sam)
+        other._region_prompts = other._prompts_of_regions()
+        return other
+
+    def recheck_weights(self) -> None:
+        """Find out whether the model's weights are still what they were.
+
+        Whatever was derived from them is made anew, and a cache compares them by what they hold.
+        Changes that torch counts (loading, moving, an optimizer's step) are noticed without this,
+        changes through ``.data`` are not. A new refiner rechecks, and so does every evaluation of
+        the callbacks; after such a change in between call this yourself.
+        """
+        drop_derived(self.sam)
+        if self.cache is not None:
+            self.cache.recheck(self.sam.module)
 
     def __call__(self, image: Tensor, probs: Tensor, labels: Tensor | None = None) -> Refinement:
         """Refine one image's prediction.
@@ -248,9 +284,9 @@ class Refiner:
 
     def _tell_of_left_out(self, regions: Sequence[GridRegions]) -> None:
         worst = max(regions, key=lambda found: found.left_out, default=None)
-        if worst is None or worst.left_out == 0 or self._told_of_left_out:
+        if worst is None or worst.left_out == 0 or "left out" in self._told:
             return
-        self._told_of_left_out = True
+        self._told.add("left out")
         _log.warning(
             "An image has %d regions; the largest %d are prompted (max_regions), the others keep "
             "their raw prediction. Further such images are not reported.",
@@ -259,7 +295,12 @@ class Refiner:
         )
 
     def _embed(self, images: list[Tensor]) -> list[Any]:
-        return self._once_an_image(images, self.sam.embed)
+        return self._once_an_image(images, self._embed_rounded)
+
+    def _embed_rounded(self, images: list[Tensor]) -> list[Any]:
+        """Embed images as a cache would keep them, so that it makes no difference."""
+        dtype = autocast_dtype(self.precision, self.sam.device)
+        return [rounded(embedding, dtype) for embedding in self.sam.embed(images)]
 
     def _image_masks(self, images: list[Tensor], embeddings: list[Any]) -> list[ImageMasks]:
         """Return each image's masks; an embedding of None is made only where masks are."""
@@ -269,7 +310,7 @@ class Refiner:
         def compute(chosen: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
             unknown = [image for image in chosen if known[id(image)] is None]
             if unknown:
-                new = zip(unknown, sam.embed(unknown), strict=True)
+                new = zip(unknown, self._embed_rounded(unknown), strict=True)
                 known.update((id(image), embedding) for image, embedding in new)
             found = []
             for image in chosen:
@@ -348,7 +389,11 @@ class Refiner:
 
     def _decode(self, embeddings: Sequence[Any], prompts: Sequence[Prompts]) -> list[Decoded]:
         size, chunks = self._batch_size(), self._prompts_at_once
-        return decode_prompts(self.sam, embeddings, prompts, self.precision, size, chunks)
+        # A memory has some prompts answered and others not: what it lacks must not depend on which.
+        alone = self.config.on_lattice and self.sam.device.type == "cpu" and len(prompts) == 1
+        if alone:
+            size = min(size, prompts_at_once(self.sam.device))
+        return decode_prompts(self.sam, embeddings, prompts, self.precision, size, chunks, alone)
 
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:

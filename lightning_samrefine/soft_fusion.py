@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from lightning_samrefine.answers import Answers, refinement, region_table
 from lightning_samrefine.class_gate import accepted_regions
+from lightning_samrefine.class_maps import class_parts
 from lightning_samrefine.colours import weigh_by_colours
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.inputs import first_argmax
 from lightning_samrefine.refinement import Refinement
+from lightning_samrefine.regions import GridRegions
 from lightning_samrefine.smoothing import smooth
 from lightning_samrefine.support import Planes, Support, class_probs, masks_at, planes_of, weigh
 
@@ -27,8 +30,12 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     """Fuse image-driven masks, the masks of prompted regions, or both.
 
     With both, the regions' masks count twice: among all masks, which together say what class a
-    pixel has, and as what SAM says to the prediction's own regions. Where no mask is left nothing
-    changes: colours and smoothing follow masks, and do not stand for themselves.
+    pixel has, and as what SAM says to the prediction's own regions. A rejected region stands for
+    itself in place of its mask. A pixel that neither a mask nor an accepted region reaches keeps
+    its raw probabilities: colours and smoothing follow masks, and do not stand for themselves.
+
+    So a region's verdict matters on its own pixels, under its mask, and within the three pixels of
+    smoothing around them, and nowhere else.
 
     Where regions are not prompted, a region's predicted IoU is that of the best image-driven mask
     that stands for its class at its innermost pixel, 0 without one; it is then told, not used.
@@ -58,8 +65,7 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     if config.prompt_regions:
         mask_probs = answers.region_masks.probs()
         answers = replace(answers, masks=mask_probs > 0.5)
-        if accepted.any():
-            supports = _with_regions(supports, answers, mask_probs, accepted, planes)
+        supports = _with_regions(supports, answers, mask_probs, accepted, planes)
     table = region_table(answers, pred_iou, accepted, config.stride)
     if not supports:
         return refinement(table, labels, probs)
@@ -67,6 +73,9 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     refined, covered = weigh(evidence, supports, floors[: len(supports)])
     if config.smoothing:
         refined = smooth(refined, answers.image, config.smoothing)
+    reached = _reached(supports, regions, accepted, labels.shape)
+    for part in class_parts(refined):
+        torch.where(reached, refined[part], probs[part], out=refined[part])
     best = first_argmax(refined)
     unknown = (labels < 0) | (labels >= len(probs))
     # Labels that are not the probabilities' argmax stay where the refinement changes nothing.
@@ -82,13 +91,13 @@ def _with_regions(
     accepted: np.ndarray,
     planes: Planes,
 ) -> list[Support]:
-    """Add what accepted regions' masks support; a rejected region stands for itself.
+    """Add what accepted regions' masks support, and that rejected regions stand for themselves.
 
     Args:
         supports: That of the image's masks, or nothing.
         answers: About the image.
         mask_probs: (N, h_n, w_n) float32, σ of all regions' masks.
-        accepted: (N,) bool, at least one.
+        accepted: (N,) bool.
         planes: From `planes_of`.
     """
     regions, probs = answers.regions, answers.probs
@@ -98,14 +107,37 @@ def _with_regions(
         for c in np.unique(regions.classes[~accepted]):
             own[c] = regions.mask_of(~accepted & (regions.classes == c))
         own = F.interpolate(own[None], mask_probs.shape[1:], mode="nearest")[0]
-    chosen = torch.from_numpy(accepted).to(probs.device)
-    classes = torch.from_numpy(regions.classes).to(probs.device)[chosen]
-    if not accepted.all():
-        mask_probs = mask_probs[chosen]
-    pred_iou = answers.region_masks.pred_iou.to(probs.device)[chosen]
+    classes = torch.from_numpy(regions.classes).to(probs.device)
+    pred_iou = answers.region_masks.pred_iou.to(probs.device)
+    # Of all masks, for a product rounds by how many there are.
     purity = class_probs(mask_probs, planes).gather(0, classes[None])[0]
+    if not accepted.all():
+        chosen = torch.from_numpy(np.flatnonzero(accepted)).to(probs.device)
+        mask_probs, classes = mask_probs[chosen], classes[chosen]
+        pred_iou, purity = pred_iou[chosen], purity[chosen]
     said = Support.of_regions(mask_probs, pred_iou * purity, classes, len(probs), own)
     together = [
         support.with_regions(mask_probs, pred_iou, purity, classes, own) for support in supports
     ]
     return [*together, said]
+
+
+def _reached(
+    supports: Sequence[Support],
+    regions: GridRegions,
+    accepted: np.ndarray,
+    image_hw: tuple[int, int],
+) -> Tensor:
+    """Return (H, W) bool, whether a mask or an accepted region lies on a pixel or beside it.
+
+    Args:
+        supports: At least one.
+        regions: N regions.
+        accepted: (N,) bool.
+        image_hw: (H, W).
+    """
+    inside = torch.stack([support.inside for support in supports]).amax(dim=0)[None, None]
+    own = regions.mask_of(accepted)[None, None].float()
+    own = F.interpolate(own, inside.shape[2:], mode="nearest")
+    maps = torch.maximum(inside, own)
+    return F.interpolate(maps, image_hw, mode="bilinear", align_corners=False)[0, 0] > 0

@@ -70,7 +70,7 @@ class Support:
         """Collect the masks of accepted regions: the largest weight · σ over a class's regions.
 
         Args:
-            mask_probs: (N, h_n, w_n) float32, σ of the logits, N at least 1.
+            mask_probs: (N, h_n, w_n) float32, σ of the logits.
             weight: (N,) float32 in [0, 1].
             classes: (N,) int64.
             num_classes: C.
@@ -81,7 +81,8 @@ class Support:
         _raise_to(support, mask_probs, weight, classes)
         if own is not None:
             torch.maximum(support, own, out=support)
-        return cls(support, mask_probs.amax(dim=0))
+        inside = mask_probs.amax(dim=0) if len(mask_probs) else torch.zeros_like(support[0])
+        return cls(support, inside)
 
     @classmethod
     def of_image(cls, masks: ImageMasks, planes: Planes) -> tuple[Support, Tensor]:

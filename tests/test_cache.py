@@ -100,6 +100,53 @@ def test_the_second_epoch_embeds_nothing_and_gives_equal_bits(cache, sam, precis
         assert len(again.regions) > 0
 
 
+class UnroundedSam(CountingSam):
+    """Embeds with a mantissa of 24 bits, as a norm in float32 behind an encoder in bf16 does."""
+
+    def embed(self, images):
+        return [embedding * 1.2345678 for embedding in super().embed(images)]
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+@pytest.mark.parametrize("preset", ["algorithm4", "default", "points alone"])
+def test_a_cache_changes_no_bit_of_a_refinement(cache, precision, preset):
+    sam = UnroundedSam()
+    (image,) = images(1, size=(48, 60))
+    probs = blobs(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        (embedding,) = sam.embed([image])
+    assert not torch.equal(embedding, embedding.bfloat16().float())
+    options = {"min_region_area": 1, "pred_iou_thresh": 0.45}
+    if preset == "points alone":
+        config = RefineConfig.preset("default", **options, prompt_regions=False)
+    else:
+        config = RefineConfig.preset(preset, **options)
+    uncached = Refiner(sam, config, precision)(image, probs)
+    assert (uncached.labels != probs.argmax(dim=0)).any()
+    caching = Refiner(sam, config, precision, cache=cache)
+    for _ in range(2):
+        cached = caching(image, probs)
+        for name in ("labels", "probs", "covered", "pred_iou", "boxes"):
+            assert torch.equal(getattr(cached, name), getattr(uncached, name)), name
+        assert torch.equal(cached.regions.pred_iou, uncached.regions.pred_iou)
+        assert torch.equal(cached.regions.masks, uncached.regions.masks)
+    assert cache.stats.hits > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_without_autocast_and_beside_embeddings_nothing_is_rounded(cache, sam, dtype):
+    value = torch.full((2, 3), 1 / 3, dtype=torch.float64).to(dtype)
+    kept = [cache.embed(sam, images(1), None, lambda _: [value])[0] for _ in range(2)]
+    derived = [
+        cache.embed(sam, images(1), torch.bfloat16, lambda _: [(value,)], "masks")[0][0]
+        for _ in range(2)
+    ]
+    assert cache.stats.hits == 2
+    for found in (*kept, *derived):
+        assert found.dtype == dtype
+        assert torch.equal(found, value)
+
+
 def test_in_float32_a_cache_changes_no_bit(cache, sam):
     (image,) = images(1)
     for _ in range(2):
@@ -175,6 +222,18 @@ def test_whatever_differs_never_hits(cache, sam):
         if dtype is None:
             assert torch.equal(found, model.embed([changed])[0]), name
     embed(cache, sam, [image])
+    assert cache.stats.hits == 1
+
+
+def test_weights_that_change_unseen_by_torch_are_noticed_on_a_recheck(cache, sam):
+    (image,) = images(1)
+    embed(cache, sam, [image])
+    cache.recheck(sam.module)
+    embed(cache, sam, [image])
+    assert cache.stats.hits == 1
+    next(sam.module.image_encoder.parameters()).data.view(-1)[-1] += 0.5
+    cache.recheck(sam.module)
+    assert torch.equal(embed(cache, sam, [image])[0], sam.embed([image])[0])
     assert cache.stats.hits == 1
 
 

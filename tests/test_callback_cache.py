@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter, loader
-from tiny_random_sam import build_random_sam
+from tiny_random_sam import build_random_sam, spread_answers
+from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_samrefine import SAMRefineCallback
+from lightning_samrefine import RefineConfig, SAMRefineCallback
 from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.models.sam import SamPromptable
+from lightning_samrefine.models.tiny import build_tiny_sam
+
+# Four points instead of hundreds.
+SMALL_DEFAULT = RefineConfig.preset("default", points_per_side=2, min_region_area=4)
 
 
 class CountingSam(SamPromptable):
@@ -47,15 +54,98 @@ def fit(sam, epochs=3, val=None, **kwargs):
     return trainer.callbacks[0].history
 
 
-def test_later_epochs_of_fit_embed_nothing_and_measure_the_same():
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_later_epochs_of_fit_embed_nothing_and_measure_the_same(precision):
     with_cache, without = CountingSam(), CountingSam()
-    kept = fit(with_cache, precision="32")
-    computed = fit(without, precision="32", cache=None)
+    kept = fit(with_cache, precision=precision)
+    computed = fit(without, precision=precision, cache=None)
     assert (with_cache.embedded, without.embedded) == (4, 12)
     for one, other in zip(kept, computed, strict=True):
         assert one.pop("refine_ms_per_image") > 0
         assert other.pop("refine_ms_per_image") > 0
         assert one == other
+
+
+class AveragingCallback(Callback):
+    """Writes other weights into a SAM through ``.data`` before the second epoch, as an EMA does."""
+
+    def __init__(self, sam, weights):
+        self.sam, self.weights = sam, weights
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            for name, tensor in self.sam.module.state_dict(keep_vars=True).items():
+                tensor.data.copy_(self.weights[name])
+
+
+def tiny_sam(seed):
+    """Return a SAM of which folded copies are made."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = build_tiny_sam()
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.running_mean.normal_(std=0.5)
+                norm.running_var.uniform_(0.5, 2)
+        spread_answers(module.eval().requires_grad_(False), prompts=16)
+    return SamPromptable(module, "tiny")
+
+
+@pytest.mark.parametrize("refine", [REFINE, SMALL_DEFAULT], ids=["algorithm4", "default"])
+def test_weights_that_are_swapped_through_data_refine_the_next_epoch(refine):
+    def figures(sam, *callbacks):
+        torch.manual_seed(0)
+        measure = SAMRefineCallback(sam, num_classes=NUM_CLASSES, refine=refine, precision="32")
+        trainer = Trainer(**SILENT, max_epochs=2, callbacks=[*callbacks, measure])
+        trainer.fit(Segmenter(), loader(2, seed=9), loader(2))
+        times = "refine_ms_per_image"
+        return [{k: v for k, v in row.items() if k != times} for row in measure.history]
+
+    changing, other = tiny_sam(0), tiny_sam(1)
+    weights = {name: tensor.clone() for name, tensor in other.module.state_dict().items()}
+    first, second = figures(changing, AveragingCallback(changing, weights))
+    old, new = figures(tiny_sam(0)), figures(other)
+    assert first == old[0]
+    assert second == new[1]
+    assert second["miou_refined"] != old[1]["miou_refined"]
+
+
+def tensors_held(holder, seen=None):
+    """Return all tensors that objects of this package hold, besides what their modules do."""
+    seen = set() if seen is None else seen
+    if isinstance(holder, nn.Module) or id(holder) in seen:
+        return []
+    seen.add(id(holder))
+    if isinstance(holder, torch.Tensor):
+        return [holder]
+    if isinstance(holder, dict):
+        parts = holder.values()
+    elif isinstance(holder, list | tuple):
+        parts = holder
+    else:
+        parts = vars(holder).values() if hasattr(holder, "__dict__") else ()
+    return [tensor for part in parts for tensor in tensors_held(part, seen)]
+
+
+@pytest.mark.parametrize("run", ["fit", "validate"])
+def test_nothing_derived_from_a_sam_of_ones_own_stays_behind(run):
+    sam = tiny_sam(0)
+    measure = SAMRefineCallback(sam, num_classes=NUM_CLASSES, refine=SMALL_DEFAULT)
+    alive = []
+    drop = sam.drop_derived
+
+    def watch():
+        folded = [sam._encode._folded] if sam._encode._folded is not None else []
+        alive.extend(weakref.ref(part) for part in (*folded, *tensors_held(sam)))
+        drop()
+
+    sam.drop_derived = watch
+    trainer = Trainer(**SILENT, max_epochs=1, callbacks=[measure])
+    arguments = (loader(2, seed=9), loader(2)) if run == "fit" else (loader(2),)
+    getattr(trainer, run)(Segmenter(), *arguments)
+    gc.collect()
+    assert len(alive) > 5  # a folded encoder, and sides of the decoder
+    assert not any(reference() is not None for reference in alive)
 
 
 @pytest.mark.parametrize("run", ["validate", "test"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_samrefine.models.identity import all_weights, stamp
+from lightning_samrefine.models.identity import all_weights, checksums, stamp
 
 
 def network():
@@ -24,6 +24,17 @@ def test_modules_that_hold_one_another_end():
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     first.other, second.other = second, first
     assert len(all_weights(first)) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_checksums_see_what_is_written_through_data(dtype):
+    tensor = torch.arange(12).reshape(3, 4).T.to(dtype)
+    before = checksums([tensor])
+    assert checksums([tensor.clone()]) == before
+    stamped = stamp([tensor])
+    tensor.data[2, 1] = tensor.data[2, 1] == 0
+    assert stamp([tensor]) == stamped
+    assert checksums([tensor]) != before
 
 
 @pytest.mark.parametrize(

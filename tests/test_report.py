@@ -96,8 +96,9 @@ def test_regions_are_the_best_the_worst_and_the_rejected():
     assert gains["best"] == pytest.approx(sorted(gains["best"], reverse=True), abs=2e-4)
     assert gains["worst"] == pytest.approx(sorted(gains["worst"]), abs=2e-4)
     assert min(gains["best"]) >= 0 >= max(gains["worst"])
-    assert all(entry["pred"] <= 0.3 for entry in found if entry["kind"] == "rejected")
-    assert len(found) == min(result.calibration.regions, len(found))
+    rejected = [entry["pred"] for entry in found if entry["kind"] == "rejected"]
+    assert 0 <= min(rejected) <= max(rejected) <= 0.3
+    assert 0 < len(found) <= result.calibration.regions
     assert max(picture(entry["crop"]).size for entry in found) <= (132, 132)
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 from test_app import CLASSES, composed, execute, folder, overrides  # noqa: F401 - a fixture
 from test_refiner import blobs
+from tiny_random_sam import build_random_sam
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.adapter import RefineInputs
 from lightning_samrefine.app import SetupError, run
 from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.comparison import RefinementComparison
+from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine_files import read_refine
 from lightning_samrefine.tune.choice import class_ious, gain
 from lightning_samrefine.tune.counts import Scoring
@@ -81,6 +83,24 @@ def test_every_cell_is_a_run_of_its_own(random_sam, monkeypatch, ignore_index):
         trimap = gain(sweep.counts.totals(index, "trimap_miou"))
         assert trimap == pytest.approx(figures["trimap_miou_gain"], abs=1e-12)
     assert len(refined_differently) > len(GRID.cells) // 2
+
+
+def test_a_memory_limit_is_found_once_and_not_cell_by_cell():
+    class SmallSam(SamPromptable):
+        failed = 0
+
+        def decode(self, embedding, prompts):
+            if len(prompts) > 1:
+                self.failed += 1
+                raise MemoryError
+            return super().decode(embedding, prompts)
+
+    sam = SmallSam(build_random_sam(), "small")
+    base = RefineConfig(min_region_area=2, max_prompts_per_batch=4)
+    sweep, refiner = Sweep(GRID, base, SCORING), Refiner(sam)
+    for seed in range(2):
+        sweep(refiner, sample(seed))
+    assert sam.failed == 2  # four prompts at once, then two
 
 
 def test_mixed_thresholds_and_a_gate_are_read_from_the_same_counts(random_sam):

@@ -73,6 +73,10 @@ class FastMaskDecoder:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memo": None}
 
+    def drop_derived(self) -> None:
+        """Drop what is kept between calls."""
+        self._memo = None
+
     @torch.no_grad()
     def __call__(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Decode N ≥ 1 prompts on one image.

@@ -47,6 +47,10 @@ class FastImageEncoder:
         self._folded: nn.Module | None = None
         self._fingerprint: tuple[tuple[Any, ...], ...] = ()
 
+    def drop_derived(self) -> None:
+        """Drop the folded copy."""
+        self._folded, self._fingerprint = None, ()
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Embed (B, 3, S, S) float, normalised and padded, as (B, D, h_e, w_e).

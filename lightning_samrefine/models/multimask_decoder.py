@@ -37,6 +37,11 @@ class FastMultimaskDecoder(FastMaskDecoder):
     What is kept between calls, and what callers must not do meanwhile, is as in `FastMaskDecoder`.
     """
 
+    def drop_derived(self) -> None:
+        """Drop what is kept between calls."""
+        super().drop_derived()
+        self._empty_masks = None
+
     @torch.no_grad()
     def __call__(
         self, embedding: Tensor, prompts: Prompts, multimask: bool = True

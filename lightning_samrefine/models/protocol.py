@@ -50,6 +50,16 @@ class Prompts:
 
         return Prompts(part(self.boxes), part(self.points), self.masks, part(self.mask_index))
 
+    def padded(self, count: int) -> Prompts:
+        """Return ``count`` ≥ N prompts, the last one repeated; they keep all K masks."""
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            return torch.cat([tensor, tensor[-1:].expand(count - len(self), *tensor.shape[1:])])
+
+        return Prompts(part(self.boxes), part(self.points), self.masks, part(self.mask_index))
+
 
 def join(prompts: Sequence[Prompts]) -> Prompts:
     """Return boxes and points of several images' prompts as those of one; masks are left out.
@@ -69,11 +79,12 @@ def join(prompts: Sequence[Prompts]) -> Prompts:
 class Promptable(Protocol):
     """A model that turns an image and prompts into masks and predicted IoUs.
 
-    Three members are optional. ``accepts_masks = False`` says that the model takes no mask prompts:
+    Four members are optional. ``accepts_masks = False`` says that the model takes no mask prompts:
     it then gets `Prompts` without masks, and the log says so. ``decode_multimask(embedding,
     prompts)`` returns SAM's three masks, (N, 3, m, m) float32 logits, with their predicted IoU,
     (N, 3) float32. ``decode_images(embeddings, prompts)`` decodes prompts on several images in one
-    batch, see `JointPromptable`.
+    batch, see `JointPromptable`. ``drop_derived()`` drops the copies and products of the weights
+    that the model keeps between calls: the weights may have changed, or the run is over.
 
     Frames differ between models, hence `input_hw`, `mask_hw` and `upscale`; the two in use are in
     `lightning_samrefine.models.frames`. `lightning_samrefine.testing` checks a model of yours.
@@ -128,6 +139,13 @@ class Promptable(Protocol):
 def accepts_masks(sam: Promptable) -> bool:
     """Say whether a model takes mask prompts; one that does not say so does."""
     return bool(getattr(sam, "accepts_masks", True))
+
+
+def drop_derived(sam: Promptable) -> None:
+    """Let a model drop what it keeps between calls; one without the method keeps nothing."""
+    drop = getattr(sam, "drop_derived", None)
+    if drop is not None:
+        drop()
 
 
 @runtime_checkable

@@ -45,6 +45,12 @@ class SamPromptable:
         """Device of the weights."""
         return self.module.device
 
+    def drop_derived(self) -> None:
+        """Drop the copies and products of the weights that are kept between calls."""
+        for part in (self._encode, self._fast_decoder, self._fast_multimask_decoder):
+            if isinstance(part, FastImageEncoder | FastMaskDecoder):
+                part.drop_derived()
+
     def input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Return (h_in, w_in): the long side becomes the model's input size (step 6)."""
         return get_preprocess_shape(*image_hw, self.image_size)

@@ -63,14 +63,14 @@ class Sweep:
         found = []
         for score_thresh, scale in self.grid.pairs:
             config = replace(self.base, score_thresh=score_thresh, mask_prompt_scale=scale)
-            (answers,) = _with(refiner, config).ask([image], [probs], [raw])
+            (answers,) = refiner.with_config(config).ask([image], [probs], [raw])
             # Fusing depends on the threshold by the accepted regions alone, often the same ones.
             fused: dict[bytes, Tensor] = {}
             for iou in self.grid.pred_iou_thresh:
                 fusing = replace(config, pred_iou_thresh=iou)
                 accepted = accepted_regions(fusing, answers.regions.classes, answers.pred_iou)
                 if (key := accepted.tobytes()) not in fused:
-                    fused[key] = _with(refiner, fusing).fuse(answers).labels
+                    fused[key] = refiner.with_config(fusing).fuse(answers).labels
                 found.append(fused[key])
         return found
 
@@ -128,8 +128,4 @@ def _refined(refiner: Refiner, config: RefineConfig, inputs: RefineInputs, index
     image, probs, raw = inputs.images[index], inputs.probs[index], inputs.labels[index]
     if not probs.isfinite().all():
         return raw
-    return _with(refiner, config)(image, probs, raw).labels
-
-
-def _with(refiner: Refiner, config: RefineConfig) -> Refiner:
-    return Refiner(refiner.sam, config, refiner.precision, refiner.cache)
+    return refiner.with_config(config)(image, probs, raw).labels
