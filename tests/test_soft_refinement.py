@@ -340,6 +340,16 @@ class TestRefiner:
         assert [r.accepted for r in out.regions] == [r.pred_iou > 0.5 for r in out.regions]
         assert len(out.pred_iou) == int(out.regions.accepted.sum())
 
+    def test_masks_of_the_image_make_a_difference(self, random_sam):
+        image, probs = blobs()
+        fast, default = (
+            Refiner(random_sam, RefineConfig.preset(preset, min_region_area=1))(image, probs)
+            for preset in ("fast", "default")
+        )
+        assert torch.equal(fast.regions.accepted, default.regions.accepted)
+        assert (fast.labels != default.labels).any()
+        assert (default.covered & ~fast.covered).any()
+
     def test_no_masks_no_change(self, random_sam, monkeypatch):
         image, probs = blobs()
         decode = random_sam.decode_multimask
