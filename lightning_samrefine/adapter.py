@@ -15,6 +15,10 @@ from lightning_samrefine.images import RgbConverter
 from lightning_samrefine.roles import MissingTargetError, RoleSearch
 from lightning_samrefine.score_search import QUERIES, query_masks
 from lightning_samrefine.scores import SCORES_KINDS, ScoresKind, to_probs
+from lightning_samrefine.targets import to_labels, whole_numbers
+
+# Rounding of a softmax in half precision.
+PROBS_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -248,6 +252,7 @@ class BatchAdapter:
                 f"image, scores, target: got {len(image)}, {len(scores)} and {len(targets)} "
                 "samples, accepted are equal numbers"
             )
+        self.rgb.settle(image)
         parts = [
             self._convert_batch(i[None], None if t is None else t[None], s[None], kind)
             for i, t, s in zip(image, targets, scores, strict=True)
@@ -292,35 +297,41 @@ class BatchAdapter:
                     f"adapter: got a target of shape {tuple(inputs.targets[index].shape)} for "
                     f"sample {index}, accepted is {expected[1:]}"
                 )
-        return inputs
-
-
-def to_labels(target: Tensor, labels: Tensor) -> Tensor:
-    """Convert a target to (B, H, W) int64.
-
-    Args:
-        target: (B, H, W) or (B, 1, H, W): integer, bool, or float that holds whole numbers.
-        labels: (B, H, W), the prediction that it must fit.
-
-    Raises:
-        ValueError: Another shape, fractions, NaN or infinity.
-    """
-    maps = target[:, 0] if target.ndim == 4 and target.shape[1] == 1 else target
-    if maps.shape != labels.shape:
-        raise ValueError(
-            f"target: got shape {tuple(target.shape)}, accepted is (B, H, W) or (B, 1, H, W) with "
-            f"the image's {tuple(labels.shape)}; targets of another size or one-hot targets need "
-            "an adapter"
+        return RefineInputs(
+            images=_each(_checked_image, inputs.images),
+            probs=_each(_checked_probs, inputs.probs),
+            labels=_each(lambda labels: whole_numbers(labels, "adapter: labels"), inputs.labels),
+            targets=None
+            if inputs.targets is None
+            else _each(lambda target: whole_numbers(target, "adapter: targets"), inputs.targets),
         )
-    # Infinity equals itself rounded, and as an integer would be whatever the machine makes of it.
-    if maps.is_floating_point() and not bool(((maps == maps.round()) & maps.isfinite()).all()):
-        low, high = torch.stack(torch.aminmax(maps.float())).tolist()
+
+
+def _each(function: Callable[[Tensor], Tensor], samples: Samples) -> Samples:
+    return function(samples) if isinstance(samples, Tensor) else [function(one) for one in samples]
+
+
+def _checked_image(image: Tensor) -> Tensor:
+    if image.dtype != torch.uint8 or image.shape[-3] != 3:
         raise ValueError(
-            f"target: got {target.dtype} with fractions, NaN or infinity ({low:.4g} to "
-            f"{high:.4g}), accepted are whole numbers: class indices (a mask that was resized "
-            "bilinearly or scaled to [0, 1] has lost them)"
+            f"adapter: images must be uint8 RGB (3, H, W), 0 to 255, got {image.dtype} "
+            f"{tuple(image.shape)}; an adapter that returns a mapping with 'image' has it converted"
         )
-    return maps.to(torch.int64)
+    return image
+
+
+def _checked_probs(probs: Tensor) -> Tensor:
+    if not probs.is_floating_point():
+        raise ValueError(f"adapter: probs must be floats in [0, 1], got {probs.dtype}")
+    probs = probs.float()
+    # NaN and infinity are a matter of single images, which keep their raw prediction.
+    low, high = torch.stack(torch.aminmax(probs.nan_to_num(0, 0, 0))).tolist()
+    if low < -PROBS_TOLERANCE or high > 1 + PROBS_TOLERANCE:
+        raise ValueError(
+            f"adapter: probs must be in [0, 1], got {low:.4g} to {high:.4g}; an adapter that "
+            "returns a mapping with 'logits' has them converted"
+        )
+    return probs.clamp(0, 1)
 
 
 def _unpack(found: Any) -> tuple[Roles, ScoresKind]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_prefixed_message
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_samrefine.adapter import BatchAdapter, RefineInputs
@@ -20,12 +21,14 @@ from lightning_samrefine.capture import ScoresCapture
 from lightning_samrefine.class_gate import check_classes
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.found import Roles
+from lightning_samrefine.inputs import WrongValuesError
 from lightning_samrefine.models import Promptable, load_sam
 from lightning_samrefine.models.protocol import accepts_masks, drop_derived
 from lightning_samrefine.reading_summary import summarize
 from lightning_samrefine.refiner import Refiner
 from lightning_samrefine.roles import MissingTargetError
 from lightning_samrefine.safety import SafeRefiner, isolated_rng
+from lightning_samrefine.targets import IgnoreIndex, TargetCheck
 
 
 class Attachment:
@@ -42,6 +45,8 @@ class Attachment:
         config: Thresholds.
         precision: See `Refiner`.
         device: Where SAM is to be.
+        cache: Keeps embeddings, None for none.
+        ignore_index: Target value that is not counted; of no use where no targets are read.
 
     Attributes:
         refiner: Holds SAM.
@@ -62,6 +67,7 @@ class Attachment:
         precision: str,
         device: torch.device,
         cache: EmbeddingCache | None = None,
+        ignore_index: IgnoreIndex = None,
     ) -> None:
         self._owner = owner
         self._warn_once = _WarnOnce(owner, counted_in)
@@ -73,11 +79,17 @@ class Attachment:
                 sam.module.to(device)
             self.refiner = SafeRefiner(Refiner(sam, config, precision, cache), self._warn_once)
         self.adapter: BatchAdapter | None = None
+        # One a loader, for each settles the range of its own images.
+        self._adapters: dict[int, BatchAdapter] = {}
+        self._ignore_index = ignore_index
+        self._check_targets: TargetCheck | None = None
         # Loaders of which a batch was read: what fails there later is no set-up error.
         self._understood: dict[int, Roles | None] = {}
         # Loaders without targets, which are left out.
         self._without_targets: set[int] = set()
         self._announced: set[int] = set()
+        # Loaders of which every batch was: a wrong value there later is no set-up error either.
+        self._passed: set[int] = set()
 
     def bind(
         self, adapter: BatchAdapter, num_classes: int | None, pl_module: LightningModule
@@ -85,11 +97,16 @@ class Attachment:
         """Settle the number of classes, after the module's own setup and before any evaluation.
 
         Raises:
-            MisconfigurationException: Nobody says how many there are.
+            MisconfigurationException: Nobody says how many there are, or the default ignore_index
+                is one of them.
         """
         self._announced.clear()
         if self.adapter is None:
             num_classes = num_classes or num_classes_of(pl_module)
+            try:
+                self._check_targets = TargetCheck(num_classes, self._ignore_index)
+            except ValueError as error:
+                raise MisconfigurationException(f"{self._owner}: {error}") from error
             refiner = self.refiner.refiner
             check_classes(refiner.config, num_classes)
             self.adapter = replace(adapter, num_classes=num_classes, device=refiner.sam.device)
@@ -112,6 +129,12 @@ class Attachment:
     ) -> RefineInputs | None:
         """Read a batch, and log at the first of an evaluation what is read.
 
+        Values that no batch may hold, such as a target outside the classes, raise until the whole
+        loader was read once, however late they come: the labels of the batches before them are
+        likely to mean something else as well, and the figures would be wrong. In a later epoch of
+        a loader that was all right the batch is left out, counted and warned of, like any other
+        that cannot be read: a training run is not lost for it.
+
         Args:
             batch: As the dataloader yields it; what the step has taken out of it is put back.
             outputs: What the step returned.
@@ -126,14 +149,21 @@ class Attachment:
 
         Raises:
             ValueError: The first batch of a loader cannot be read.
+            WrongValuesError: As described.
         """
         assert self.adapter is not None  # bind comes before any batch
+        assert self._check_targets is not None
         if self.is_left_out(dataloader_idx):
             return None
         batch = capture.whole(batch)
         settled = self._understood.get(dataloader_idx)
         try:
-            reading = self.adapter.read(batch, outputs, *capture.take(outputs), settled=settled)
+            adapter = self._adapters.setdefault(
+                dataloader_idx, replace(self.adapter, rgb=self.adapter.rgb.fresh())
+            )
+            reading = adapter.read(batch, outputs, *capture.take(outputs), settled=settled)
+            if reading.inputs.targets is not None:
+                self._check_targets(reading.inputs.targets, dataloader_idx)
         except MissingTargetError:
             if dataloader_idx in self._understood or len(self._without_targets) + 1 >= loaders:
                 raise
@@ -147,7 +177,8 @@ class Attachment:
             )
             return None
         except Exception as error:
-            if dataloader_idx not in self._understood:
+            wrong = isinstance(error, WrongValuesError) and dataloader_idx not in self._passed
+            if wrong or dataloader_idx not in self._understood:
                 raise
             reason = f"{type(error).__name__}: {error}"
             self._warn_once("unread batch", f"a batch could not be read and is left out ({reason})")
@@ -162,6 +193,10 @@ class Attachment:
     def is_left_out(self, dataloader_idx: int) -> bool:
         """Whether a loader has no targets, and others have."""
         return dataloader_idx in self._without_targets
+
+    def end_pass(self) -> None:
+        """Note that the loaders that batches came from were read to their ends."""
+        self._passed.update(self._understood)
 
     def release(self) -> None:
         """Move a user's own SAM back to where it was; what it keeps on the device is dropped."""

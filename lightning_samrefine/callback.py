@@ -15,7 +15,6 @@ from typing_extensions import override
 
 from lightning_samrefine.adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.arguments import (
-    as_integer,
     check_count,
     check_sam,
     check_trainer,
@@ -43,6 +42,7 @@ from lightning_samrefine.presentation import (
     sample_names,
 )
 from lightning_samrefine.sampling import evaluation_dataloaders
+from lightning_samrefine.targets import DEFAULT_IGNORE_INDEX, IgnoreIndex, parse_ignore_index
 
 _STAGES = ("fit", "validate", "test")
 
@@ -79,7 +79,8 @@ class SAMRefineCallback(Callback):
             the hub id or folder of ``"hf"``, see `load_sam`.
         num_classes: C ≥ 2; a one-channel binary model has 2. None takes it from ``class_names``,
             ``pl_module.num_classes`` or ``pl_module.hparams.num_classes`` (where 1 means binary).
-        ignore_index: Target value that is not counted, or None. Targets outside [0, C) never are.
+        ignore_index: Target value that is not counted, or None. ``"auto"`` is 255, and refused
+            where 255 is a class. Any other target outside [0, C) is an error.
         class_names: C names for ``iou_raw/<class>``; "0", "1", … where None.
         refine: Thresholds: a `RefineConfig`, a preset's name, the path of a YAML file such as
             ``tuned.yaml``, or a mapping of fields that replace those of ``"default"`` (or of the
@@ -153,7 +154,7 @@ class SAMRefineCallback(Callback):
         sam: str | Promptable = "vit_t",
         checkpoint: str | Path | None = None,
         num_classes: int | None = None,
-        ignore_index: int | None = 255,
+        ignore_index: IgnoreIndex = "auto",
         class_names: Sequence[str] | None = None,
         refine: Mapping[str, Any] | RefineConfig | str = "default",
         precision: str = "auto",
@@ -183,13 +184,14 @@ class SAMRefineCallback(Callback):
         trimap_width = check_count("trimap_width", trimap_width)
         if max_batches is not None:
             max_batches = check_count("max_batches", max_batches)
-        if ignore_index is not None and (number := as_integer(ignore_index)) is None:
-            raise TypeError(f"ignore_index: got {ignore_index!r}, accepted is an integer or None")
+        ignore_index = parse_ignore_index(ignore_index)
         self.sam = sam
         self.checkpoint = checkpoint
         self.class_names = parse_class_names(class_names)
         self.num_classes = parse_num_classes(num_classes, self.class_names)
-        self.ignore_index = None if ignore_index is None else number
+        # "auto" is settled against the classes when these are known, see `TargetCheck`.
+        self.ignore_index = DEFAULT_IGNORE_INDEX if ignore_index == "auto" else ignore_index
+        self._ignore_index = ignore_index
         self.refine_config = parse_refine(refine)
         self.precision = precision
         self.cache = cache
@@ -252,6 +254,7 @@ class SAMRefineCallback(Callback):
             self.precision,
             trainer.strategy.root_device,
             None if once else make_cache(self.cache, self.cache_gb),
+            self._ignore_index,
         )
 
     @override
@@ -413,6 +416,8 @@ class SAMRefineCallback(Callback):
     def _report(self, trainer: Trainer, stage: str) -> None:
         """Log the figures of every loader, remember them, and show what they come from."""
         loaders = [] if self._evaluation is None else self._evaluation.loaders
+        if loaders:
+            self._attachment.end_pass()
         if loaders and (cache := self._attachment.refiner.refiner.cache) is not None:
             cache.end_epoch(stage)
         evaluated: list[Evaluated] = []

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from copy import copy
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_samrefine.inputs import WrongValuesError
+
 RANGES = ("0-255", "0-1")
+_SCALES = {"0-255": 1.0, "0-1": 255.0}
 
 # Rounding in half precision; bicubic resizing overshoots further, hence the second one, which
 # holds once the user has said what the range is.
@@ -22,8 +27,12 @@ _LARGEST_NORMALISED = 8.0
 class RgbConverter:
     """Turns a user's images into uint8 RGB in 0 to 255.
 
-    Integer images are taken to be in 0 to 255 already. Float images become
+    Integer images of any width are taken to be in 0 to 255 already. Float images become
     ``x * image_std + image_mean``, then are multiplied by 255 where the range is 0 to 1.
+
+    A range that nobody has set is read from the first batch that shows it and holds from then on:
+    a dark batch of 0 to 255 is not taken for a bright one of 0 to 1. Values that contradict it
+    are an error, for what came before was read wrong.
 
     Args:
         image_mean: What was subtracted in normalisation, one number or one per channel; None for
@@ -31,7 +40,11 @@ class RgbConverter:
         image_std: What they were divided by.
         image_range: ``"0-1"`` or ``"0-255"``, the range before normalisation. None takes it from
             ``image_mean`` and ``image_std`` (0-1 where none exceeds 1), and without those from
-            the values of each batch.
+            the values.
+
+    Attributes:
+        range: As set or as known from mean and deviation, else None.
+        settled: The range that holds, None until one is known.
 
     Raises:
         TypeError: A mean or deviation that is no number.
@@ -61,6 +74,43 @@ class RgbConverter:
         self.range = image_range
         if image_range is None and self.mean is not None and self.std is not None:
             self.range = "0-1" if max(*self.mean, *self.std) <= 1 else "0-255"
+        self.settled = self.range
+
+    def fresh(self) -> RgbConverter:
+        """Return one with the same settings that has seen no image."""
+        new = copy(self)
+        new.settled = new.range
+        return new
+
+    def settle(self, images: Sequence[Tensor] | Tensor) -> None:
+        """Take the range from images that belong together, where it is not known yet.
+
+        Args:
+            images: B × (C, H, W), each of its own size, or (B, C, H, W).
+
+        Raises:
+            WrongValuesError: Values of neither range; or nothing but 0 and 1, which are dark
+                images of 0 to 255 or ones of two colors in 0 to 1.
+        """
+        if self.settled is not None:
+            return
+        # A broken image decides nothing for the others.
+        floats = [image.float() for image in images if image.is_floating_point()]
+        usable = [image for image in floats if image.numel() > 0 and bool(image.isfinite().all())]
+        if not usable:
+            return
+        bounds = [_bounds(image) for image in usable]
+        low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
+        found = "0-1" if high <= 1 + _TOLERANCE else "0-255"
+        is_clear = found == "0-1" or high > _LARGEST_NORMALISED
+        self._check(low, high, is_clear and _fits(low, high, found, _TOLERANCE), found)
+        if found == "0-255" or any(bool((image != image.round()).any()) for image in usable):
+            self.settled = found
+        elif high > 0:  # black is black in either range
+            raise WrongValuesError(
+                "image_range must be '0-1' or '0-255' where images hold nothing but 0 and 1, got "
+                "None: they may be of two colors, or nearly black"
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Convert a batch.
@@ -73,6 +123,7 @@ class RgbConverter:
 
         Raises:
             ValueError: A wrong shape, or values outside the range once normalisation is undone.
+            WrongValuesError: Values that contradict what earlier batches were taken for.
         """
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             hint = "; channels come first" if images.shape[-1:] == (3,) else ""
@@ -88,33 +139,38 @@ class RgbConverter:
         if images.dtype == torch.uint8:
             return images.expand(-1, 3, -1, -1)
         if not images.is_floating_point():
-            low, high = _bounds(images)
-            self._check(low, high, low >= 0 and high <= 255, "0-255")
+            # torch computes little with uint16 and wider ones.
+            low, high = _bounds(images.to(torch.int64))
+            if low < 0 or high > 255:
+                raise WrongValuesError(
+                    f"image must be in 0 to 255 where it holds integers, got {images.dtype} from "
+                    f"{low} to {high}: scale it to 8 bits, or to floats in 0 to 1"
+                )
             return images.to(torch.uint8).expand(-1, 3, -1, -1)
 
+        self.settle(images)
         pixels = images.float()
         if self.mean is not None and self.std is not None:
             pixels = pixels * _as_channels(self.std, pixels) + _as_channels(self.mean, pixels)
         low, high = _bounds(pixels)
-        image_range = self.range or ("0-1" if high <= 1 + _TOLERANCE else "0-255")
-        scale = 255.0 if image_range == "0-1" else 1.0
-        slack = 255 * (_TOLERANCE if self.range is None else _TOLERANCE_WHERE_SET)
-        # Written so that NaN, which fails every comparison, is refused.
-        inside = low * scale >= -slack and high * scale <= 255 + slack
-        guessed = self.range is None and image_range == "0-255"
-        inside = inside and not (guessed and high <= _LARGEST_NORMALISED)
-        self._check(low, high, inside, image_range)
+        image_range = self.settled or "0-1"
+        tolerance = _TOLERANCE if self.range is None else _TOLERANCE_WHERE_SET
+        self._check(low, high, _fits(low, high, image_range, tolerance), image_range)
+        scale = _SCALES[image_range]
         return (pixels * scale).round_().clamp_(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 
     def _check(self, low: float, high: float, inside: bool, image_range: str) -> None:
         if inside:
             return
         undone = " after undoing image_mean and image_std" if self.mean is not None else ""
-        expected = image_range if self.range is not None else "0-1 or 0-255"
-        raise ValueError(
+        expected = image_range if self.settled is not None else "0-1 or 0-255"
+        before = ", as which the images before were read" if self.settled != self.range else ""
+        # What nobody has set, the images before were read by; NaN is one image's own matter.
+        kind = WrongValuesError if self.range is None and low <= high < math.inf else ValueError
+        raise kind(
             f"image: got values from {low:.4g} to {high:.4g}{undone}, accepted is the range "
-            f"{expected}. SAM needs the image before normalisation: set image_mean and image_std "
-            "to the numbers of your Normalize transform (ImageNet's, the likeliest, are "
+            f"{expected}{before}. SAM needs the image before normalisation: set image_mean and "
+            "image_std to the numbers of your Normalize transform (ImageNet's, the likeliest, are "
             "image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]) and image_range "
             "to the range before it ('0-1' or '0-255')."
         )
@@ -137,6 +193,12 @@ def _per_channel(name: str, value: float | Sequence[float] | None) -> tuple[floa
 
 def _as_channels(numbers: tuple[float, ...], like: Tensor) -> Tensor:
     return torch.tensor(numbers, device=like.device).view(-1, 1, 1)
+
+
+def _fits(low: float, high: float, image_range: str, tolerance: float) -> bool:
+    scale, slack = _SCALES[image_range], 255 * tolerance
+    # Written so that NaN, which fails every comparison, does not fit.
+    return low * scale >= -slack and high * scale <= 255 + slack
 
 
 def _bounds(values: Tensor) -> tuple[float, float]:

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+class WrongValuesError(ValueError):
+    """Values that put the reading of earlier batches of the same loader in doubt, too."""
+
+
 def check_image_and_probs(image: Tensor, probs: Tensor, device: torch.device) -> None:
     """Refuse an image or probabilities that the algorithm is not defined for."""
     for name, value in (("image", image), ("probs", probs)):

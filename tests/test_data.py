@@ -123,7 +123,7 @@ def test_unknown_label_values_are_refused_and_the_ignored_is_not(folder):
     assert samples(folder, ignore_index=11)[0]["mask"][0, 0, 0] == 11
     for ignore_index in (255, None):
         with pytest.raises(
-            ValueError, match=r"a\.png: the label map holds 11, accepted are 0 to 2"
+            ValueError, match=r"a\.png: the label map must hold class indices 0 to 2.*got 11 in"
         ):
             samples(folder, ignore_index=ignore_index)
 
@@ -140,12 +140,12 @@ def test_stems_choose_and_order_the_samples(folder):
 def test_predicted_label_maps(folder):
     for seed, stem in enumerate("abc"):
         save(label_map(seed + 10), folder / "predictions" / f"{stem}.png")
-    unknown = np.full((HEIGHT, WIDTH), 200, np.uint8)
+    unknown = np.full((HEIGHT, WIDTH), 255, np.uint8)
     save(unknown, folder / "predictions" / "c.png")
     batches = samples(folder, predictions=folder / "predictions")
     assert np.array_equal(batches[1]["prediction"][0].numpy(), label_map(11))
     assert batches[1]["prediction"].dtype == torch.int64
-    assert (batches[2]["prediction"] == 200).all()
+    assert (batches[2]["prediction"] == 255).all()
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter
+from torch.utils.data import DataLoader
 
+from lightning_samrefine import SAMRefineCallback
+from lightning_samrefine.adapter import BatchAdapter
 from lightning_samrefine.images import RgbConverter
+from lightning_samrefine.inputs import WrongValuesError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -85,13 +92,99 @@ def test_bright_normalised_images_are_refused_although_none_is_negative():
         (RgbConverter(MEAN, STD), torch.full((1, 3, 2, 2), 200.0)),
         (RgbConverter(), torch.full((1, 3, 2, 2), -1.0)),
         (RgbConverter(), torch.full((1, 3, 2, 2), float("nan"))),
-        (RgbConverter(), torch.full((1, 3, 2, 2), 700)),
-        (RgbConverter(), torch.full((1, 3, 2, 2), -1)),
     ],
 )
 def test_values_outside_the_range_are_refused(converter, images):
     with pytest.raises(ValueError, match=r"image: got values .* set image_mean"):
         converter(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int64, torch.uint16, torch.uint32])
+def test_integers_of_more_than_8_bits_are_refused_by_name(dtype):
+    images = torch.full((1, 3, 2, 2), 4095).to(dtype)
+    with pytest.raises(WrongValuesError, match=f"image must be in 0 to 255 .*{dtype} from 4095"):
+        RgbConverter()(images)
+
+
+def test_integers_below_0_are_refused():
+    with pytest.raises(WrongValuesError, match="image must be in 0 to 255"):
+        RgbConverter()(torch.full((1, 3, 2, 2), -1))
+
+
+class TestSettledRange:
+    """The range is that of the run: no batch is read by its own values alone."""
+
+    def test_a_dark_batch_of_0_to_255_stays_dark(self, rgb):
+        converter = RgbConverter()
+        dark = torch.linspace(0, 1, 12).view(1, 1, 3, 4)
+        assert torch.equal(converter(rgb.float()), rgb)
+        expected = np.repeat(np.round(dark.numpy()).astype(np.uint8), 3, axis=1)
+        assert np.array_equal(converter(dark).numpy(), expected)
+
+    def test_a_dark_image_is_read_like_the_brighter_ones_of_its_batch(self):
+        dark, bright = torch.full((3, 2, 2), 0.7), torch.full((3, 2, 3), 200.0)
+        adapter = BatchAdapter(2, needs_target=False)
+        scores = [torch.full((2, 2, 2), 0.5), torch.full((2, 2, 3), 0.5)]
+        read = adapter({"image": [dark, bright]}, {"logits": scores})
+        assert [image.unique().tolist() for image in read.images] == [[1], [200]]
+
+    def test_a_bright_batch_after_one_read_as_0_to_1_is_refused(self, rgb):
+        converter = RgbConverter()
+        converter(torch.full((1, 3, 2, 2), 0.4))
+        with pytest.raises(WrongValuesError, match=r"range 0-1, as which the images before"):
+            converter(rgb.float())
+
+    def test_black_says_nothing(self, rgb):
+        converter = RgbConverter()
+        assert converter(torch.zeros(1, 3, 2, 2)).sum() == 0
+        assert torch.equal(converter(rgb.float()), rgb)
+
+    def test_nothing_but_0_and_1_is_refused_unless_the_range_is_known(self, rgb):
+        images = torch.tensor([0.0, 1.0, 1.0, 0.0]).view(1, 1, 2, 2)
+        with pytest.raises(WrongValuesError, match="image_range must be '0-1' or '0-255'"):
+            RgbConverter()(images)
+        for image_range, white in (("0-1", 255), ("0-255", 1)):
+            assert RgbConverter(image_range=image_range)(images).max() == white
+        converter = RgbConverter()
+        converter(rgb / 255)
+        assert converter(images).max() == 255
+
+    def test_a_fresh_converter_has_seen_nothing(self, rgb):
+        converter = RgbConverter()
+        converter(rgb.float())
+        assert torch.equal(converter.fresh()(rgb / 255), rgb)
+        assert torch.equal(RgbConverter(image_range="0-1").fresh()(rgb / 255), rgb)
+
+    @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.bfloat16, torch.float16])
+    def test_images_of_other_types_are_read_right(self, rgb, dtype):
+        assert torch.equal(RgbConverter()(rgb.to(dtype)), rgb)
+
+    def test_under_a_trainer_a_dark_batch_does_not_flip(self, random_sam):
+        """With ranges read batch by batch SAM would see the second image 255 times as bright."""
+        dataset = Blobs(3)
+        dataset.images = dataset.images.float()
+        dataset.images[1] /= 255
+        seen = []
+
+        def remember(pair):
+            seen.append(pair)
+            return pair
+
+        callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE)
+        trainer = Trainer(**SILENT, callbacks=[callback])
+        take = callback._take
+        callback._take = lambda loader, inputs, *rest: take(loader, remember(inputs), *rest)
+        trainer.validate(Segmenter(), DataLoader(dataset), verbose=False)
+        assert [int(inputs.images[0].max()) > 1 for inputs in seen] == [True, False, True]
+
+    def test_under_a_trainer_a_first_batch_that_misled_is_refused(self, random_sam):
+        dataset = Blobs(3)
+        dataset.images = dataset.images.float()
+        dataset.images[0] /= 255
+        callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE)
+        trainer = Trainer(**SILENT, callbacks=[callback])
+        with pytest.raises(ValueError, match="range 0-1, as which the images before were read"):
+            trainer.validate(Segmenter(), DataLoader(dataset), verbose=False)
 
 
 def test_overshoot_of_bicubic_resizing_is_clamped_where_the_range_is_set():

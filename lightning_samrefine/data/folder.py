@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_samrefine.data.samples import (
     Sample,
+    binary_values,
     check_equal_sizes,
     check_labels,
+    check_prediction,
     collate,
     image_hw,
     image_to_tensor,
@@ -24,6 +26,7 @@ from lightning_samrefine.data.samples import (
     read_probs,
     stored_array,
 )
+from lightning_samrefine.targets import IgnoreIndex, settle_ignore_index
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LABEL_SUFFIXES = (".png",)
@@ -49,7 +52,8 @@ class FolderSplit:
         labels: Folder of label maps: png of one channel, uint8, uint16 or palette indices.
             ``None`` for images that are to be predicted only.
         predictions: Folder of stored predictions, or ``None``: label maps (png; a value outside
-            [0, C) means "unknown") or npz files with ``probs`` or ``logits``, (C, H, W).
+            [0, C) that is 255, 65535 or the ignore_index means "unknown", any other is an error)
+            or npz files with ``probs`` or ``logits``, (C, H, W).
         stems: Text file with one stem a line, or ``None`` for every image in the folder.
     """
 
@@ -111,19 +115,25 @@ class FolderDataset(Dataset[Sample]):
     Args:
         split: The folders.
         num_classes: C, the number of classes that label maps and predictions index.
-        ignore_index: Label value that means "not annotated", or ``None``.
+        ignore_index: Label value that means "not annotated", or ``None``; ``"auto"`` is 255.
 
     Raises:
         FileNotFoundError: A folder or a file that is missing, with its stem.
-        ValueError: Files that do not fit together, named.
+        ValueError: Files that do not fit together, named; two classes whose maps hold 0 and 255
+            alone; or 255 classes and more with ``ignore_index="auto"``.
     """
 
-    def __init__(self, split: FolderSplit, num_classes: int, ignore_index: int | None) -> None:
+    def __init__(self, split: FolderSplit, num_classes: int, ignore_index: IgnoreIndex) -> None:
         self.split = split
         self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        self.ignore_index = settle_ignore_index(ignore_index, num_classes)
         self._files = _pair_files(split)
         self.sizes = [self._check_sizes(files) for files in self._files]
+        if num_classes == 2:
+            if ignore_index == "auto":
+                hint = ", or set ignore_index=255 if that marks pixels without annotation"
+                _check_not_scaled(split.labels, [files.labels for files in self._files], hint)
+            _check_not_scaled(split.predictions, [files.prediction for files in self._files])
 
     @property
     def names(self) -> list[str]:
@@ -148,6 +158,9 @@ class FolderDataset(Dataset[Sample]):
         else:
             with Image.open(files.prediction) as prediction:
                 sample["prediction"] = label_map_to_tensor(prediction, str(files.prediction))
+            check_prediction(
+                sample["prediction"], self.num_classes, self.ignore_index, str(files.prediction)
+            )
         return sample
 
     def _check_sizes(self, files: _Files) -> tuple[int, int]:
@@ -178,7 +191,8 @@ class FolderDataModule(LightningDataModule):
     Args:
         num_classes: C. ``None`` takes it from ``class_names``.
         class_names: C names for tables and logs, or ``None``.
-        ignore_index: Label value that metrics leave out, or ``None``.
+        ignore_index: Label value that metrics leave out, or ``None``; ``"auto"`` is 255, and
+            refused where 255 is a class.
         train: Shuffled; needed to fit only.
         val: Validation split.
         test: Test split.
@@ -188,7 +202,8 @@ class FolderDataModule(LightningDataModule):
 
     Raises:
         TypeError: A split that is no mapping, or has an unknown key.
-        ValueError: ``num_classes`` and ``class_names`` that disagree, or are both missing.
+        ValueError: ``num_classes`` and ``class_names`` that disagree, or are both missing;
+            ``ignore_index="auto"`` where 255 is a class.
 
     Example::
 
@@ -202,7 +217,7 @@ class FolderDataModule(LightningDataModule):
         self,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
-        ignore_index: int | None = 255,
+        ignore_index: IgnoreIndex = "auto",
         train: FolderSplit | Mapping[str, Any] | None = None,
         val: FolderSplit | Mapping[str, Any] | None = None,
         test: FolderSplit | Mapping[str, Any] | None = None,
@@ -224,7 +239,8 @@ class FolderDataModule(LightningDataModule):
             raise ValueError(f"batch_size: got {batch_size}, accepted is an integer of at least 1")
         self.num_classes = num_classes
         self.class_names = list(class_names) if class_names else None
-        self.ignore_index = ignore_index
+        self.ignore_index = settle_ignore_index(ignore_index, num_classes)
+        self._ignore_index = ignore_index
         self.batch_size = batch_size
         self.num_workers = num_workers
         self._splits = {
@@ -257,7 +273,7 @@ class FolderDataModule(LightningDataModule):
         for name in names:
             split = self._splits[name]
             if split is not None and name not in self._datasets:
-                dataset = FolderDataset(split, self.num_classes, self.ignore_index)
+                dataset = FolderDataset(split, self.num_classes, self._ignore_index)
                 check_equal_sizes(self.batch_size, dataset.names, dataset.sizes)
                 self._datasets[name] = dataset
 
@@ -317,6 +333,27 @@ def _pair_files(split: FolderSplit) -> list[_Files]:
         )
         for stem in stems
     ]
+
+
+def _check_not_scaled(folder: Any, paths: Sequence[Path | None], hint: str = "") -> None:
+    """Refuse two classes stored as 0 and 255; the first map with a 1 in it settles the matter.
+
+    Raises:
+        ValueError: 255 occurs, and 1 does not in any of the label maps.
+    """
+    scaled = False
+    for path in paths:
+        if path is None or path.suffix == ".npz":
+            continue
+        has_one, has_255 = binary_values(path)
+        if has_one:
+            return
+        scaled = scaled or has_255
+    if scaled:
+        raise ValueError(
+            f"{folder}: label maps of two classes must hold 0 and 1, got 255 but no pixel of 1. "
+            f"Divide masks of 0 and 255 by 255{hint}"
+        )
 
 
 def _by_stem(folder: Path, key: str, suffixes: Sequence[str]) -> dict[str, Path]:

@@ -13,10 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from lightning_samrefine.targets import describe_others, holds_others
+
 Sample = dict[str, Any]
 
 # Pillow silently clips these to 8 bits in convert("RGB").
 _WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+UNKNOWN_VALUES = (255, 65_535)
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 # Sums of probabilities computed or stored in half precision, and in single precision.
@@ -72,15 +75,40 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None, nam
     Raises:
         ValueError: Another value, which a metric would count as a class or crash on.
     """
-    outside = (labels < 0) | (labels >= num_classes)
-    if ignore_index is not None:
-        outside &= labels != ignore_index
-    if outside.any():
-        values = ", ".join(map(str, labels[outside].unique()[:5].tolist()))
+    if holds_others(labels, num_classes, ignore_index):
         raise ValueError(
-            f"{name}: the label map holds {values}, accepted are 0 to {num_classes - 1} "
-            f"(num_classes={num_classes}) and the ignore_index, {ignore_index}"
+            describe_others(labels, num_classes, ignore_index, name=f"{name}: the label map")
         )
+
+
+def check_prediction(labels: Tensor, num_classes: int, ignore_index: int | None, name: str) -> None:
+    """Check that a stored prediction holds classes and values for "unknown" alone.
+
+    Args:
+        labels: (H, W) int64.
+        num_classes: C.
+        ignore_index: A value for "unknown", or ``None``; 255 and 65,535, which
+            `lightning_samrefine.SAMRefineWriter` writes, are others where they are no classes.
+        name: What the error calls the map.
+
+    Raises:
+        ValueError: Another value.
+    """
+    known = labels.flatten()
+    for value in UNKNOWN_VALUES:
+        if value >= num_classes:
+            known = known[known != value]
+    if holds_others(known, num_classes, ignore_index):
+        raise ValueError(
+            describe_others(known, num_classes, ignore_index, name=f"{name}: the prediction")
+        )
+
+
+def binary_values(path: Path) -> tuple[bool, bool]:
+    """Read whether a label map holds a 1, and whether it holds a 255."""
+    with Image.open(path) as image:
+        labels = label_map_to_tensor(image, str(path))
+    return bool((labels == 1).any()), bool((labels == 255).any())
 
 
 def image_hw(path: Path) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torchvision.models import get_model, list_models, segmentation
 
+from lightning_samrefine.targets import IgnoreIndex, settle_ignore_index
+
 # torchvision's segmentation weights were all trained with these.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -35,7 +37,8 @@ class TorchvisionSegmenter(LightningModule):
         checkpoint: State dict of the network (alone, or under the key ``"model"`` as torchvision's
             reference scripts save it), or ``None``. A Lightning checkpoint goes to the Trainer's
             ``ckpt_path`` instead.
-        ignore_index: Label value without a loss, or ``None``.
+        ignore_index: Label value without a loss, or ``None``; ``"auto"`` is 255, and refused where
+            255 is a class.
         lr: AdamW's learning rate.
 
     Raises:
@@ -50,7 +53,7 @@ class TorchvisionSegmenter(LightningModule):
         architecture: str = "deeplabv3_mobilenet_v3_large",
         weights: str | None = None,
         checkpoint: str | Path | None = None,
-        ignore_index: int | None = 255,
+        ignore_index: IgnoreIndex = "auto",
         lr: float = 1e-3,
     ) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ class TorchvisionSegmenter(LightningModule):
             _load_state(
                 self.network, state, f"checkpoint: {checkpoint} does not fit {architecture}"
             )
-        self.ignore_index = ignore_index
+        self.ignore_index = settle_ignore_index(ignore_index, num_classes)
         self.lr = lr
         self.register_buffer("_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
