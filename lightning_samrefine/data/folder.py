@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from PIL import Image
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_samrefine.data.image_files import opened, read_header
 from lightning_samrefine.data.samples import (
     Sample,
     binary_values,
@@ -48,13 +50,17 @@ class FolderSplit:
     """Where one split lies.
 
     Attributes:
-        images: Folder of 8-bit images (png, jpg, webp, bmp, tif).
+        images: Folder of 8-bit images (png, jpg, webp, bmp, tif), or of sub-folders of them: their
+            stems then begin with the sub-folder's, as in ``city/0001``, here and in the other
+            folders. An EXIF orientation is applied where the label map and the prediction have
+            the size of the turned image, or where there is neither.
         labels: Folder of label maps: png of one channel, uint8, uint16 or palette indices.
             ``None`` for images that are to be predicted only.
         predictions: Folder of stored predictions, or ``None``: label maps (png; a value outside
             [0, C) that is 255, 65535 or the ignore_index means "unknown", any other is an error)
             or npz files with ``probs`` or ``logits``, (C, H, W).
-        stems: Text file with one stem a line, or ``None`` for every image in the folder.
+        stems: Text file with one stem a line, UTF-8 or UTF-16, or ``None`` for every image in the
+            folder.
     """
 
     images: str | Path | None = None
@@ -99,6 +105,9 @@ class FolderSplit:
         return value
 
 
+_Orientation = Literal["keep", "turn", "undecided"]
+
+
 @dataclass(frozen=True)
 class _Files:
     stem: str
@@ -119,7 +128,8 @@ class FolderDataset(Dataset[Sample]):
 
     Raises:
         FileNotFoundError: A folder or a file that is missing, with its stem.
-        ValueError: Files that do not fit together, named; two classes whose maps hold 0 and 255
+        ValueError: Files that do not fit together, or of more than 8 bits a channel, named; two
+            classes whose maps hold 0 and 255
             alone; or 255 classes and more with ``ignore_index="auto"``.
     """
 
@@ -128,7 +138,9 @@ class FolderDataset(Dataset[Sample]):
         self.num_classes = num_classes
         self.ignore_index = settle_ignore_index(ignore_index, num_classes)
         self._files = _pair_files(split)
+        self._orientations: list[_Orientation] = []
         self.sizes = [self._check_sizes(files) for files in self._files]
+        self._refuse_undecided()
         if num_classes == 2:
             if ignore_index == "auto":
                 hint = ", or set ignore_index=255 if that marks pixels without annotation"
@@ -145,10 +157,12 @@ class FolderDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         files = self._files[index]
-        with Image.open(files.image) as image:
-            sample: Sample = {"image": image_to_tensor(image, str(files.image)), "name": files.stem}
+        turn = self._orientations[index] == "turn"
+        with opened(files.image) as image:
+            pixels = image_to_tensor(image, str(files.image), turn)
+        sample: Sample = {"image": pixels, "name": files.stem}
         if files.labels is not None:
-            with Image.open(files.labels) as labels:
+            with opened(files.labels) as labels:
                 sample["mask"] = label_map_to_tensor(labels, str(files.labels))
             check_labels(sample["mask"], self.num_classes, self.ignore_index, str(files.labels))
         if files.prediction is None:
@@ -156,7 +170,7 @@ class FolderDataset(Dataset[Sample]):
         if files.prediction.suffix == ".npz":
             sample["probs"] = read_probs(files.prediction)
         else:
-            with Image.open(files.prediction) as prediction:
+            with opened(files.prediction) as prediction:
                 sample["prediction"] = label_map_to_tensor(prediction, str(files.prediction))
             check_prediction(
                 sample["prediction"], self.num_classes, self.ignore_index, str(files.prediction)
@@ -164,22 +178,50 @@ class FolderDataset(Dataset[Sample]):
         return sample
 
     def _check_sizes(self, files: _Files) -> tuple[int, int]:
-        height, width = image_hw(files.image)
-        for path in (files.labels, files.prediction):
-            if path is None:
-                continue
-            if path.suffix == ".npz":
-                key, shape = stored_array(path)
-                expected: tuple[int, ...] = (self.num_classes, height, width)
-                what = f"{key} of shape"
-            else:
-                shape, expected, what = image_hw(path), (height, width), "a label map of (H, W) ="
+        """Return the size of an image, and note how it is turned."""
+        header = read_header(files.image)
+        shapes = {
+            path: stored_array(path) if path.suffix == ".npz" else ("", image_hw(path))
+            for path in (files.labels, files.prediction)
+            if path is not None
+        }
+        sizes = {shape[-2:] for _, shape in shapes.values()}
+        # Of what belongs to an image its size shows whether it was made before or after turning.
+        as_stored = header.orientation == 1 or (
+            sizes == {header.stored_hw} and not header.turned_by_pillow
+        )
+        hw = header.stored_hw if as_stored and not header.turned_by_pillow else header.upright_hw
+        for path, (key, shape) in shapes.items():
+            expected = (self.num_classes, *hw) if key else hw
             if shape != expected:
+                what = f"{key} of shape" if key else "a label map of (H, W) ="
+                turned = (
+                    ""
+                    if header.orientation == 1
+                    else (f", whose EXIF orientation {header.orientation} turns it")
+                )
                 raise ValueError(
                     f"{path}: got {what} {shape}, accepted is {expected}, the size of its image "
-                    f"{files.image.name}"
+                    f"{files.image.name}{turned}"
                 )
-        return height, width
+        if header.orientation != 1 and shapes and header.stored_hw == header.upright_hw:
+            self._orientations.append("undecided")
+        else:
+            self._orientations.append("keep" if as_stored or header.turned_by_pillow else "turn")
+        return hw
+
+    def _refuse_undecided(self) -> None:
+        undecided = [
+            files.image.name
+            for files, orientation in zip(self._files, self._orientations, strict=True)
+            if orientation == "undecided"
+        ]
+        if undecided:
+            raise ValueError(
+                f"{self.split.images}: {_some(undecided)} carry an EXIF orientation, and their "
+                "label maps or predictions fit them turned or not; save these images upright "
+                "without it (PIL.ImageOps.exif_transpose), the way their label maps lie"
+            )
 
 
 class FolderDataModule(LightningDataModule):
@@ -313,6 +355,8 @@ def _pair_files(split: FolderSplit) -> list[_Files]:
         if split.predictions is not None
         else None
     )
+    if split.stems is None:
+        _warn_of_nested(list(images.values()), split)
     stems = sorted(images) if split.stems is None else _read_stems(Path(split.stems))
     for what, found, folder in (
         ("image", images, split.images),
@@ -357,26 +401,50 @@ def _check_not_scaled(folder: Any, paths: Sequence[Path | None], hint: str = "")
 
 
 def _by_stem(folder: Path, key: str, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Find files by their stems: those in the folder, or else those in its sub-folders."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{key}: no folder {folder}")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in suffixes or path.name.startswith("."):
-            continue
-        if path.stem in found:
-            raise ValueError(
-                f"{folder}: two files for one stem, {found[path.stem].name} and {path.name}"
-            )
-        found[path.stem] = path
-    if not found:
-        raise FileNotFoundError(f"{key}: no file ending in {', '.join(suffixes)} in {folder}")
-    return found
+    for paths in (folder.iterdir(), folder.rglob("*")):
+        for path in sorted(paths):
+            name = path.relative_to(folder)
+            if path.suffix.lower() not in suffixes or any(p.startswith(".") for p in name.parts):
+                continue
+            stem = name.with_suffix("").as_posix()
+            if stem in found:
+                raise ValueError(
+                    f"{folder}: two files for one stem, {found[stem].name} and {path.name}"
+                )
+            found[stem] = path
+        if found:
+            return found
+    raise FileNotFoundError(f"{key}: no file ending in {', '.join(suffixes)} in {folder}")
+
+
+def _warn_of_nested(images: Sequence[Path], split: FolderSplit) -> None:
+    """Warn of images in sub-folders beside those that lie in the folder itself."""
+    folder = Path(split.images or "")
+    own = [Path(other) for other in (split.labels, split.predictions) if other is not None]
+    nested = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.parent != folder
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not any(path.is_relative_to(other) for other in own)
+    ]
+    if nested and all(path.parent == folder for path in images):
+        parents = sorted({path.relative_to(folder).parts[0] for path in nested})
+        rank_zero_warn(
+            f"{folder}: {len(nested)} images in its sub-folders ({_some(parents)}) are left out, "
+            f"for {len(images)} lie in the folder itself"
+        )
 
 
 def _read_stems(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"stems: no file {path}")
-    stems = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    stems = [line.strip() for line in _read_text(path).splitlines()]
     stems = [stem for stem in stems if stem]
     if not stems or len(set(stems)) < len(stems):
         twice = _some(stem for stem, count in Counter(stems).items() if count > 1)
@@ -385,6 +453,21 @@ def _read_stems(path: Path) -> list[str]:
             "stem a line, each once"
         )
     return stems
+
+
+def _read_text(path: Path) -> str:
+    """Decode UTF-8, with a byte order mark or without, or UTF-16 with one."""
+    content = path.read_bytes()
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: stems must be UTF-8 text, got other bytes ({error})") from error
+    if "\0" in text:
+        raise ValueError(
+            f"{path}: stems must be UTF-8 text, or UTF-16 with a byte order mark, got NUL bytes"
+        )
+    return text
 
 
 def _some(names: Iterable[str]) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from lightning_samrefine.data.image_files import check_depth, grey_step, opened
 from lightning_samrefine.targets import describe_others, holds_others
 
 Sample = dict[str, Any]
@@ -22,17 +24,21 @@ _WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 UNKNOWN_VALUES = (255, 65_535)
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
+# What reading an archive raises for a damaged one; none of them names it.
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError)
+
 # Sums of probabilities computed or stored in half precision, and in single precision.
 _SUM_TOLERANCE = 1e-2
 _EXACT_SUM = 1e-4
 
 
-def image_to_tensor(image: Image.Image, name: str) -> Tensor:
+def image_to_tensor(image: Image.Image, name: str, turn: bool = False) -> Tensor:
     """Convert a picture to uint8 (3, H, W) RGB.
 
     Args:
         image: Any 8-bit mode; palettes, grey and CMYK are converted, an alpha channel is dropped.
         name: What an error calls it.
+        turn: Whether its EXIF orientation is applied.
 
     Raises:
         ValueError: More than 8 bits a channel.
@@ -42,14 +48,17 @@ def image_to_tensor(image: Image.Image, name: str) -> Tensor:
             f"{name}: got an image of Pillow's mode {image.mode!r}, accepted are 8-bit images, "
             "the 0-255 RGB that SAM was trained on"
         )
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    check_depth(image, name)
+    upright = ImageOps.exif_transpose(image) if turn else image
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def label_map_to_tensor(image: Image.Image, name: str) -> Tensor:
     """Convert a label map to int64 (H, W) of class indices.
 
     Args:
-        image: One channel: 1-, 8- or 16-bit values, or palette indices (the colours are ignored).
+        image: One channel: values of 1, 2, 4, 8 or 16 bits, or palette indices (the colours are
+            ignored). Opened, not yet decoded.
         name: What an error calls it.
 
     Raises:
@@ -60,7 +69,8 @@ def label_map_to_tensor(image: Image.Image, name: str) -> Tensor:
             f"{name}: got a label map of Pillow's mode {image.mode!r}, accepted is one channel of "
             "class indices (uint8, uint16 or a palette); convert colours to indices first"
         )
-    return torch.from_numpy(np.array(image).astype(np.int64))
+    step = grey_step(image)  # gone once the pixels are decoded
+    return torch.from_numpy(np.array(image).astype(np.int64)) // step
 
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None, name: str) -> None:
@@ -106,7 +116,7 @@ def check_prediction(labels: Tensor, num_classes: int, ignore_index: int | None,
 
 def binary_values(path: Path) -> tuple[bool, bool]:
     """Read whether a label map holds a 1, and whether it holds a 255."""
-    with Image.open(path) as image:
+    with opened(path) as image:
         labels = label_map_to_tensor(image, str(path))
     return bool((labels == 1).any()), bool((labels == 255).any())
 
@@ -117,11 +127,8 @@ def image_hw(path: Path) -> tuple[int, int]:
     Raises:
         ValueError: Not an image that Pillow reads.
     """
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+    with opened(path) as image:
+        return image.height, image.width
 
 
 def stored_array(path: Path) -> tuple[str, tuple[int, ...]]:
@@ -143,16 +150,22 @@ def stored_array(path: Path) -> tuple[str, tuple[int, ...]]:
                     "'logits', of shape (C, H, W)"
                 )
             with archive.open(f"{found[0]}.npy") as header:
-                version = np.lib.format.read_magic(header)
-                read = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, _, _ = read(header)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: not an npz file ({error})") from error
-    return found[0], shape
+                return found[0], _array_shape(header, path)
+    except _ARCHIVE_ERRORS as error:
+        raise ValueError(f"{path}: not a readable npz file ({error})") from error
+
+
+def _array_shape(header: Any, path: Path) -> tuple[int, ...]:
+    try:
+        version = np.lib.format.read_magic(header)
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        return read(header)[0]
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable npz file ({error})") from error
 
 
 def read_probs(path: Path) -> Tensor:
@@ -171,8 +184,11 @@ def read_probs(path: Path) -> Tensor:
             another type.
     """
     key, _ = stored_array(path)
-    with np.load(path) as archive:
-        array = archive[key]
+    try:
+        with np.load(path) as archive:
+            array = archive[key]
+    except (*_ARCHIVE_ERRORS, ValueError) as error:
+        raise ValueError(f"{path}: not a readable npz file ({error})") from error
     is_uint8 = key == "probs" and array.dtype == np.uint8
     if array.dtype.kind != "f" and not is_uint8:
         raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import OxfordIIITPet, VOCSegmentation
 
+from lightning_samrefine.data.image_files import READ_ERRORS
 from lightning_samrefine.data.samples import (
     Sample,
     check_labels,
@@ -200,8 +201,11 @@ class _Samples(Dataset[Sample]):
         return len(self._names)
 
     def __getitem__(self, index: int) -> Sample:
-        image, labels = self._source[index]
         name = self._names[index]
+        try:
+            image, labels = self._source[index]
+        except READ_ERRORS as error:
+            raise ValueError(f"{name}: not a readable image ({error})") from error
         mask = label_map_to_tensor(labels, name)
         if self._lookup is not None:
             check_labels(mask, len(self._lookup), None, name)
