@@ -231,9 +231,14 @@ def _sam(cfg: DictConfig) -> dict[str, Any]:
 
 def _check_machine(cfg: DictConfig, refine: RefineConfig) -> None:
     """Print what `lightning_samrefine.check` finds, and exit with status 1 where it fails."""
+    import torch
+
     from lightning_samrefine import check
 
-    device = "cpu" if cfg.trainer.get("accelerator") == "cpu" else None
+    accelerator = cfg.trainer.get("accelerator", "auto")
+    if accelerator == "gpu":
+        accelerator = "mps" if torch.backends.mps.is_available() else "cuda"
+    device = None if accelerator == "auto" else accelerator
     precision = cfg.callback.get("precision", "auto")
     result = check(**_sam(cfg), refine=refine, precision=precision, device=device)
     print(result)

@@ -143,18 +143,17 @@ def check(
         The outcome. An error while a model refines is a failure in it, and is not raised.
 
     Raises:
-        ValueError: An unknown name or precision, or a checkpoint without a model.
+        ValueError: An unknown name or precision, a checkpoint without a model, or a device that
+            torch does not know or have.
         FileNotFoundError: No checkpoint there.
         TypeError: An argument of a wrong type.
-        RuntimeError: A device that torch does not know or have.
     """
     started = time.perf_counter()
     if sam is None and checkpoint is not None:
         raise ValueError(f"checkpoint: must be None without a sam, got {str(checkpoint)!r}")
     check_sam("tiny" if sam is None else sam, checkpoint, precision)
     config = replace(parse_refine(refine), classes=None, class_pred_iou_thresh=None)
-    place = default_device() if device is None else torch.device(device)
-    torch.zeros(1, device=place)
+    place = default_device() if device is None else _usable(device)
     models = [_check_model(load_sam("tiny"), config, precision, place, needs_accepted=True)]
     if sam is not None and (sam != "tiny" or checkpoint is not None):
         theirs = load_sam(sam, checkpoint) if isinstance(sam, str) else sam
@@ -183,6 +182,16 @@ def agreement(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the share of equal entries in pairs of label maps, in [0, 1]."""
     equal = sum(int((a.cpu() == b.cpu()).sum()) for a, b in zip(found, expected, strict=True))
     return equal / sum(labels.numel() for labels in expected)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device: must be one that torch can use here, got {str(device)!r} ({reason})"
+        ) from error
 
 
 def _check_model(

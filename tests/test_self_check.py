@@ -157,8 +157,14 @@ def test_wrong_arguments_are_refused_before_any_work():
         check(checkpoint="a.pt")
     with pytest.raises(ValueError, match="precision: got 'half'"):
         check(precision="half")
-    with pytest.raises(RuntimeError, match="nonsense"):
+    with pytest.raises(ValueError, match="device: must be one that torch can use here, got 'non"):
         check(device="nonsense")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there_is_named_by_the_command_too(short):
+    with pytest.raises(ValueError, match=r"got 'cuda' \("):
+        command("trainer.accelerator=gpu")
 
 
 def test_a_gpu_is_described(monkeypatch):
