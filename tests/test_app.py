@@ -207,7 +207,8 @@ def test_predict_needs_images(folder, tmp_path):
 
 
 def test_thresholds_reach_the_refiner_and_the_saved_config(folder, tmp_path):
-    values = overrides(folder, "refine.pred_iou_thresh=1.0", "refine.stride=4")
+    # An image-driven mask counts whatever the threshold, so a preset without them.
+    values = overrides(folder, "refine=algorithm4", "refine.pred_iou_thresh=1.0", "refine.stride=4")
     result, metrics = execute(tmp_path, *values)
     assert metrics["val/refine_accept_rate"] == 0
     assert metrics["val/miou_gain"] == 0
@@ -243,6 +244,7 @@ def test_both_loggers_hold_the_figures(folder, tmp_path):
     assert len(logged_rows(tmp_path, "val/miou_refined")) == 1
 
 
+@pytest.mark.slow
 def test_a_named_sam_is_loaded(folder, tmp_path):
     values = ["sam=vit_t", "sam.checkpoint=random", "trainer.limit_val_batches=1"]
     with pytest.warns(UserWarning, match="SAM vit_t has random weights"):
@@ -251,6 +253,7 @@ def test_a_named_sam_is_loaded(folder, tmp_path):
     assert result == metrics["val/miou_refined"]
 
 
+@pytest.mark.slow
 def test_fit_logs_every_epoch_then_tests_and_its_checkpoint_comes_back(folder, tmp_path):
     own = ["segmenter=custom", "segmenter._target_=test_app.Pixelwise"]
     own += ["+segmenter.num_classes=null", "+segmenter.lr=0.3"]
@@ -402,6 +405,7 @@ def command(cwd, *arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_the_command_end_to_end(folder, tmp_path):
     # Its SAM lies in the current folder, as a user's own classes do.
     (tmp_path / "mine.py").write_text("from test_app import small_sam\n")

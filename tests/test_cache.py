@@ -342,6 +342,7 @@ def start_filling(folder, forward=True, forever=False):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_folder_at_once(tmp_path, sam):
     processes = [start_filling(tmp_path, forward) for forward in (True, False)]
     for process in processes:
@@ -360,6 +361,7 @@ def test_two_processes_fill_one_folder_at_once(tmp_path, sam):
     assert len(list(tmp_path.iterdir())) == 40
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_writes_leaves_only_whole_files(tmp_path, sam):
     process = start_filling(tmp_path, forever=True)
     assert process.stdout.readline() == "ready\n"

@@ -12,6 +12,8 @@ import ddp_run
 import pytest
 from scripts import run_script
 
+pytestmark = pytest.mark.slow
+
 
 def read(folder: Path, devices: int) -> list[list[dict[str, float]]]:
     """Return every rank's evaluations, without the times that they took."""

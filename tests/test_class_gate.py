@@ -11,6 +11,8 @@ from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.class_gate import keep_closed
 from lightning_samrefine.refinement import Refinement
 
+pytestmark = pytest.mark.numerical
+
 CLASSES = 4
 
 

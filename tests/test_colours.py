@@ -7,6 +7,8 @@ from test_refiner import blobs
 
 from lightning_samrefine.colours import weigh_by_colours
 
+pytestmark = pytest.mark.numerical
+
 
 def naively(probs, image, weight, stride):
     """The docstring of `weigh_by_colours`, a pixel and a bin at a time."""

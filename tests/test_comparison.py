@@ -18,6 +18,8 @@ from lightning_samrefine.comparison import (
     trimap_band,
 )
 
+pytestmark = pytest.mark.numerical
+
 
 @settings(max_examples=60, deadline=None)
 @given(label_maps(), st.integers(1, 5))

@@ -131,6 +131,7 @@ def test_overrides_reach_their_place():
 @pytest.mark.skipif(
     importlib.util.find_spec("hatchling") is None, reason="hatchling, the build backend, is absent"
 )
+@pytest.mark.slow
 def test_the_wheel_holds_the_configs_where_the_app_looks(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
     environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}

@@ -61,6 +61,7 @@ def test_tiny_sam_mends_borders_of_blurred_truth():
     assert figures["trimap_miou_gain"] > 0.10
 
 
+@pytest.mark.slow
 def test_a_short_default_run_leaves_table_figures_panels_and_curve(tmp_path):
     """The command as a newcomer types it, with fewer scenes and epochs."""
     small = ["data.train=16", "data.val=4", "data.test=4", "trainer.max_epochs=2"]

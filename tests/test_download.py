@@ -267,6 +267,7 @@ print(module.fetch(module.RemoteFile(url, sha256, int(size)), Path(folder)))
 """
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_downloads(server, tmp_path):
     server.pause = 0.2  # slow enough for the others to arrive meanwhile
     file = server.file()
@@ -282,6 +283,7 @@ def test_of_several_processes_one_downloads(server, tmp_path):
     assert (tmp_path / "sam.pth").read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 def test_a_killed_download_leaves_no_lock_behind(server, tmp_path):
     server.pause = 0.3
     file = server.file()

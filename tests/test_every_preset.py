@@ -13,6 +13,8 @@ from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.config import PRESETS
 from lightning_samrefine.models.sam import SamPromptable
 
+pytestmark = pytest.mark.numerical
+
 
 class SmallSam(SamPromptable):
     """Has memory for one prompt and one image at once, and says how many it was asked for."""

@@ -192,6 +192,7 @@ class TestKinds:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Lightning's launcher kills by signals")
 @pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.slow
 def test_a_process_that_raises_ends_all(rank):
     done = subprocess.run(
         [sys.executable, ddp_failing.__file__, rank],

@@ -17,6 +17,8 @@ from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.models.tiny import build_tiny_sam
 from lightning_samrefine.models.tiny_vit import build_sam_vit_t
 
+pytestmark = pytest.mark.numerical
+
 
 def shaken(sam: nn.Module, seed: int = 0) -> nn.Module:
     """Return a model whose biases and norms are far from their initial values.

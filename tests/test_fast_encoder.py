@@ -16,6 +16,8 @@ from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.models.tiny import TinyImageEncoder, build_tiny_sam
 from lightning_samrefine.models.tiny_vit import TinyVitEncoder
 
+pytestmark = pytest.mark.numerical
+
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter and statistic a value that shows when it is left out."""

@@ -194,6 +194,7 @@ class TestSizes:
         assert len(out.regions) > 0
         assert torch.equal(out.labels[~out.covered], probs.argmax(dim=0)[~out.covered])
 
+    @pytest.mark.slow
     def test_8192_by_8192(self):
         side = 8192
         labels = torch.zeros(side, side, dtype=torch.uint8)

@@ -10,6 +10,8 @@ from lightning_samrefine.geometry import get_preprocess_shape
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.upscaling import Window, WindowedUpscale, extents
 
+pytestmark = pytest.mark.numerical
+
 CPU = torch.device("cpu")
 
 # Model sides (m, input) and image sizes: up- and down-scaling, equal sides, slivers, tiny frames.

@@ -27,9 +27,13 @@ TINY = [
     "callbacks.sam_refine.refine.min_region_area=4",
 ]
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("hatchling") is None, reason="hatchling, the build backend, is absent"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("hatchling") is None,
+        reason="hatchling, the build backend, is absent",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

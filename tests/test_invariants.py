@@ -15,6 +15,8 @@ from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.models.protocol import Promptable
 from lightning_samrefine.regions import split_regions
 
+pytestmark = pytest.mark.numerical
+
 quick = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

@@ -16,6 +16,8 @@ from lightning_samrefine.memory import ChunkSize
 from lightning_samrefine.models.protocol import Prompts
 from lightning_samrefine.models.sam import SamPromptable
 
+pytestmark = pytest.mark.numerical
+
 COUNTS = (5, 1, 12, 3)
 
 

@@ -9,6 +9,8 @@ import kill_trials
 import pytest
 from scripts import run_script
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and a subreaper")
 def test_killed_runs_end_in_the_same_bytes(tmp_path):

@@ -14,6 +14,8 @@ from lightning_samrefine.answers import Answers
 from lightning_samrefine.image_masks import ImageMasks, pack_masks
 from lightning_samrefine.regions import split_regions
 
+pytestmark = pytest.mark.numerical
+
 HW, GRID, CLASSES = (96, 128), (24, 32), 4
 # A cell of the masks' grid, by which resizing spreads, one of the working grid, and the smoothing.
 REACH = 4 + 2 + 3

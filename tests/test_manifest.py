@@ -24,6 +24,8 @@ from lightning_samrefine.manifest import (
 )
 from lightning_samrefine.provenance import Provenance
 
+pytestmark = pytest.mark.numerical
+
 
 def row(stem, image="0" * 16, **fields):
     return {

@@ -45,6 +45,8 @@ from lightning_samrefine.metrics.calibration import score_regions
 from lightning_samrefine.metrics.changes import ChangedPixels
 from lightning_samrefine.refinement import Regions
 
+pytestmark = pytest.mark.numerical
+
 FEW = settings(max_examples=40, deadline=None)
 
 

@@ -24,6 +24,8 @@ from tiny_random_sam import OfficialSam, build_random_sam
 from lightning_samrefine import RefineConfig, Refinement, Refiner, load_sam
 from lightning_samrefine.models.sam import SamPromptable
 
+pytestmark = pytest.mark.numerical
+
 RANDOM_CASES = 300
 DRAWN_CASES = 120
 

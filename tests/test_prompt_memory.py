@@ -15,6 +15,8 @@ from lightning_samrefine.prompt_memory import KnownMasks
 from lightning_samrefine.prompts import lattice_prompts
 from lightning_samrefine.regions import split_regions
 
+pytestmark = pytest.mark.numerical
+
 FAST = RefineConfig.preset("fast", min_region_area=1)
 
 

@@ -9,6 +9,8 @@ from lightning_samrefine.config import PRESETS
 from lightning_samrefine.precision import autocast_dtype
 from lightning_samrefine.transfer import Download
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture
 def refiner(random_sam):

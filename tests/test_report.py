@@ -230,6 +230,7 @@ def browser(tmp_path_factory):
     opened.quit()
 
 
+@pytest.mark.slow
 def test_a_reader_sorts_opens_and_sees_no_error(page, browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys

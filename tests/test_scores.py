@@ -10,6 +10,8 @@ from torch.nn import functional as nnf
 
 from lightning_samrefine.scores import to_probs
 
+pytestmark = pytest.mark.numerical
+
 HW = (8, 10)
 
 

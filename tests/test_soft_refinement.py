@@ -24,6 +24,8 @@ from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.smoothing import smooth
 from lightning_samrefine.support import Support, class_probs, masks_at, planes_of, weigh
 
+pytestmark = pytest.mark.numerical
+
 LEVELS = (0.0, 0.27, 0.73, 1.0)
 
 

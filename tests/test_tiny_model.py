@@ -10,6 +10,8 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
 
 from lightning_samrefine.models.tiny import TinyImageEncoder, build_tiny_sam
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture(scope="module")
 def sam() -> Sam:

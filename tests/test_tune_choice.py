@@ -17,6 +17,8 @@ from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.report import NO_HELP
 from lightning_samrefine.tune.rule import Rule
 
+pytestmark = pytest.mark.numerical
+
 GRID = Grid([0.0], [8.0], [0.3, 0.6, 0.9])
 SCORING = Scoring(num_classes=5, ignore_index=255, trimap_width=2)
 BASE = RefineConfig()

@@ -24,6 +24,8 @@ from lightning_samrefine.background import BackgroundWriter
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.output_folder import OutputFolder
 
+pytestmark = pytest.mark.numerical
+
 
 class Named(Blobs):
     """Images with names, as a predict loader brings them: no target."""
