@@ -162,6 +162,7 @@ class Attachment:
                 dataloader_idx, replace(self.adapter, rgb=self.adapter.rgb.fresh())
             )
             reading = adapter.read(batch, outputs, *capture.take(outputs), settled=settled)
+            self._check_targets.predictions(reading.inputs.labels, dataloader_idx)
             if reading.inputs.targets is not None:
                 self._check_targets(reading.inputs.targets, dataloader_idx)
         except MissingTargetError:

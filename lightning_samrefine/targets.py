@@ -81,6 +81,7 @@ class TargetCheck:
         self.ignore_index = settle_ignore_index(ignore_index, num_classes)
         self._in_doubt = ignore_index == "auto" and num_classes == 2
         self._with_foreground: set[int] = set()
+        self._predicted_foreground: set[int] = set()
 
     def __call__(self, targets: Samples, loader: int = 0) -> None:
         """Check the targets of a batch.
@@ -101,6 +102,30 @@ class TargetCheck:
         if any(holds_others(one, self.num_classes, ignore_index) for one in maps):
             values = torch.cat([one.flatten() for one in maps])
             raise WrongValuesError(describe_others(values, self.num_classes, ignore_index))
+
+    def predictions(self, labels: Samples, loader: int = 0) -> None:
+        """Check predicted labels of two classes, which may be masks of 0 and 255.
+
+        Labels outside the classes are unknown pixels, so that such a prediction would never have
+        the foreground right. Once a loader has shown a 1, 255 can only mean "unknown".
+
+        Args:
+            labels: B × (H, W) int64.
+            loader: The number of the loader that they come from.
+
+        Raises:
+            WrongValuesError: 255 occurs, and 1 has not so far.
+        """
+        if self.num_classes != 2 or loader in self._predicted_foreground:
+            return
+        maps = [labels] if isinstance(labels, Tensor) else labels
+        if any(bool((one == 1).any()) for one in maps):
+            self._predicted_foreground.add(loader)
+        elif any(bool((one == 255).any()) for one in maps):
+            raise WrongValuesError(
+                "scores must be 0 and 1 where they are label maps of two classes, got 255 and no "
+                "pixel of 1: divide masks of 0 and 255 by 255, or call unknown pixels -1"
+            )
 
 
 def holds_others(labels: Tensor, num_classes: int, ignore_index: int | None) -> bool:

@@ -163,6 +163,35 @@ class TestCallback:
             validate(callback, Binary(255))
 
 
+class TestPredictedMasks:
+    """A step may return its prediction as a mask of 0 and 255."""
+
+    class Masks(Threshold):
+        def __init__(self, foreground):
+            super().__init__()
+            self.foreground = foreground
+
+        def validation_step(self, batch, batch_idx):
+            return {"preds": self.logits(batch).argmax(dim=1) * self.foreground}
+
+    def test_0_and_1_are_measured_as_torchmetrics_does(self, random_sam):
+        dataset = Binary()
+        callback = SAMRefineCallback(random_sam, num_classes=2, refine=REFINE)
+        logged = validate(callback, dataset, self.Masks(1))
+        assert logged["val/miou_raw"] == pytest.approx(jaccard(dataset), abs=1e-6)
+
+    def test_0_and_255_are_refused(self, random_sam):
+        callback = SAMRefineCallback(random_sam, num_classes=2, refine=REFINE)
+        with pytest.raises(ValueError, match=r"scores must be 0 and 1 .* divide masks"):
+            validate(callback, Binary(), self.Masks(255))
+
+    def test_unknown_pixels_beside_a_foreground_stay_unknown(self):
+        check = TargetCheck(2, None)
+        check.predictions(torch.tensor([[[0, 1, 255]]]))
+        check.predictions(torch.tensor([[[0, 0, 255]]]))
+        check.predictions(torch.tensor([[[0, 0, -1]]]), loader=1)
+
+
 class TestDefaultIgnoreIndex:
     """D24: a default must not make one of the classes vanish."""
 

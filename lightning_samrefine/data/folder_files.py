@@ -1,0 +1,204 @@
+"""Which files belong to a sample: images, label maps and stored predictions by their stems."""
+
+from __future__ import annotations
+
+import codecs
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+LABEL_SUFFIXES = (".png",)
+PREDICTION_SUFFIXES = (".png", ".npz")
+_SHOWN_NAMES = 5
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """Where one split lies.
+
+    Attributes:
+        images: Folder of 8-bit images (png, jpg, webp, bmp, tif), or of sub-folders of them: their
+            stems then begin with the sub-folder's, as in ``city/0001``, here and in the other
+            folders. An EXIF orientation is applied where the label map and the prediction have
+            the size of the turned image, or where there is neither.
+        labels: Folder of label maps: png of one channel, uint8, uint16 or palette indices.
+            ``None`` for images that are to be predicted only.
+        predictions: Folder of stored predictions, or ``None``: label maps (png; a value outside
+            [0, C) that is 255, 65535 or the ignore_index means "unknown", any other is an error)
+            or npz files with ``probs`` or ``logits``, (C, H, W).
+        stems: Text file with one stem a line, UTF-8 or UTF-16, or ``None`` for every image in the
+            folder.
+    """
+
+    images: str | Path | None = None
+    labels: str | Path | None = None
+    predictions: str | Path | None = None
+    stems: str | Path | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        name: str,
+        value: FolderSplit | Mapping[str, Any] | None,
+        needed: Sequence[str] = ("images", "labels"),
+    ) -> FolderSplit | None:
+        """Read a split's setting; one whose values are all ``None`` is no split.
+
+        Args:
+            name: What an error calls it.
+            value: The setting.
+            needed: The folders that it cannot do without.
+
+        Raises:
+            TypeError: Neither a mapping nor a `FolderSplit`, or an unknown key.
+            ValueError: A needed folder is not set although another one is.
+        """
+        if value is None:
+            return None
+        accepted = ", ".join(field.name for field in fields(cls))
+        if not isinstance(value, FolderSplit):
+            if not isinstance(value, Mapping) or set(value) - {f.name for f in fields(cls)}:
+                raise TypeError(f"{name}: got {value!r}, accepted is a mapping with {accepted}")
+            value = cls(**value)
+        given = {field.name for field in fields(cls) if getattr(value, field.name) is not None}
+        if not given:
+            return None
+        missing = [key for key in needed if key not in given]
+        if missing:
+            raise ValueError(
+                f"{name}: {' and '.join(missing)} not set, though {', '.join(sorted(given))} is; "
+                f"this split needs {' and '.join(needed)}"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class SampleFiles:
+    """The files of one sample; what a split does not have is None."""
+
+    stem: str
+    image: Path
+    labels: Path | None
+    prediction: Path | None
+
+
+def pair_files(split: FolderSplit) -> list[SampleFiles]:
+    """Find the files of every sample of a split, in the order of its stems.
+
+    Raises:
+        FileNotFoundError: A folder or a file that is missing, with its stem.
+        ValueError: Two files of one stem, or a stems file that cannot be used.
+    """
+    images = _by_stem(Path(split.images or ""), "images", IMAGE_SUFFIXES)
+    labels = (
+        _by_stem(Path(split.labels), "labels", LABEL_SUFFIXES) if split.labels is not None else None
+    )
+    stored = (
+        _by_stem(Path(split.predictions), "predictions", PREDICTION_SUFFIXES)
+        if split.predictions is not None
+        else None
+    )
+    if split.stems is None:
+        _warn_of_nested(list(images.values()), split)
+    stems = sorted(images) if split.stems is None else _read_stems(Path(split.stems))
+    for what, found, folder in (
+        ("image", images, split.images),
+        ("label map", labels, split.labels),
+        ("stored prediction", stored, split.predictions),
+    ):
+        missing = [stem for stem in stems if found is not None and stem not in found]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder}: no {what} for {some_of(missing)} ({len(missing)} of {len(stems)} stems)"
+            )
+    return [
+        SampleFiles(
+            stem,
+            images[stem],
+            labels[stem] if labels is not None else None,
+            stored[stem] if stored is not None else None,
+        )
+        for stem in stems
+    ]
+
+
+def _by_stem(folder: Path, key: str, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Find files by their stems: those in the folder, or else those in its sub-folders."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{key}: no folder {folder}")
+    found: dict[str, Path] = {}
+    for paths in (folder.iterdir(), folder.rglob("*")):
+        for path in sorted(paths):
+            name = path.relative_to(folder)
+            if path.suffix.lower() not in suffixes or any(p.startswith(".") for p in name.parts):
+                continue
+            stem = name.with_suffix("").as_posix()
+            if stem in found:
+                raise ValueError(
+                    f"{folder}: two files for one stem, {found[stem].name} and {path.name}"
+                )
+            found[stem] = path
+        if found:
+            return found
+    raise FileNotFoundError(f"{key}: no file ending in {', '.join(suffixes)} in {folder}")
+
+
+def _warn_of_nested(images: Sequence[Path], split: FolderSplit) -> None:
+    """Warn of images in sub-folders beside those that lie in the folder itself."""
+    folder = Path(split.images or "")
+    own = [Path(other) for other in (split.labels, split.predictions) if other is not None]
+    nested = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.parent != folder
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not any(path.is_relative_to(other) for other in own)
+    ]
+    if nested and all(path.parent == folder for path in images):
+        parents = sorted({path.relative_to(folder).parts[0] for path in nested})
+        rank_zero_warn(
+            f"{folder}: {len(nested)} images in its sub-folders ({some_of(parents)}) are left out, "
+            f"for {len(images)} lie in the folder itself"
+        )
+
+
+def _read_stems(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"stems: no file {path}")
+    stems = [line.strip() for line in _read_text(path).splitlines()]
+    stems = [stem for stem in stems if stem]
+    if not stems or len(set(stems)) < len(stems):
+        twice = some_of(stem for stem, count in Counter(stems).items() if count > 1)
+        raise ValueError(
+            f"{path}: got {twice + ' more than once' if stems else 'no stem'}, accepted is one "
+            "stem a line, each once"
+        )
+    return stems
+
+
+def _read_text(path: Path) -> str:
+    """Decode UTF-8, with a byte order mark or without, or UTF-16 with one."""
+    content = path.read_bytes()
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: stems must be UTF-8 text, got other bytes ({error})") from error
+    if "\0" in text:
+        raise ValueError(
+            f"{path}: stems must be UTF-8 text, or UTF-16 with a byte order mark, got NUL bytes"
+        )
+    return text
+
+
+def some_of(names: Iterable[str]) -> str:
+    """List the first few names, and count the others."""
+    names = list(names)
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
