@@ -16,7 +16,7 @@ from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models.protocol import Promptable
 
 # Raise this when the files change for the same settings.
-FORMAT = 1
+FORMAT = 2
 
 # A bound on memory that does not change the result.
 _NOT_RESULT = ("max_prompts_per_batch",)

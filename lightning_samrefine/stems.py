@@ -19,6 +19,12 @@ STEM_NAMES = (
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
+class Stem(str):
+    """A name from which the suffix of its file is cut already: it is taken as it is."""
+
+    __slots__ = ()
+
+
 def find_stems(
     batch: Any, count: int, key: str | None = None, indices: Sequence[int] | None = None
 ) -> list[str]:
@@ -34,7 +40,8 @@ def find_stems(
         indices: The images' numbers in the data set, None or empty where unknown.
 
     Returns:
-        B relative paths without the suffix of an image file, parts separated by "/".
+        B relative paths without the suffix of an image file (see `to_stem`), parts separated by
+        "/".
 
     Raises:
         ValueError: Nothing under ``key``, no name and no number, or a name that no file can have.
@@ -63,7 +70,8 @@ def find_stems(
 def to_stem(name: str | int | PurePath) -> str:
     """Turn a name, a path or a number into the relative path of a file without its suffix.
 
-    Of an absolute path only the last part is kept.
+    Of an absolute path only the last part is kept. The suffix of an image file is cut once, and a
+    `Stem` has none.
 
     Raises:
         ValueError: No file can have that name, or it would lie outside the folder.
@@ -72,7 +80,7 @@ def to_stem(name: str | int | PurePath) -> str:
     if PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute():
         text = PureWindowsPath(text).name  # it splits at "/" as well
     path = PurePosixPath(text)
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if not isinstance(name, Stem) and path.suffix.lower() in IMAGE_SUFFIXES:
         path = path.with_suffix("")
     if not path.parts or ".." in path.parts or set(text) & set("\0\n\r\\"):
         raise ValueError(
