@@ -79,7 +79,7 @@ class SAMRefineWriter(BasePredictionWriter):
         sam: A name for `load_sam`, or a `Promptable`.
         checkpoint: The weights' file, see `load_sam`.
         num_classes: C ≥ 2, as for `SAMRefineCallback`.
-        class_names: C names, for their number.
+        class_names: C names, for their number and to compare with those of tuned thresholds.
         refine: Thresholds, as for `SAMRefineCallback`.
         precision: SAM's autocast, see `Refiner`.
         probs: ``"uint8"`` (255 means 1) or ``"float16"`` writes the completed probabilities,
@@ -151,7 +151,8 @@ class SAMRefineWriter(BasePredictionWriter):
         self.folder = Path(folder)
         self.sam = sam
         self.checkpoint = checkpoint
-        self.num_classes = parse_num_classes(num_classes, parse_class_names(class_names))
+        self.class_names = parse_class_names(class_names)
+        self.num_classes = parse_num_classes(num_classes, self.class_names)
         if self.num_classes is not None and self.num_classes > MAX_CLASSES:
             raise ValueError(
                 f"num_classes: got {self.num_classes}, accepted are at most {MAX_CLASSES}, the "
@@ -205,7 +206,9 @@ class SAMRefineWriter(BasePredictionWriter):
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         attached = self._attachment
-        num_classes = attached.bind(self.adapter, self.num_classes, pl_module).num_classes
+        num_classes = attached.bind(
+            self.adapter, self.num_classes, pl_module, self.class_names
+        ).num_classes
         if trainer.predict_loop.return_predictions:
             rank_zero_warn(
                 f"{_NAME}: Lightning keeps every prediction in memory; "
@@ -404,7 +407,7 @@ class _Together(contextlib.AbstractContextManager[None]):
     """
 
     def __init__(self, trainer: Trainer, refusal: type[Exception]) -> None:
-        self._strategy, self._is_first = trainer.strategy, trainer.is_global_zero
+        self._strategy, self._processes = trainer.strategy, trainer.world_size
         self._refusal = refusal
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -412,9 +415,10 @@ class _Together(contextlib.AbstractContextManager[None]):
             return  # Lightning ends the other processes
         if self._strategy.reduce_boolean_decision(error is None, all=True):
             return
-        message = self._strategy.broadcast(None if error is None else str(error))
+        own = None if error is None else f"{type(error).__name__}: {error}"
+        messages = [self._strategy.broadcast(own, src=rank) for rank in range(self._processes)]
         if error is None:
-            raise self._refusal(f"{_NAME}: {message or 'another process failed'}")
+            raise self._refusal(f"{_NAME}: {next(filter(None, messages))}")
         if isinstance(error, ValueError | OSError) and self._refusal is not RuntimeError:
             raise self._refusal(f"{_NAME}: {error}") from error
 

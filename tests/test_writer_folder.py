@@ -253,16 +253,18 @@ class TestLock:
         assert len(rows(tmp_path)) == 5
         assert not (tmp_path / ".locks").exists()
 
-    def test_a_run_that_ends_meanwhile_is_waited_for(self, tmp_path, caplog):
-        caplog.set_level(logging.INFO)
-        first = holder(tmp_path, 0)
-        killed = subprocess.Popen(
-            [sys.executable, "-c", f"import os, time; time.sleep(2); os.kill({first.pid}, 9)"]
-        )
+    def test_a_run_that_ends_meanwhile_is_waited_for(self, tmp_path, monkeypatch):
+        first, told = holder(tmp_path, 0), []
+
+        def end_first(message):
+            told.append(message)
+            first.kill()
+            first.wait()
+
+        monkeypatch.setattr(folder_lock, "rank_zero_info", end_first)
         predict(tmp_path)
-        killed.wait()
-        first.wait()
-        assert any("is held by another run" in record.message for record in caplog.records)
+        assert len(told) == 1
+        assert f"is held by another run (process {first.pid} on " in told[0]
         assert len(rows(tmp_path)) == 5
 
     def test_two_writers_of_one_process_are_two_runs(self, tmp_path, impatient):
@@ -298,5 +300,7 @@ def test_an_error_of_one_process_reaches_the_other(tmp_path, case):
     run_script(ddp_writer, case, tmp_path)
     messages = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
     assert time.monotonic() - began < 200
-    for message in messages:
-        assert ddp_writer.CASES[case] in message, messages
+    found = [ddp_writer.CASES[case] in message for message in messages]
+    # Between two batches the processes do not wait for one another: the first to notice ends.
+    assert any(found) if case == "names" else all(found), messages
+    assert "no error" not in messages
