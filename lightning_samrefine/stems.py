@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from lightning_samrefine.batch_search import MAX_DEPTH, describe, entries
@@ -115,12 +116,15 @@ def _names(value: Any, count: int) -> list[Any] | None:
     """Return B names, None where the value holds something else."""
     if isinstance(value, str | PurePath):
         value = [value]
+    if isinstance(value, np.ndarray | np.generic) and value.ndim <= 1:
+        value = value.reshape(-1).tolist()
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.ndim > 1:
             return None
         value = value.reshape(-1).tolist()
     if not isinstance(value, list | tuple) or len(value) != count:
         return None
+    value = [item.item() if isinstance(item, np.generic) else item for item in value]
     kinds = (str, PurePath, int)
     if not all(isinstance(item, kinds) and not isinstance(item, bool) for item in value):
         return None
