@@ -57,13 +57,13 @@ def refine_by_class(
         labels[None, None].float(), (height // stride, width // stride), mode="nearest"
     )
     grid = grid[0, 0].cpu().numpy()
+    grid_probs = F.interpolate(probs[None], grid.shape, mode="bilinear")[0].cpu().numpy()
     mapped = torch.zeros_like(probs)
-    failed = torch.zeros_like(labels, dtype=torch.bool)
     for c in range(len(probs)):
         regions = _regions(grid == c, min_region_area)
         if not regions:
             continue
-        boxes, points = _prompts(regions, predictor, stride, (height, width))
+        boxes, points = _prompts(regions, grid_probs[c], predictor)
         logits, ious, _ = predictor.predict_torch(
             point_coords=points[:, None],
             point_labels=torch.ones(len(points), 1, device=predictor.device),
@@ -79,11 +79,8 @@ def refine_by_class(
         if accepted.any():
             kept = logits[accepted]
             mapped[c] = (kept.sigmoid() * (kept > 0) * probs[c]).amax(dim=0)
-        for index in torch.nonzero(~accepted).flatten().tolist():
-            mask = torch.from_numpy(regions[index]).float().to(probs.device)[None, None]
-            failed |= F.interpolate(mask, (height, width), mode="nearest")[0, 0] > 0
     covered = mapped.sum(dim=0) > 0
-    return torch.where(covered & ~failed, mapped.argmax(dim=0), labels)
+    return torch.where(covered, mapped.argmax(dim=0), labels)
 
 
 def _regions(mask: NDArray[np.bool_], min_region_area: int) -> list[NDArray[np.bool_]]:
@@ -93,26 +90,20 @@ def _regions(mask: NDArray[np.bool_], min_region_area: int) -> list[NDArray[np.b
 
 
 def _prompts(
-    regions: list[NDArray[np.bool_]],
-    predictor: SamPredictor,
-    stride: int,
-    image_hw: tuple[int, int],
+    regions: list[NDArray[np.bool_]], probs: NDArray[np.float32], predictor: SamPredictor
 ) -> tuple[Tensor, Tensor]:
     boxes, points = [], []
     for mask in regions:
         rows, columns = np.nonzero(mask)
-        boxes.append((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
-        inside = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-        row, column = np.unravel_index(inside.argmax(), mask.shape)
-        points.append((column + 0.5, row + 0.5))
+        boxes.append((columns.min(), rows.min(), columns.max(), rows.max()))
+        row, column = np.unravel_index(np.where(mask, probs, -1).argmax(), mask.shape)
+        points.append((column, row))
     device, transform = predictor.device, predictor.transform
     return (
-        transform.apply_boxes_torch(
-            torch.tensor(np.array(boxes) * stride, device=device), image_hw
-        ).float(),
-        transform.apply_coords_torch(
-            torch.tensor(np.array(points) * stride, device=device)[:, None], image_hw
-        )[:, 0].float(),
+        transform.apply_boxes_torch(torch.tensor(boxes, device=device), probs.shape).float(),
+        transform.apply_coords_torch(torch.tensor(points, device=device)[:, None], probs.shape)[
+            :, 0
+        ].float(),
     )
 
 

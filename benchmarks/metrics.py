@@ -125,6 +125,7 @@ def scene() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Reg
     regions = Regions(
         classes=torch.randint(0, NUM_CLASSES, (REGIONS,), generator=generator),
         boxes=boxes,
+        extents=boxes,
         points=corners + 100,
         scores=torch.ones(REGIONS),
         pred_iou=torch.rand(REGIONS, generator=generator),

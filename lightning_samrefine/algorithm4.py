@@ -1,4 +1,9 @@
-"""Algorithm 4's own acceptance and fusion: steps 8 to 12 of ALGORITHM.md."""
+"""Acceptance and fusion of the published algorithm: steps 8 to 12.
+
+Algorithm 4, "Optimized SAM Refinement", is `sam_refinement` of Trident with its prompts in batches:
+Shi et al., "Harnessing Vision Foundation Models for High-Performance, Training-Free Open Vocabulary
+Segmentation" (ICCV 2025, arXiv 2411.09219). The steps are numbered in docs/algorithm4.md.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +42,5 @@ def fuse_by_algorithm4(answers: Answers, config: RefineConfig, sam: Promptable) 
             logits, window = windowed(mask, answers.extents[index])
             if window:
                 fused.add(logits, c, window)
-    if accepted.all():
-        new_labels, new_probs, covered = fused.finish()
-    else:
-        new_labels, new_probs, covered = fused.finish(
-            regions.mask_of(~accepted), regions.boxes[~accepted]
-        )
-    return refinement(table, new_labels, new_probs, covered)
+    failed = None if accepted.all() else regions.mask_of(~accepted)
+    return refinement(table, *fused.finish(failed))

@@ -60,12 +60,14 @@ def region_table(answers: Answers, pred_iou: Tensor, accepted: np.ndarray, strid
         stride: r.
     """
     regions, (height, width) = answers.regions, answers.image_hw
-    boxes = np.minimum(regions.boxes * stride, [width, height, width, height])
-    points = np.minimum(regions.points * stride, [width, height])
+    extents = (regions.boxes + np.array([0, 0, 1, 1])) * stride
     return Regions(
         classes=torch.from_numpy(regions.classes),
-        boxes=torch.from_numpy(boxes.astype(np.float32)),
-        points=torch.from_numpy(points.astype(np.float32)),
+        boxes=torch.from_numpy((regions.boxes * stride).astype(np.float32)),
+        extents=torch.from_numpy(
+            np.minimum(extents, [width, height, width, height]).astype(np.float32)
+        ),
+        points=torch.from_numpy((regions.points * stride).astype(np.float32)),
         scores=torch.from_numpy(regions.scores),
         pred_iou=pred_iou,
         accepted=torch.from_numpy(accepted),

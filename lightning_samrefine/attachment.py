@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,11 +92,7 @@ class Attachment:
         self._passed: set[int] = set()
 
     def bind(
-        self,
-        adapter: BatchAdapter,
-        num_classes: int | None,
-        pl_module: LightningModule,
-        class_names: Sequence[str] | None = None,
+        self, adapter: BatchAdapter, num_classes: int | None, pl_module: LightningModule
     ) -> BatchAdapter:
         """Settle the number of classes, after the module's own setup and before any evaluation.
 
@@ -113,7 +108,7 @@ class Attachment:
             except ValueError as error:
                 raise MisconfigurationException(f"{self._owner}: {error}") from error
             refiner = self.refiner.refiner
-            check_classes(refiner.config, num_classes, class_names)
+            check_classes(refiner.config, num_classes)
             self.adapter = replace(adapter, num_classes=num_classes, device=refiner.sam.device)
             masks = "" if accepts_masks(refiner.sam) else ", which takes no mask prompts,"
             rank_zero_info(

@@ -32,15 +32,11 @@ class CacheStats:
         hits: Embeddings that were found.
         misses: Embeddings that had to be computed.
         nbytes: Bytes held, in the whole folder for a cache on disk.
-        prompt_hits: Prompts of regions whose answers were found.
-        prompt_misses: Prompts of regions that the model had to answer.
     """
 
     hits: int
     misses: int
     nbytes: int
-    prompt_hits: int = 0
-    prompt_misses: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -92,7 +88,7 @@ class EmbeddingCache:
             raise ValueError("folder: got one for a cache in memory, accepted is None there")
         self.kind = kind
         self._arguments = (kind, gb, folder)
-        self._limit = limit = int((_DEFAULT_GB[kind] if gb is None else gb) * 1e9)
+        limit = int((_DEFAULT_GB[kind] if gb is None else gb) * 1e9)
         self._store: Store = (
             MemoryStore(limit)
             if kind == "memory"
@@ -102,7 +98,6 @@ class EmbeddingCache:
             WeakKeyDictionary()
         )
         self._hits = self._misses = 0
-        self._prompt_hits = self._prompt_misses = 0
         self._epoch = _Epoch()
         self._wrote: set[str] = set()
         self._writing = True
@@ -114,13 +109,7 @@ class EmbeddingCache:
     @property
     def stats(self) -> CacheStats:
         """Hits, misses and bytes since the cache was made."""
-        return CacheStats(
-            self._hits,
-            self._misses,
-            self._store.nbytes,
-            self._prompt_hits,
-            self._prompt_misses,
-        )
+        return CacheStats(self._hits, self._misses, self._store.nbytes)
 
     def embed(
         self,
@@ -158,40 +147,6 @@ class EmbeddingCache:
             found[key] = self._put(key, embedding, None if derived else dtype)
         return [found[key] for key in keys]
 
-    def recall(
-        self, sam: Promptable, image: Tensor, dtype: torch.dtype | None, derived: str
-    ) -> tuple[Tensor, ...] | None:
-        """Return what `keep` was last given for an image, on the CPU; None where nothing is held.
-
-        Args:
-            sam: The model that the tensors come from.
-            image: (3, H, W) uint8.
-            dtype: Of the autocast that they were made under; None for float32.
-            derived: As for `embed`.
-        """
-        keys = self._keys(sam, [image], dtype, derived)
-        return None if keys is None else self._get(keys[0], torch.device("cpu"))
-
-    def keep(
-        self,
-        sam: Promptable,
-        image: Tensor,
-        dtype: torch.dtype | None,
-        derived: str,
-        tensors: tuple[Tensor, ...],
-    ) -> None:
-        """Hold tensors for `recall`, in place of those that are held.
-
-        Args:
-            sam: The model that the tensors come from.
-            image: (3, H, W) uint8.
-            dtype: Of the autocast that they were made under; None for float32.
-            derived: As for `embed`.
-            tensors: To be kept as they are.
-        """
-        if self._writing and (keys := self._keys(sam, [image], dtype, derived)) is not None:
-            self._put(keys[0], tensors, None)
-
     def recheck(self, module: nn.Module) -> None:
         """Compare a model's weights by what they hold when they are needed next.
 
@@ -199,11 +154,6 @@ class EmbeddingCache:
         """
         for known in self._fingerprints.get(module, {}).values():
             known.state = None
-
-    def count_prompts(self, hits: int, misses: int) -> None:
-        """Count prompts whose answers were found, and those that were not."""
-        self._prompt_hits += hits
-        self._prompt_misses += misses
 
     def end_epoch(self, stage: str) -> None:
         """Close an epoch, so that a cache that never hits is noticed.
@@ -219,8 +169,7 @@ class EmbeddingCache:
         if stage in self._wrote and epoch.misses and not epoch.hits and self._writing:
             self._writing = False
             reason = (
-                f"the images do not fit into cache_gb={self._limit / 1e9:g}: what is kept of each "
-                "is larger than that, or is removed before it is needed again"
+                "the images do not fit into cache_gb: each is removed before it is asked for again"
                 if self._store.evictions > epoch.evictions
                 else "the images change from epoch to epoch (random augmentation?)"
             )

@@ -13,14 +13,14 @@ from typing import Any
 class RefineConfig:
     """Every number that decides what SAM is asked and what is done with its answer.
 
-    The defaults are those of Algorithm 4 with the confidence gate off; they are the preset
-    ``algorithm4``. What it does not have (``points_per_side``, ``soft_floor``, ``colours``,
+    The defaults are Algorithm 4 with every region prompted; the preset ``algorithm4`` has its
+    published thresholds. What it does not have (``points_per_side``, ``soft_floor``, ``colours``,
     ``smoothing``) is off, and on in ``default`` and ``fast``.
 
     Attributes:
         score_thresh: τ_c in [0, 1). Pixels whose largest probability is below it belong to no
-            region, and a region whose mean probability is not above it is never prompted. 0
-            turns both off (a region of probability 0 apart).
+            region, and a class whose largest probability in the image is below it is skipped. 0
+            turns both off.
         mask_prompt_scale: τ_m > 0. Turns a probability into the logit of SAM's mask prompt.
         pred_iou_thresh: τ_iou in [0, 1]. A region is accepted where SAM's predicted IoU is
             strictly greater.
@@ -33,9 +33,7 @@ class RefineConfig:
             memory that does not change the result. ``None`` takes it from free memory, as in
             Algorithm 4.
         prompt_regions: Whether SAM is asked about the regions.
-        mask_prompts: Whether regions are prompted with a mask besides box and point. Without one
-            and with a ``soft_floor`` boxes and points are moved to a coarse lattice, so that a
-            cache knows some of them again when a prediction changes a little.
+        mask_prompts: Whether regions are prompted with a mask besides box and point.
         points_per_side: SAM is asked about a grid of this many points along the image's longer
             side. These masks depend on the image alone, so a cache keeps them whole, and where no
             regions are prompted an image costs SAM nothing from the second time on. 0 is none.
@@ -51,8 +49,6 @@ class RefineConfig:
             prompted, and a pixel changes its label only from one of these classes to another.
         class_pred_iou_thresh: τ_iou of single classes in place of ``pred_iou_thresh``, by their
             indices.
-        class_names: The C classes that the thresholds were tuned for, in the order of their
-            indices; a run with other classes is refused. ``None`` for any.
 
     Raises:
         TypeError: A value of the wrong type.
@@ -75,7 +71,6 @@ class RefineConfig:
     smoothing: float = 0.0
     classes: tuple[int, ...] | None = None
     class_pred_iou_thresh: Mapping[int, float] | None = field(default=None, hash=False)
-    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_float("score_thresh", self.score_thresh, 0 <= _num(self.score_thresh) < 1, "[0, 1)")
@@ -119,22 +114,15 @@ class RefineConfig:
         object.__setattr__(
             self, "class_pred_iou_thresh", _checked_thresholds(self.class_pred_iou_thresh)
         )
-        object.__setattr__(self, "class_names", _checked_names(self.class_names))
-
-    @property
-    def on_lattice(self) -> bool:
-        """Whether boxes and points of regions are moved to a lattice."""
-        return self.prompt_regions and not self.mask_prompts and self.soft_floor > 0
 
     @classmethod
     def preset(cls, name: str, /, **overrides: Any) -> RefineConfig:
         """Build a named configuration, with single fields replaced.
 
         Args:
-            name: ``"algorithm4"`` (the seed's algorithm to the pixel); ``"fast"`` (at most one
-                prompt a region, soft fusion, smoothing); ``"default"`` (the same with image-driven
-                masks besides: the largest gain measured); ``"strict"`` (Algorithm 4 with fewer
-                changes: only sure regions, and masks of which SAM is sure).
+            name: ``"algorithm4"`` (the published algorithm with its published thresholds, see
+                docs/algorithm4.md); ``"fast"`` (at most one prompt for each region, soft fusion,
+                smoothing); ``"default"`` (the same with image-driven masks besides).
             **overrides: Fields of `RefineConfig`.
 
         Raises:
@@ -165,15 +153,14 @@ _FAST = {
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "algorithm4": {},
+        "algorithm4": {
+            "score_thresh": 0.1,
+            "mask_prompt_scale": 0.005,
+            "pred_iou_thresh": 0.8,
+            "min_region_area": 225,
+        },
         "default": {**_FAST, "points_per_side": 24},
         "fast": _FAST,
-        "strict": {
-            "score_thresh": 0.5,
-            "pred_iou_thresh": 0.8,
-            "min_region_area": 16,
-            "max_regions": 500,
-        },
     }
 )
 
@@ -210,15 +197,6 @@ def _checked_classes(classes: Any) -> tuple[int, ...] | None:
     if min(classes, default=0) < 0 or len(set(classes)) < len(classes):
         raise ValueError(f"classes: got {list(classes)}, {accepted}")
     return tuple(sorted(classes))
-
-
-def _checked_names(names: Any) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    is_sequence = isinstance(names, Sequence) and not isinstance(names, str)
-    if not is_sequence or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"class_names: got {names!r}, accepted are strings in a sequence, or None")
-    return tuple(names)
 
 
 def _checked_thresholds(thresholds: Any) -> dict[int, float] | None:

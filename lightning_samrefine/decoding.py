@@ -51,7 +51,6 @@ def decode_prompts(
     precision: str,
     size: int,
     chunks: ChunkSize,
-    in_full_chunks: bool = False,
 ) -> list[Decoded]:
     """Decode the prompts on K images, the last of one image and the first of the next together.
 
@@ -62,9 +61,6 @@ def decode_prompts(
         precision: See `autocast_dtype`.
         size: How many prompts to decode at once.
         chunks: Decodes fewer where memory runs out.
-        in_full_chunks: Repeat an image's last prompt until every chunk has ``size`` of them. On a
-            CPU an answer then depends, to the bit, on no other prompt: products of equal shapes
-            round each row alike, wherever it is.
 
     Returns:
         K answers.
@@ -83,9 +79,6 @@ def decode_prompts(
             return sam.decode(*parts[0])
         return sam.decode_images(*zip(*parts, strict=True))
 
-    counts = [len(own) for own in prompts]
-    if in_full_chunks:
-        prompts = [own.padded(-(-len(own) // size) * size) for own in prompts]
     ends = np.cumsum([len(own) for own in prompts]).tolist()
     with autocast(autocast_dtype(precision, device), device):
         for _, _, (chunk_logits, chunk_iou) in chunks.run(ends[-1], size, decode):
@@ -97,8 +90,7 @@ def decode_prompts(
     pred_iou = torch.cat(ious).cpu()
     if not bool(pred_iou.isfinite().all()):
         raise no_numbers(sam.name, precision)
-    starts = [0, *ends[:-1]]
-    own = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
+    own = [slice(end - len(of_image), end) for end, of_image in zip(ends, prompts, strict=True)]
     return [
         Decoded(logits[part], pred_iou[part], None if on_cpu is None else on_cpu[part])
         for part in own

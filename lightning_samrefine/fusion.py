@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +13,7 @@ from lightning_samrefine.upscaling import Window
 class MapRefinement:
     """Collects accepted masks one at a time into L' and S' (step 10).
 
-    Each mask costs as much as its own window; no step passes over all C × H × W values.
+    Each mask costs as much as its own window.
 
     Args:
         probs: (C, H, W) float32 in [0, 1], the raw L.
@@ -24,7 +21,7 @@ class MapRefinement:
     """
 
     def __init__(self, probs: Tensor, labels: Tensor) -> None:
-        self._raw, self._raw_labels = probs, labels
+        self._raw = probs
         self._refined = MAPS.zeros_like(probs)
         self._best = torch.zeros_like(probs[0])
         self._labels = labels.clone()
@@ -54,48 +51,21 @@ class MapRefinement:
         self._labels[part].masked_fill_(value > best, c)
         torch.maximum(best, value, out=best)
 
-    def finish(
-        self, failed: Tensor | None = None, failed_boxes: np.ndarray | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Give rejected regions back their raw prediction (step 11) and return the maps.
+    def finish(self, failed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Raise L' to the raw probabilities inside rejected regions (step 11) and return the maps.
+
+        As in the published code this changes no label: S' is that of step 10.
 
         Args:
             failed: (h_d, w_d) bool, the union of the rejected regions on the working grid, or
-                None where nothing was rejected.
-            failed_boxes: (K, 4) XYXY on the grid, exclusive ends; together they hold the union.
-                None searches the whole image.
+                None if no region was rejected.
 
         Returns:
             S' (H, W) int64, L' (C, H, W) float32 and the covered map (H, W) bool.
         """
         covered = self._best > 0
-        if failed is None:
-            return self._labels, self._refined, covered
-        grid = failed[None, None].to(self._refined.dtype)
-        kept = F.interpolate(grid, covered.shape, mode="nearest")[0, 0] > 0
-        labels = torch.where(kept, self._raw_labels, self._labels)
-        for window in _image_windows(failed_boxes, failed.shape, covered.shape):
-            part = (slice(None), *window.slices)
-            refined = self._refined[part]
-            torch.where(kept[window.slices], self._raw[part], refined, out=refined)
-        return labels, self._refined, covered
-
-
-def _image_windows(
-    boxes: np.ndarray | None, grid_hw: Sequence[int], image_hw: Sequence[int]
-) -> list[Window]:
-    """Return image windows that hold grid boxes, or the whole image where that is less work."""
-    whole = Window(0, image_hw[0], 0, image_hw[1])
-    if boxes is None:
-        return [whole]
-    scale = np.array([image_hw[1] / grid_hw[1], image_hw[0] / grid_hw[0]] * 2)
-    scaled = boxes * scale
-    # A pixel of slack for the float32 in which nearest-neighbour positions are computed.
-    starts = np.maximum(np.floor(scaled[:, :2]) - 1, 0).astype(int)
-    ends = np.minimum(np.ceil(scaled[:, 2:]) + 1, [image_hw[1], image_hw[0]]).astype(int)
-    if (ends - starts).prod(axis=1).sum() >= image_hw[0] * image_hw[1]:
-        return [whole]
-    return [
-        Window(int(y0), int(y1), int(x0), int(x1))
-        for (x0, y0), (x1, y1) in zip(starts, ends, strict=True)
-    ]
+        if failed is not None:
+            grid = failed[None, None].to(self._refined.dtype)
+            inside = F.interpolate(grid, covered.shape, mode="nearest")[0, 0]
+            torch.maximum(self._refined, self._raw * inside, out=self._refined)
+        return self._labels, self._refined, covered

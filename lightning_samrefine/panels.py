@@ -229,8 +229,8 @@ def _draw_row(axes_row: Sequence[Axes], panel: Panel, num_classes: int) -> None:
         f"{panel.name}: {accepted} of {len(panel.regions)} regions accepted", fontsize=8
     )
     axes_row[2].set_xlabel(f"{100 * panel.gain:+.2f} % of pixels", fontsize=8)
-    for region in panel.regions:
-        x0, y0, x1, y1 = region.box
+    for region, extent in zip(panel.regions, panel.regions.extents.tolist(), strict=True):
+        x0, y0, x1, y1 = extent
         colour = _ACCEPTED if region.accepted else _REJECTED
         axes_row[0].add_patch(
             Rectangle(
@@ -243,7 +243,7 @@ def _draw_row(axes_row: Sequence[Axes], panel: Panel, num_classes: int) -> None:
                 linestyle="-" if region.accepted else "--",
             )
         )
-        axes_row[0].plot(*(value - 0.5 for value in region.point), ".", color=colour, markersize=4)
+        axes_row[0].plot(*region.point, ".", color=colour, markersize=4)
         axes_row[0].text(
             x0, y0, f"{region.pred_iou:.2f}", color="white", backgroundcolor=colour, fontsize=5
         )

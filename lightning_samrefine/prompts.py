@@ -1,8 +1,4 @@
-"""From regions to prompts in the model's frames (ALGORITHM.md steps 5 and 6).
-
-Without mask prompts the box and the click of a region may be moved to a coarse lattice: regions
-that differ a little then ask the same, and the answer of an earlier epoch serves.
-"""
+"""From regions to prompts in the model's frames (docs/algorithm4.md, steps 5 and 6)."""
 
 from __future__ import annotations
 
@@ -11,59 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_samrefine.geometry import get_preprocess_shape
 from lightning_samrefine.models.protocol import Promptable, Prompts, accepts_masks
 from lightning_samrefine.regions import GridRegions
-
-# Sides of a box move by at most an eighth of its size: measured, that neither gains nor loses mIoU.
-_STEPS_PER_SIDE = 4
-
-
-def lattice_prompts(regions: GridRegions) -> np.ndarray:
-    """Move each region's box and point to a lattice whose steps grow with the region.
-
-    Box sides lie at multiples of a power of two of at most a quarter of the box's size, points in
-    the middle of cells no larger than the distance to the region's border, and so inside it.
-
-    Args:
-        regions: N regions on the working grid.
-
-    Returns:
-        (N, 6) int32, XYXY of the box and XY of the point in half grid pixels.
-    """
-    height, width = regions.components.shape
-    size = np.array([width, height], dtype=np.float64)
-    boxes = regions.boxes.reshape(-1, 2, 2)
-    sides = boxes[:, 1] - boxes[:, 0]
-    steps = _power_of_two(sides / _STEPS_PER_SIDE)[:, None]
-    boxes = np.clip(np.rint(boxes / steps) * steps, 0, size)
-    cells = _power_of_two(regions.radii)[:, None]
-    points = np.minimum((np.floor(regions.points / cells) + 0.5) * cells, size - 0.5)
-    return np.rint(2 * np.concatenate([boxes.reshape(-1, 4), points], axis=1)).astype(np.int32)
-
-
-def _power_of_two(values: np.ndarray) -> np.ndarray:
-    """Round down to powers of two, of at least 1."""
-    return 2.0 ** np.floor(np.log2(np.maximum(values, 1)))
-
-
-def prompts_at(
-    lattice: np.ndarray,
-    grid_hw: tuple[int, int],
-    sam: Promptable,
-    image_hw: tuple[int, int],
-    device: torch.device,
-) -> Prompts:
-    """Bring prompts on the lattice to the model's frame (step 6).
-
-    Args:
-        lattice: (N, 6) int32 of `lattice_prompts`.
-        grid_hw: (h_d, w_d) of the working grid.
-        sam: The model.
-        image_hw: (H, W) of the image.
-        device: Where the prompts are to be.
-    """
-    scaled = lattice / 2 * np.tile(_scale(grid_hw, sam, image_hw), 3)
-    return Prompts(_to_device(scaled[:, :4], device), _to_device(scaled[:, 4:], device))
 
 
 def build_prompts(
@@ -130,8 +76,14 @@ def mask_prompts(
 
 
 def _scale(grid_hw: tuple[int, int], sam: Promptable, image_hw: tuple[int, int]) -> np.ndarray:
-    """Return the XY factors from the working grid to the model's frame."""
+    """Return the XY factors from the working grid to the model's frame.
+
+    For a model that resizes the longest side, as published: the grid is scaled as if it were the
+    image, which differs by less than a grid pixel where ⌊H/r⌋ cuts off a row.
+    """
     in_h, in_w = sam.input_hw(image_hw)
+    if (in_h, in_w) == get_preprocess_shape(*image_hw, sam.image_size):
+        in_h, in_w = get_preprocess_shape(*grid_hw, sam.image_size)
     return np.array([in_w / grid_hw[1], in_h / grid_hw[0]])
 
 

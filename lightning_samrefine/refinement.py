@@ -15,7 +15,8 @@ class Region:
 
     Attributes:
         class_index: Class in [0, C).
-        box: XYXY in image pixels, exclusive ends.
+        box: (x_min, y_min, x_max, y_max) in image pixels, that of the first and last row and column
+            of the working grid that the region touches, times the stride.
         point: The positive click, (x, y) in image pixels.
         score: Mean raw probability of the class over the region, in [0, 1].
         pred_iou: SAM's predicted IoU. Where regions are not prompted, that of the best
@@ -40,7 +41,9 @@ class Regions:
 
     Attributes:
         classes: (N,) int64 in [0, C).
-        boxes: (N, 4) float32 XYXY in image pixels, exclusive ends, clipped to the image.
+        boxes: (N, 4) float32 XYXY in image pixels, see `Region`.
+        extents: (N, 4) float32 XYXY in image pixels with exclusive ends, clipped to the image: the
+            pixels that the box's grid pixels cover.
         points: (N, 2) float32 XY in image pixels.
         scores: (N,) float32 in [0, 1], mean raw probability over the region.
         pred_iou: (N,) float32, SAM's predicted IoU, see `Region`.
@@ -53,6 +56,7 @@ class Regions:
 
     classes: Tensor
     boxes: Tensor
+    extents: Tensor
     points: Tensor
     scores: Tensor
     pred_iou: Tensor
@@ -89,13 +93,13 @@ class Refinement:
     Attributes:
         labels: (H, W) int64, S'.
         probs: (C, H, W) float32, L' to the letter: 0 for every class where a pixel is neither
-            covered nor in a rejected region. Equal to the raw probabilities where nothing was
-            accepted at all.
+            covered nor in a rejected region. Equal to the raw probabilities if nothing was
+            accepted at all. ``labels`` need not be their argmax.
         covered: (H, W) bool, Σ_c L'_c > 0 as step 10 leaves it: some accepted mask lies on the
-            pixel. A covered pixel inside a rejected region still keeps its raw label (step 11).
+            pixel, and its class is not improbable to the last digit.
             With a ``soft_floor``: some mask, image-driven or of an accepted region, lies on it.
         pred_iou: (N,) float32, Q.
-        boxes: (N, 4) float32 XYXY in image pixels, exclusive ends, B'.
+        boxes: (N, 4) float32 XYXY in image pixels, B'; see `Region`.
         classes: (N,) int64 in [0, C).
         regions: Every prompted region, accepted or not.
     """

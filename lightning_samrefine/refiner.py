@@ -33,9 +33,8 @@ from lightning_samrefine.models.protocol import (
     drop_derived,
 )
 from lightning_samrefine.precision import autocast, autocast_dtype
-from lightning_samrefine.prompt_memory import PromptMemory
 from lightning_samrefine.refinement import Refinement
-from lightning_samrefine.region_prompts import Question, RegionPrompts
+from lightning_samrefine.region_prompts import prompts_of, with_masks
 from lightning_samrefine.regions import GridRegions, PendingSplit, begin_split
 from lightning_samrefine.soft_fusion import fuse_softly
 
@@ -62,8 +61,8 @@ class Refiner:
             ``"16-mixed"``.
         cache: Keeps image embeddings, so that an image that comes again is not encoded again:
             ``"memory"`` in this process, ``"disk"`` in a folder that runs share, or an
-            `EmbeddingCache` of yours. Image-driven masks and answers to prompts on the lattice
-            (`PromptMemory`) are kept as well, and not decoded again either. None keeps nothing.
+            `EmbeddingCache` of yours. Image-driven masks are kept as well, and not decoded again
+            either. None keeps nothing.
         cache_gb: Limit in 10⁹ bytes of a cache that is made here, see `EmbeddingCache`.
 
     Attributes:
@@ -97,22 +96,14 @@ class Refiner:
             )
         if config is not None and not isinstance(config, RefineConfig):
             raise TypeError(f"config: got {type(config).__name__}, accepted is a RefineConfig")
-        autocast_dtype(precision, sam.device)  # refuses one that is unknown
+        autocast_dtype(precision, sam.device)  # refuses an unknown precision
         self.sam = sam
         self.config = _possible(config or RefineConfig.preset("default"), sam)
         self.precision = precision
         self.cache = make_cache(cache, cache_gb)
         self._prompts_at_once, self._images_at_once = ChunkSize(), ChunkSize()
         self._told: set[str] = set()
-        self._region_prompts = self._prompts_of_regions()
         self.recheck_weights()
-
-    def _prompts_of_regions(self) -> RegionPrompts:
-        memory = None
-        if self.cache is not None:
-            dtype = autocast_dtype(self.precision, self.sam.device)
-            memory = PromptMemory(self.cache, self.sam, dtype, self.config.stride)
-        return RegionPrompts(self.sam, self.config, memory)
 
     def with_config(self, config: RefineConfig) -> Refiner:
         """Return a refiner with other thresholds that shares everything else with this one.
@@ -124,7 +115,6 @@ class Refiner:
         """
         other = copy.copy(self)
         other.config = _possible(config, self.sam)
-        other._region_prompts = other._prompts_of_regions()
         return other
 
     def recheck_weights(self) -> None:
@@ -230,13 +220,13 @@ class Refiner:
             )
             for image_probs, image_labels in raw
         ]
-        regions, questions = self._split_and_embed(images, splits)
+        regions, embeddings = self._split_and_embed(images, splits)
         self._tell_of_left_out(regions)
         masks: dict[int, ImageMasks] = {}
         if config.points_per_side:
-            chosen = [images[index] for index in questions]
-            found = self._image_masks(chosen, [one.embedding for one in questions.values()])
-            masks = dict(zip(questions, found, strict=True))
+            chosen = [images[index] for index in embeddings]
+            found = self._image_masks(chosen, list(embeddings.values()))
+            masks = dict(zip(embeddings, found, strict=True))
 
         def answered() -> Iterator[Answers]:
             at_once = len(images) if decodes_jointly(self.sam, config) else 1
@@ -254,33 +244,32 @@ class Refiner:
                     )
                     for i in part
                 ]
-                yield from self._with_prompts(bare, [questions.get(i) for i in part])
+                yield from self._with_region_masks(bare, [embeddings.get(i) for i in part])
 
         return answered()
 
     def _split_and_embed(
         self, images: Sequence[Tensor] | Tensor, splits: Sequence[PendingSplit]
-    ) -> tuple[list[GridRegions], dict[int, Question]]:
-        """Find every image's regions, and embed the images of which SAM has to be asked.
+    ) -> tuple[list[GridRegions], dict[int, Any]]:
+        """Find every image's regions, and embed the images that have any.
 
         Returns:
-            B regions in order, and by its index what is asked about each image with a region: the
-            others ask nothing (step 4).
+            B regions in order, and the embedding of each image with a region by its index; None in
+            its place if no region is prompted. SAM is not needed for the others (step 4).
         """
         regions: list[GridRegions] = []
-        questions: dict[int, Question] = {}
+        embeddings: dict[int, Any] = {}
         at_once = images_at_once(self.sam.device, len(splits))
         for start in range(0, len(splits), at_once):
             part = range(start, min(start + at_once, len(splits)))
             regions.extend(open_regions(splits[i].finish(), self.config.classes) for i in part)
             with_regions = [i for i in part if len(regions[i]) > 0]
-            for i in with_regions:
-                questions[i] = self._region_prompts.question(images[i], regions[i])
-            unanswered = [i for i in with_regions if questions[i].open]
-            embedded = self._embed([images[i] for i in unanswered])
-            for i, embedding in zip(unanswered, embedded, strict=True):
-                questions[i] = replace(questions[i], embedding=embedding)
-        return regions, questions
+            if self.config.prompt_regions:
+                found = self._embed([images[i] for i in with_regions])
+                embeddings.update(zip(with_regions, found, strict=True))
+            else:
+                embeddings.update(dict.fromkeys(with_regions))
+        return regions, embeddings
 
     def _tell_of_left_out(self, regions: Sequence[GridRegions]) -> None:
         worst = max(regions, key=lambda found: found.left_out, default=None)
@@ -353,18 +342,19 @@ class Refiner:
         return self.cache.embed(self.sam, images, dtype, compute, derived)
 
     @torch.no_grad()
-    def _with_prompts(
-        self, answers: Sequence[Answers], questions: Sequence[Question | None]
+    def _with_region_masks(
+        self, answers: Sequence[Answers], embeddings: Sequence[Any]
     ) -> Iterator[Answers]:
-        """Ask about the regions of images (steps 5 to 7); without one SAM is not asked (step 4)."""
-        asked = [i for i, question in enumerate(questions) if question and question.open]
+        """Prompt with the regions of images (steps 5 to 7); without a region SAM is not needed."""
+        prompted = [i for i, embedding in enumerate(embeddings) if embedding is not None]
         decoded = self._decode(
-            [questions[i].embedding for i in asked],
-            [self._region_prompts.prompts(answers[i], questions[i]) for i in asked],
+            [embeddings[i] for i in prompted],
+            [prompts_of(answers[i], self.config, self.sam) for i in prompted],
         )
-        found = dict(zip(asked, decoded, strict=True))
-        for index, (bare, question) in enumerate(zip(answers, questions, strict=True)):
-            yield self._region_prompts.take_down(bare, question, found.pop(index, None))
+        found = dict(zip(prompted, decoded, strict=True))
+        for index, bare in enumerate(answers):
+            own = found.pop(index, None)
+            yield bare if own is None else with_masks(bare, own, self.config, self.sam)
 
     @torch.no_grad()
     def fuse(self, answers: Answers) -> Refinement:
@@ -389,11 +379,7 @@ class Refiner:
 
     def _decode(self, embeddings: Sequence[Any], prompts: Sequence[Prompts]) -> list[Decoded]:
         size, chunks = self._batch_size(), self._prompts_at_once
-        # A memory has some prompts answered and others not: what it lacks must not depend on which.
-        alone = self.config.on_lattice and self.sam.device.type == "cpu" and len(prompts) == 1
-        if alone:
-            size = min(size, prompts_at_once(self.sam.device))
-        return decode_prompts(self.sam, embeddings, prompts, self.precision, size, chunks, alone)
+        return decode_prompts(self.sam, embeddings, prompts, self.precision, size, chunks)
 
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import cc3d
-import edt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,8 @@ class GridRegions:
 
     Attributes:
         classes: (N,) int64 in [0, C).
-        boxes: (N, 4) float64 XYXY on the grid, exclusive ends.
-        points: (N, 2) float64 XY on the grid, pixel centres.
-        radii: (N,) float64 in grid pixels, from each point's pixel to the outside of its region.
+        boxes: (N, 4) float64 on the grid, (x_min, y_min, x_max, y_max), all inclusive.
+        points: (N, 2) float64 XY, the grid pixel of the region whose probability is the largest.
         scores: (N,) float32 in [0, 1], the mean of L_d[c] over the region.
         components: (h_d, w_d) uint32, the id of the component each pixel belongs to, 0 for none.
         component_ids: (N,) int64, the id of each region in ``components``. Components that were
@@ -36,7 +34,6 @@ class GridRegions:
     classes: np.ndarray
     boxes: np.ndarray
     points: np.ndarray
-    radii: np.ndarray
     scores: np.ndarray
     components: np.ndarray
     component_ids: np.ndarray
@@ -52,7 +49,7 @@ class GridRegions:
         Args:
             selected: (N,) bool.
         """
-        rows = ("classes", "boxes", "points", "radii", "scores", "component_ids")
+        rows = ("classes", "boxes", "points", "scores", "component_ids")
         return replace(self, **{name: getattr(self, name)[selected] for name in rows})
 
     def mask_of(self, selected: np.ndarray) -> Tensor:
@@ -69,9 +66,9 @@ class GridRegions:
         return torch.from_numpy(table[self.components]).to(self.probs.device)
 
     def relative_points(self) -> Tensor:
-        """Return (N, 2) float64 XY on the CPU, the points as fractions of the grid's sides."""
+        """Return (N, 2) float64 XY on the CPU, the pixels' centers as fractions of the sides."""
         height, width = self.components.shape
-        return torch.from_numpy(self.points / [width, height])
+        return torch.from_numpy((self.points + 0.5) / [width, height])
 
 
 def split_regions(
@@ -111,11 +108,14 @@ def begin_split(
     num_classes = probs.shape[0]
     labels_d, probs_d = _downsample(labels, probs, stride)
     if score_thresh > 0:
-        labels_d = labels_d.masked_fill(probs_d.amax(dim=0) < score_thresh, num_classes)
+        # A class that is nowhere sure enough is skipped whole, even where another is.
+        skipped = F.pad(probs_d.amax(dim=(1, 2)) < score_thresh, (0, 1))
+        unsure = (probs_d.amax(dim=0) < score_thresh) | skipped[labels_d]
+        labels_d = labels_d.masked_fill(unsure, num_classes)
     own = probs_d.gather(0, labels_d.clamp(max=num_classes - 1)[None])[0]
-    # Background is 0 for cc3d and edt, hence the unknown class moves there and the others up.
+    # Background is 0 for cc3d, hence the unknown class moves there and the others up.
     shifted = ((labels_d + 1) % (num_classes + 1)).to(torch.int32)
-    return PendingSplit(Download(shifted, own), probs_d, score_thresh, min_region_area, max_regions)
+    return PendingSplit(Download(shifted, own), probs_d, min_region_area, max_regions)
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,12 @@ class PendingSplit:
     Attributes:
         grid: (h_d, w_d) int32 classes + 1, 0 for unknown, and the class's probability, float32.
         probs: (C, h_d, w_d) float32, L_d.
-        score_thresh: τ_c.
         min_region_area: As in `begin_split`.
         max_regions: The same.
     """
 
     grid: Download
     probs: Tensor
-    score_thresh: float
     min_region_area: int
     max_regions: int | None
 
@@ -149,18 +147,17 @@ class PendingSplit:
         runs = _Runs.of(components)
         first, area, sums = runs.first(count), runs.area(count), runs.sums(own_probs, count)
         scores = (sums / np.maximum(area, 1)).astype(np.float32)
-        large = (area >= self.min_region_area) & (scores > np.float32(self.score_thresh))
-        ids = 1 + np.flatnonzero(large[1:])
+        ids = 1 + np.flatnonzero(area[1:] >= self.min_region_area)
         found = len(ids)
         if self.max_regions is not None and found > self.max_regions:
             ids = ids[np.lexsort((first[ids], -area[ids]))[: self.max_regions]]
         ids = ids[np.lexsort((first[ids], grid.ravel()[first[ids]]))]
-        points, radii = _interior_points(components, runs, count, ids)
+        positions = _first_largest(np.ascontiguousarray(own_probs).ravel(), runs, count, ids)
+        y, x = np.divmod(positions, runs.width)
         return GridRegions(
             classes=grid.ravel()[first[ids]].astype(np.int64) - 1,
             boxes=runs.boxes(count)[ids],
-            points=points,
-            radii=radii,
+            points=np.stack([x, y], axis=1).astype(np.float64),
             scores=scores[ids],
             components=components,
             component_ids=ids,
@@ -236,38 +233,36 @@ class _Runs:
         return np.bincount(self.components, weights=sums, minlength=count + 1)
 
     def boxes(self, count: int) -> np.ndarray:
-        """Return (count + 1, 4) float64 XYXY boxes with exclusive ends, one a component."""
+        """Return (count + 1, 4) float64 XYXY boxes with inclusive ends, one for each component."""
         y, x = np.divmod(self.starts, self.width)
         low = np.full((2, count + 1), np.inf)
         high = np.zeros((2, count + 1))
-        for axis, (start, end) in enumerate(((x, x + self.lengths), (y, y + 1))):
+        for axis, (start, end) in enumerate(((x, x + self.lengths - 1), (y, y))):
             np.minimum.at(low[axis], self.components, start)
             np.maximum.at(high[axis], self.components, end)
         return np.concatenate([low, high]).T
 
 
-def _interior_points(
-    components: np.ndarray, runs: _Runs, count: int, ids: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the centre of the innermost pixel of each component in ``ids``, and how deep it lies.
+def _first_largest(values: np.ndarray, runs: _Runs, count: int, ids: np.ndarray) -> np.ndarray:
+    """Return (N,) int64 flat positions of each component's largest value, the first of equal ones.
 
-    That is (N, 2) float64 XY and (N,) float64 in grid pixels. Innermost is the largest Euclidean
-    distance to the outside of the component, the outside of the grid included; ties go to the first
-    pixel in row-major order. Squared distances are whole numbers, exact in float32 up to 4096
-    pixels, so they compare exactly.
+    Args:
+        values: (h_d · w_d,) finite values in row-major order.
+        runs: Of the components.
+        count: Number of components.
+        ids: (N,) int64, the components to search.
     """
     if len(ids) == 0:
-        return np.empty((0, 2)), np.empty(0)
-    squared = edt.edtsq(components, black_border=True, parallel=1).ravel()
-    longest = np.maximum.reduceat(squared, runs.starts)
-    best = np.zeros(count + 1, squared.dtype)
+        return np.empty(0, np.int64)
+    longest = np.maximum.reduceat(values, runs.starts)
+    best = np.full(count + 1, -np.inf, values.dtype)
     np.maximum.at(best, runs.components, longest)
     holding = np.flatnonzero(longest == best[runs.components])
     first = np.full(count + 1, len(runs.starts))
     np.minimum.at(first, runs.components[holding], holding)
-    positions = [
-        start + squared[start : start + length].argmax()
-        for start, length in zip(runs.starts[first[ids]], runs.lengths[first[ids]], strict=True)
-    ]
-    y, x = np.divmod(np.array(positions), components.shape[1])
-    return np.stack([x + 0.5, y + 0.5], axis=1), np.sqrt(best[ids].astype(np.float64))
+    return np.array(
+        [
+            start + values[start : start + length].argmax()
+            for start, length in zip(runs.starts[first[ids]], runs.lengths[first[ids]], strict=True)
+        ]
+    )

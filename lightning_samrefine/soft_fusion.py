@@ -17,7 +17,6 @@ from lightning_samrefine.colours import weigh_by_colours
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.inputs import first_argmax
 from lightning_samrefine.refinement import Refinement
-from lightning_samrefine.regions import GridRegions
 from lightning_samrefine.smoothing import smooth
 from lightning_samrefine.support import Planes, Support, class_probs, masks_at, planes_of, weigh
 
@@ -29,13 +28,12 @@ _SECOND_FLOOR = 10
 def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     """Fuse image-driven masks, the masks of prompted regions, or both.
 
-    With both, the regions' masks count twice: among all masks, which together say what class a
-    pixel has, and as what SAM says to the prediction's own regions. A rejected region stands for
-    itself in place of its mask. A pixel that neither a mask nor an accepted region reaches keeps
-    its raw probabilities: colours and smoothing follow masks, and do not stand for themselves.
+    With both, the masks of accepted regions count twice: among all masks, and in a term of their
+    own. A rejected region's mask counts for nothing. A pixel that no mask reaches keeps its raw
+    probabilities: colors and smoothing follow masks and do nothing by themselves.
 
-    So a region's verdict matters on its own pixels, under its mask, and within the three pixels of
-    smoothing around them, and nowhere else.
+    So a region's verdict matters under its mask and within the three pixels of smoothing around
+    it, and nowhere else.
 
     Where regions are not prompted, a region's predicted IoU is that of the best image-driven mask
     that stands for its class at its innermost pixel, 0 without one; it is then told, not used.
@@ -73,7 +71,7 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     refined, covered = weigh(evidence, supports, floors[: len(supports)])
     if config.smoothing:
         refined = smooth(refined, answers.image, config.smoothing)
-    reached = _reached(supports, regions, accepted, labels.shape)
+    reached = _reached(supports, labels.shape)
     for part in class_parts(refined):
         torch.where(reached, refined[part], probs[part], out=refined[part])
     best = first_argmax(refined)
@@ -91,7 +89,7 @@ def _with_regions(
     accepted: np.ndarray,
     planes: Planes,
 ) -> list[Support]:
-    """Add what accepted regions' masks support, and that rejected regions stand for themselves.
+    """Add what the masks of accepted regions support.
 
     Args:
         supports: That of the image's masks, or nothing.
@@ -101,12 +99,6 @@ def _with_regions(
         planes: From `planes_of`.
     """
     regions, probs = answers.regions, answers.probs
-    own = None
-    if not accepted.all():
-        own = torch.zeros_like(regions.probs)
-        for c in np.unique(regions.classes[~accepted]):
-            own[c] = regions.mask_of(~accepted & (regions.classes == c))
-        own = F.interpolate(own[None], mask_probs.shape[1:], mode="nearest")[0]
     classes = torch.from_numpy(regions.classes).to(probs.device)
     pred_iou = answers.region_masks.pred_iou.to(probs.device)
     # Of all masks, for a product rounds by how many there are.
@@ -115,29 +107,17 @@ def _with_regions(
         chosen = torch.from_numpy(np.flatnonzero(accepted)).to(probs.device)
         mask_probs, classes = mask_probs[chosen], classes[chosen]
         pred_iou, purity = pred_iou[chosen], purity[chosen]
-    said = Support.of_regions(mask_probs, pred_iou * purity, classes, len(probs), own)
-    together = [
-        support.with_regions(mask_probs, pred_iou, purity, classes, own) for support in supports
-    ]
+    said = Support.of_regions(mask_probs, pred_iou * purity, classes, len(probs))
+    together = [support.with_regions(mask_probs, pred_iou, purity, classes) for support in supports]
     return [*together, said]
 
 
-def _reached(
-    supports: Sequence[Support],
-    regions: GridRegions,
-    accepted: np.ndarray,
-    image_hw: tuple[int, int],
-) -> Tensor:
-    """Return (H, W) bool, whether a mask or an accepted region lies on a pixel or beside it.
+def _reached(supports: Sequence[Support], image_hw: tuple[int, int]) -> Tensor:
+    """Return (H, W) bool, whether a mask lies on a pixel or beside it.
 
     Args:
         supports: At least one.
-        regions: N regions.
-        accepted: (N,) bool.
         image_hw: (H, W).
     """
     inside = torch.stack([support.inside for support in supports]).amax(dim=0)[None, None]
-    own = regions.mask_of(accepted)[None, None].float()
-    own = F.interpolate(own, inside.shape[2:], mode="nearest")
-    maps = torch.maximum(inside, own)
-    return F.interpolate(maps, image_hw, mode="bilinear", align_corners=False)[0, 0] > 0
+    return F.interpolate(inside, image_hw, mode="bilinear", align_corners=False)[0, 0] > 0

@@ -65,7 +65,6 @@ class Support:
         weight: Tensor,
         classes: Tensor,
         num_classes: int,
-        own: Tensor | None = None,
     ) -> Support:
         """Collect the masks of accepted regions: the largest weight · σ over a class's regions.
 
@@ -74,13 +73,9 @@ class Support:
             weight: (N,) float32 in [0, 1].
             classes: (N,) int64.
             num_classes: C.
-            own: (C, h_n, w_n) float32 in {0, 1}, regions that stand for themselves because their
-                masks were rejected; None for none.
         """
         support = mask_probs.new_zeros(num_classes, *mask_probs.shape[1:])
         _raise_to(support, mask_probs, weight, classes)
-        if own is not None:
-            torch.maximum(support, own, out=support)
         inside = mask_probs.amax(dim=0) if len(mask_probs) else torch.zeros_like(support[0])
         return cls(support, inside)
 
@@ -117,7 +112,6 @@ class Support:
         pred_iou: Tensor,
         purity: Tensor,
         classes: Tensor,
-        own: Tensor | None = None,
     ) -> Support:
         """Add the masks of accepted regions to those of the image, for 0.3 of what these count.
 
@@ -128,13 +122,10 @@ class Support:
             pred_iou: (N,) float32.
             purity: (N,) float32 in [0, 1], the probability of the region's class in its mask.
             classes: (N,) int64.
-            own: As in `of_regions`.
         """
         weight = _OF_REGIONS * pred_iou * purity**_PURITY_POWER
         support = self.classes.clone()
         _raise_to(support, mask_probs, weight, classes)
-        if own is not None:
-            support = torch.maximum(support, _OF_REGIONS * own)
         return Support(support, self.inside)
 
 

@@ -27,10 +27,10 @@ class OracleRegion:
     Attributes:
         class_index: Class in [0, C).
         mask: (h_d, w_d) bool.
-        grid_box: (x0, y0, x1, y1), exclusive ends, on the grid.
-        grid_point: (x, y) on the grid, at the centre of a pixel.
-        box: `grid_box` in image pixels, clipped.
-        point: `grid_point` in image pixels, clipped.
+        grid_box: (x_min, y_min, x_max, y_max) on the grid, all inclusive.
+        grid_point: (x, y) of a pixel of the grid.
+        box: `grid_box` in image pixels.
+        point: `grid_point` in image pixels.
         score: Q_b.
         pred_iou: SAM's predicted IoU, None before step 7.
         accepted: Whether it is above τ_iou.
@@ -39,7 +39,7 @@ class OracleRegion:
     class_index: int
     mask: NDArray[np.bool_]
     grid_box: tuple[int, int, int, int]
-    grid_point: tuple[float, float]
+    grid_point: tuple[int, int]
     box: tuple[float, float, float, float]
     point: tuple[float, float]
     score: np.float32
@@ -59,7 +59,7 @@ class OracleResult:
         boxes: (N, 4) float32, B'.
         classes: (N,) int64.
         regions: Every prompted region, in order.
-        low_scores: How many components step 3 dropped for their score.
+        skipped: Number of classes with pixels in the label map that step 3 skipped.
         mapped: (C, H, W) float32, L' as step 10 leaves it; None after an early return.
         failed: (H, W) bool, the union of step 11; None after an early return.
         margin: (H, W) float32, how far the pixel is from another outcome of step 10: the smallest
@@ -74,7 +74,7 @@ class OracleResult:
     boxes: NDArray[np.float32]
     classes: NDArray[np.int64]
     regions: list[OracleRegion]
-    low_scores: int
+    skipped: int
     mapped: NDArray[np.float32] | None = None
     failed: NDArray[np.bool_] | None = None
     margin: NDArray[np.float32] | None = None
@@ -91,6 +91,8 @@ def algorithm4(
     pred_iou_thresh: float,
     stride: int,
     min_region_area: int = 1,
+    mask_axes: int = 4,
+    embedding: torch.Tensor | None = None,
 ) -> OracleResult:
     """Run steps 0 to 12.
 
@@ -104,6 +106,9 @@ def algorithm4(
         pred_iou_thresh: τ_iou.
         stride: r.
         min_region_area: In grid pixels.
+        mask_axes: 4 for the mask prompt as (1, 1, m, m); 3 repeats the slip of the published code,
+            which leaves the batch axis out.
+        embedding: (1, D, h, w), the image's; step 0 computes it where None.
     """
     num_classes, height, width = probs.shape
     raw_probs = probs.numpy().astype(np.float32)
@@ -112,10 +117,11 @@ def algorithm4(
 
     # Step 0
     input_hw = preprocess_shape(height, width, sam.image_encoder.img_size)
-    resized = F.interpolate(
-        image[None].float(), input_hw, mode="bilinear", align_corners=False, antialias=True
-    )
-    embedding = sam.image_encoder(sam.preprocess(resized))
+    if embedding is None:
+        resized = F.interpolate(
+            image[None].float(), input_hw, mode="bilinear", align_corners=False, antialias=True
+        )
+        embedding = sam.image_encoder(sam.preprocess(resized))
 
     # Step 1
     grid_h, grid_w = max(1, height // stride), max(1, width // stride)
@@ -129,32 +135,26 @@ def algorithm4(
     grid_labels[unknown] = num_classes
 
     # Step 3
-    regions, low_scores = [], 0
+    regions, skipped = [], 0
     for c in range(num_classes):
+        if grid_probs[c].max() < tau_c:
+            skipped += bool((grid_labels == c).any())
+            continue
         for mask in components(grid_labels == c):
-            score = np.float32(grid_probs[c][mask].astype(np.float64).mean())
-            if score <= tau_c:
-                low_scores += 1
-                continue
             if mask.sum() < min_region_area:
                 continue
             rows, columns = np.nonzero(mask)
-            box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-            point = interior_point(mask)
+            box = tuple(int(v) for v in (columns.min(), rows.min(), columns.max(), rows.max()))
+            point = most_probable_pixel(mask, grid_probs[c])
             regions.append(
                 OracleRegion(
                     class_index=c,
                     mask=mask,
-                    grid_box=tuple(int(v) for v in box),
+                    grid_box=box,
                     grid_point=point,
-                    box=(
-                        min(float(box[0] * stride), width),
-                        min(float(box[1] * stride), height),
-                        min(float(box[2] * stride), width),
-                        min(float(box[3] * stride), height),
-                    ),
-                    point=(min(point[0] * stride, width), min(point[1] * stride, height)),
-                    score=score,
+                    box=tuple(float(v * stride) for v in box),
+                    point=tuple(float(v * stride) for v in point),
+                    score=np.float32(grid_probs[c][mask].astype(np.float64).mean()),
                 )
             )
 
@@ -167,7 +167,7 @@ def algorithm4(
         boxes=np.zeros((0, 4), np.float32),
         classes=np.zeros(0, np.int64),
         regions=regions,
-        low_scores=low_scores,
+        skipped=skipped,
         margin=np.full((height, width), np.inf, np.float32),
     )
     if not regions:
@@ -185,15 +185,17 @@ def algorithm4(
 
     # Steps 6 and 7
     low_res_logits = []
+    grid_input_hw = preprocess_shape(grid_h, grid_w, sam.image_encoder.img_size)
     for region in regions:
         # The product in float64, rounded once: the float32 nearest to the exact coordinate.
-        scale = np.array([input_hw[1] / grid_w, input_hw[0] / grid_h])
+        scale = np.array([grid_input_hw[1] / grid_w, grid_input_hw[0] / grid_h])
         box = torch.from_numpy(np.array([region.grid_box]) * np.tile(scale, 2)).float()
         point = torch.from_numpy(np.array([[region.grid_point]]) * scale).float()
+        mask = mask_prompts[prompted.index(region.class_index)][None]
         sparse, dense = sam.prompt_encoder(
             points=(point, torch.ones(1, 1)),
             boxes=box,
-            masks=mask_prompts[prompted.index(region.class_index)][None, None],
+            masks=mask[None] if mask_axes == 4 else mask,
         )
         logits, pred_iou = sam.mask_decoder(
             image_embeddings=embedding,
@@ -233,20 +235,22 @@ def algorithm4(
     for region in regions:
         if not region.accepted:
             failed |= nearest(region.mask, (height, width)) > 0
-    new_labels = np.where(failed, raw_labels, new_labels)
-    new_probs = np.where(failed, raw_probs, mapped)
+    raised = np.maximum(mapped, raw_probs * failed)
+    # As published; L' has just been raised to L · 1{F}, so this changes no label.
+    beaten = (raw_probs * failed).max(axis=0) > raised.max(axis=0)
+    new_labels = np.where(beaten, raw_labels, new_labels)
 
     # Step 12
     accepted = [region for region in regions if region.accepted]
     return OracleResult(
         labels=new_labels,
-        probs=new_probs,
+        probs=raised,
         covered=covered,
         pred_iou=np.array([region.pred_iou for region in accepted], np.float32),
         boxes=np.array([region.box for region in accepted], np.float32),
         classes=np.array([region.class_index for region in accepted], np.int64),
         regions=regions,
-        low_scores=low_scores,
+        skipped=skipped,
         mapped=mapped,
         failed=failed,
         margin=margin,
@@ -278,14 +282,10 @@ def components(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
     return sorted(masks, key=lambda m: int(np.flatnonzero(m)[0]))
 
 
-def interior_point(mask: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return the centre (x, y) of the first pixel that is farthest from the outside."""
-    padded = np.pad(mask, 1)
-    nearest = ndimage.distance_transform_edt(padded, return_distances=False, return_indices=True)
-    offset = nearest.astype(np.int64) - np.indices(padded.shape)
-    squared = (offset**2).sum(axis=0)[1:-1, 1:-1]
-    row, column = np.unravel_index(squared.argmax(), mask.shape)
-    return float(column) + 0.5, float(row) + 0.5
+def most_probable_pixel(mask: NDArray[np.bool_], probs: NDArray[np.float32]) -> tuple[int, int]:
+    """Return (x, y) of the first pixel of the mask whose probability is the largest in it."""
+    row, column = np.unravel_index(np.where(mask, probs, -1).argmax(), mask.shape)
+    return int(column), int(row)
 
 
 def class_prompts(

@@ -38,6 +38,7 @@ def blob_image(index, hw, num_classes, regions=6):
     table = Regions(
         classes=torch.tensor([1 + number % (num_classes - 1) for number in range(regions)]),
         boxes=torch.from_numpy(np.array(boxes, np.float32)),
+        extents=torch.from_numpy(np.array(boxes, np.float32)),
         points=torch.from_numpy(np.array(boxes, np.float32)[:, :2]),
         scores=torch.ones(regions),
         pred_iou=predicted,

@@ -77,7 +77,7 @@ class PerfectSam(StubSam):
             point.tolist()[::-1], self.components.shape, self.grid_hw, strict=True
         ):
             # The pixel that nearest-neighbour resizing took for this cell of the grid.
-            cell = round(at * cells / side - 0.5)
+            cell = round(at * cells / side)
             source = torch.arange(side, dtype=torch.float32)[None, None]
             position.append(int(nn.functional.interpolate(source, cells)[0, 0, cell]))
         component = self.components == self.components[tuple(position)]
@@ -95,11 +95,11 @@ class BrightSam(StubSam):
         x0, y0, x1, y1 = (round(value) for value in box.tolist())
         inside = torch.zeros(height, width, dtype=torch.bool)
         top, left = max(0, y0 - self.margin), max(0, x0 - self.margin)
-        inside[top : y1 + self.margin, left : x1 + self.margin] = True
+        inside[top : y1 + 1 + self.margin, left : x1 + 1 + self.margin] = True
         bright = grey > 380
         logits = torch.where(inside & bright, (grey - 380) / 100, -1.0)
         # Whole numbers, so that the order of a sum cannot matter.
-        total = int(grey[y0:y1, x0:x1].sum())
+        total = int(grey[y0 : y1 + 1, x0 : x1 + 1].sum())
         return logits, (total % 1009) / 1009
 
 

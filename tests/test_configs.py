@@ -124,7 +124,7 @@ def test_overrides_reach_their_place():
     cfg = composed(
         "data=folder", "refine=algorithm4", "refine.pred_iou_thresh=0.7", "data.val.images=/x"
     )
-    assert (cfg.refine.min_region_area, cfg.refine.pred_iou_thresh) == (1, 0.7)
+    assert (cfg.refine.min_region_area, cfg.refine.pred_iou_thresh) == (225, 0.7)
     assert cfg.data.val.images == "/x"
 
 

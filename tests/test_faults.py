@@ -82,7 +82,7 @@ class TestMemory:
     @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
     def test_the_decoder_is_asked_for_less_and_the_size_remembered(self, error):
         image, probs = noisy(5)
-        config = RefineConfig.preset("algorithm4", max_prompts_per_batch=8)
+        config = RefineConfig(max_prompts_per_batch=8)
         expected = Refiner(SmallSam(error), config, "32")(image, probs)
         sam = SmallSam(error, prompts=3)
         refiner = Refiner(sam, config, "32")
@@ -179,7 +179,7 @@ class TestModelOutput:
     def test_upscaled_logits_that_are_no_numbers_cover_nothing(self, bad):
         image, probs = noisy()
         sam = FixedSam(lambda hw: torch.full(hw, bad))
-        out = Refiner(sam, RefineConfig.preset("algorithm4"))(image, probs)
+        out = Refiner(sam, RefineConfig())(image, probs)
         assert not out.covered.any()
         assert torch.equal(out.labels, probs.argmax(dim=0))
         assert out.probs.isfinite().all()
@@ -189,7 +189,7 @@ class TestSizes:
     @pytest.mark.parametrize("hw", [(1, 1), (1, 300), (300, 1), (2, 3), (7, 1024)])
     def test_slivers(self, random_sam, hw):
         image, probs = noisy(hw=hw)
-        out = Refiner(random_sam, RefineConfig.preset("algorithm4"))(image, probs)
+        out = Refiner(random_sam, RefineConfig())(image, probs)
         assert out.labels.shape == hw
         assert len(out.regions) > 0
         assert torch.equal(out.labels[~out.covered], probs.argmax(dim=0)[~out.covered])
@@ -213,12 +213,12 @@ class TestSizes:
         # Each of the two masks covers all, and the raw probabilities settle who wins.
         assert torch.equal(out.labels, labels.long())
         assert out.covered.all()
-        assert out.regions.boxes.tolist() == [[0, 0, 8192, 8192], [2000, 1000, 7000, 5000]]
+        assert out.regions.extents.tolist() == [[0, 0, 8192, 8192], [2000, 1000, 7000, 5000]]
 
     @pytest.mark.parametrize("classes", [1, 2, 300])
     def test_numbers_of_classes(self, random_sam, classes):
         image, probs = noisy(classes)
-        out = Refiner(random_sam, RefineConfig.preset("algorithm4"))(image, probs)
+        out = Refiner(random_sam, RefineConfig())(image, probs)
         assert out.probs.shape == probs.shape
         assert out.labels.max() < classes
         if classes > 1:
@@ -247,20 +247,20 @@ class TestSizes:
         assert len(out.regions) == config.max_regions == 500
         assert out.regions.left_out > 5000
         assert [record.message.count("max_regions") for record in caplog.records] == [1]
-        kept = out.regions.boxes.tolist()
+        kept = out.regions.extents.tolist()
         assert [0, 0, 300, 300] in kept
         assert [100, 100, 110, 110] in kept
         assert [200, 200, 205, 205] in kept
         everything = split_regions(labels, probs, 0.0, stride=1, min_region_area=1)
         assert len(everything) == len(out.regions) + out.regions.left_out
         assert everything.left_out == 0
-        assert RefineConfig.preset("algorithm4").max_regions is None
+        assert RefineConfig().max_regions is None
 
 
 class TestTensors:
     def test_memory_layout_means_nothing(self, random_sam):
         images, probs = (torch.stack(parts) for parts in zip(noisy(), noisy(seed=1), strict=True))
-        refiner = Refiner(random_sam, RefineConfig.preset("algorithm4"))
+        refiner = Refiner(random_sam, RefineConfig())
         expected = refiner.refine_batch(images, probs)
         last = torch.channels_last
         sliced = torch.zeros(2, 6, 80, 96, dtype=torch.uint8)[:, ::2, ::2, ::2].copy_(images)
@@ -278,7 +278,7 @@ class TestTensors:
         image, probs = noisy()
         labels = probs.argmax(dim=0)
         labels[:4] = 60_000  # unknown
-        refiner = Refiner(random_sam, RefineConfig.preset("algorithm4"))
+        refiner = Refiner(random_sam, RefineConfig())
         out = refiner(image, probs, labels.to(torch.uint16))
         assert torch.equal(out.labels, refiner(image, probs, labels).labels)
         stored, read = to_probs(labels.to(torch.uint16)[None], "auto", 3, labels.shape)

@@ -1,6 +1,5 @@
 """Masks to a map inside their own extents, against the whole-frame tensors they stand for."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,23 +115,22 @@ def test_a_model_with_a_rule_of_its_own_is_asked_for_whole_frames(random_sam):
     assert WindowedUpscale.of(Other(random_sam.module, "other"), (40, 60)) is None
 
 
-def fuse_whole(masks, classes, probs, labels, kept):
-    """Steps 10 and 11 as ALGORITHM.md writes them, with all N × H × W values at once."""
+def fuse_whole(masks, classes, probs, labels, failed):
+    """Steps 10 and 11 as docs/algorithm4.md writes them, with all N × H × W values at once."""
     refined = torch.zeros_like(probs)
     for mask, c in zip(masks, classes, strict=True):
         value = torch.where(mask > 0, mask.sigmoid() * probs[c], 0.0)
         refined[c] = torch.maximum(refined[c], value)
     covered = refined.sum(dim=0) > 0
     new = torch.where(covered, refined.argmax(dim=0), labels)
-    return torch.where(kept, labels, new), torch.where(kept, probs, refined), covered
+    return new, torch.maximum(refined, probs * failed), covered
 
 
-@pytest.mark.parametrize("failed_boxes", [None, "boxes"])
 @pytest.mark.parametrize("image_hw", [(96, 130), (41, 33)])
-def test_fused_windows_equal_the_whole_tensors(image_hw, failed_boxes):
+def test_fused_windows_equal_the_whole_tensors(image_hw):
     generator = torch.Generator().manual_seed(3)
     num_classes, grid_hw = 5, (image_hw[0] // 2, image_hw[1] // 2)
-    overlaps = 0
+    overlaps = raised = 0
     for round_ in range(8):
         probs = torch.rand(num_classes, *image_hw, generator=generator).softmax(dim=0)
         if round_ % 2:
@@ -142,24 +140,23 @@ def test_fused_windows_equal_the_whole_tensors(image_hw, failed_boxes):
         classes = sorted(torch.randint(0, num_classes, (9,), generator=generator).tolist())
         low_res = [random_mask(32, generator) * (10 if round_ % 2 else 1) for _ in classes]
         masks = [upscale_whole(mask, 128, image_hw) for mask in low_res]
-        failed = torch.zeros(grid_hw, dtype=torch.bool)
-        failed[3:9, 2:7] = True
-        failed[10:, 8:12] = torch.rand(grid_hw[0] - 10, 4, generator=generator) > 0.5
-        boxes = np.array([[2.0, 3, 7, 9], [8, 10, 12, grid_hw[0]]])
-        kept = F.interpolate(failed[None, None].float(), image_hw, mode="nearest")[0, 0] > 0
+        failed = torch.rand(grid_hw, generator=generator) > 0.7
+        inside = F.interpolate(failed[None, None].float(), image_hw, mode="nearest")[0, 0] > 0
 
         fused = MapRefinement(probs, labels)
         for mask, c in zip(low_res, classes, strict=True):
             logits, window = upscale(mask, extents(mask[None])[0].numpy())
             if window:
                 fused.add(logits, c, window)
-        got = fused.finish(failed, None if failed_boxes is None else boxes)
-        expected = fuse_whole(masks, classes, probs, labels, kept)
+        got = fused.finish(failed)
+        expected = fuse_whole(masks, classes, probs, labels, inside)
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[2], expected[2])
         torch.testing.assert_close(got[1], expected[1], rtol=0, atol=1e-6)
         overlaps += int(((expected[1] > 0).sum(dim=0) > 1).sum())
+        raised += int((inside & expected[2]).sum())
     assert overlaps > 100
+    assert raised > 100
 
 
 def test_equal_values_go_to_the_lowest_class_and_inputs_stay():

@@ -159,7 +159,7 @@ def test_every_family_answers_a_grid_of_points_in_a_trainer(family, regions_too,
 def test_embeddings_are_cached(family):
     sam = build_tiny_hf(family)
     image, probs = blobs(40, 64)
-    config = RefineConfig.preset("algorithm4")
+    config = RefineConfig()
     plain = Refiner(sam, config, "32")(image, probs)
     refiner = Refiner(sam, config, "32", cache="memory")
     for _ in range(2):

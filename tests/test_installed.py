@@ -70,10 +70,10 @@ def composed(site, cwd, *arguments):
 
 
 def test_the_group_composes_where_it_is_put(site, tmp_path):
-    cfg = composed(site, tmp_path, "+samrefine@callbacks.sam_refine=strict")
+    cfg = composed(site, tmp_path, "+samrefine@callbacks.sam_refine=algorithm4")
     node = cfg["callbacks"]["sam_refine"]
     assert node["_target_"] == "lightning_samrefine.SAMRefineCallback"
-    assert node["refine"] == asdict(RefineConfig.preset("strict"))
+    assert node["refine"] == asdict(RefineConfig.preset("algorithm4"))
     assert "_target_" in cfg["callbacks"]["rich_progress_bar"]
 
     cfg = composed(
@@ -213,9 +213,7 @@ def sweep(site, cwd, folder, *arguments):  # noqa: F811 - the fixture of test_ap
 def test_the_jobs_of_a_sweep_share_embeddings_and_read_files(site, folder, tmp_path):  # noqa: F811
     (tmp_path / "mine.yaml").write_text("preset: algorithm4\nmin_region_area: 2\nclasses: [0, 1]\n")
     thresholds = "refine.pred_iou_thresh=0.3,1.0"
-    _, embedded = sweep(
-        site, tmp_path, folder, f"refine={tmp_path / 'mine.yaml'},strict", thresholds
-    )
+    _, embedded = sweep(site, tmp_path, folder, f"refine={tmp_path / 'mine.yaml'},fast", thresholds)
     assert embedded == 2, "each of the two images is embedded once"
     jobs = [OmegaConf.load(tmp_path / "sweep" / str(n) / "config.yaml").refine for n in range(4)]
     assert [job.pred_iou_thresh for job in jobs] == [0.3, 1.0, 0.3, 1.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -149,9 +150,13 @@ def scenes():
     return images, probs, labels
 
 
-@pytest.mark.parametrize("preset", ["algorithm4", "fast", "default"])
-def test_a_refiner_that_decodes_jointly_gives_the_same(preset, monkeypatch):
-    config = RefineConfig.preset(preset, pred_iou_thresh=0.3, min_region_area=4)
+@pytest.mark.parametrize(
+    "config",
+    [RefineConfig(), RefineConfig.preset("fast"), RefineConfig.preset("default")],
+    ids=["algorithm4", "fast", "default"],
+)
+def test_a_refiner_that_decodes_jointly_gives_the_same(config, monkeypatch):
+    config = replace(config, pred_iou_thresh=0.3, min_region_area=4)
     sam, calls = counting(build_random_sam())
     apart = Refiner(sam, config, "32").refine_batch(*scenes())
     assert {len(call) for call in calls} == {1}
@@ -179,5 +184,5 @@ def test_only_a_gpu_without_a_bound_decodes_jointly(sam, device, has_method, bou
     names = [name for name in dir(sam) if not name.startswith("_") and name != "decode_images"]
     members = dict.fromkeys(names + ["decode_images"] * has_method, print)
     stub = SimpleNamespace(**{**members, "device": torch.device(device)})
-    config = RefineConfig.preset("algorithm4", max_prompts_per_batch=bound)
+    config = RefineConfig(max_prompts_per_batch=bound)
     assert decodes_jointly(stub, config) is expected

@@ -423,6 +423,7 @@ def test_region_scores_equal_sets_of_pixels(case, count, seed):
     regions = Regions(
         classes=torch.from_numpy(rng.integers(0, num_classes, count)),
         boxes=torch.from_numpy(np.stack([x0, y0, x1, y1], 1)).float(),
+        extents=torch.from_numpy(np.stack([x0, y0, x1, y1], 1)).float(),
         points=torch.zeros(count, 2),
         scores=torch.ones(count),
         pred_iou=torch.ones(count),

@@ -27,7 +27,8 @@ from lightning_samrefine.report.thumbnails import image_tiles
 def regions():
     return Regions(
         classes=torch.tensor([0, 1]),
-        boxes=torch.tensor([[0.0, 0, 6, 8], [6, 0, 12, 8]]),
+        boxes=torch.tensor([[0.0, 0, 4, 6], [6, 0, 10, 6]]),
+        extents=torch.tensor([[0.0, 0, 6, 8], [6, 0, 12, 8]]),
         points=torch.tensor([[3.0, 4], [9, 4]]),
         scores=torch.tensor([0.9, 0.8]),
         pred_iou=torch.tensor([0.95, 0.3]),

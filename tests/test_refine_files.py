@@ -18,8 +18,8 @@ def test_what_a_file_leaves_out_is_the_default(tmp_path):
     expected = RefineConfig.preset("default", classes=(0, 2), class_pred_iou_thresh={2: 0.7})
     assert read_refine(path) == expected
     assert parse_refine(path) == expected
-    path = write(tmp_path / "strict.yml", "preset: strict\nstride: 4\n")
-    assert parse_refine(path) == RefineConfig.preset("strict", stride=4)
+    path = write(tmp_path / "other.yml", "preset: algorithm4\nstride: 4\n")
+    assert parse_refine(path) == RefineConfig.preset("algorithm4", stride=4)
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ def test_files_become_options_and_other_arguments_stay(tmp_path):
     first = write(tmp_path / "tuned.yaml", "stride: 3")
     (tmp_path / "other").mkdir()
     second = write(tmp_path / "other" / "tuned.yaml", "stride: 5")
-    arguments = ["-m", f"refine={first},strict,{second}", "refine.stride=2", "data=folder"]
+    arguments = ["-m", f"refine={first},fast,{second}", "refine.stride=2", "data=folder"]
     found = with_refine_files(arguments)
     assert [found[0], *found[2:]] == ["-m", "refine.stride=2", "data=folder"]
-    one, strict, two = found[1].removeprefix("refine=").split(",")
-    assert strict == "strict"
+    one, preset, two = found[1].removeprefix("refine=").split(",")
+    assert preset == "fast"
     strides = [
         ConfigStore.instance().load(f"refine/{name}.yaml").node.stride for name in (one, two)
     ]

@@ -1,5 +1,7 @@
 """The refiner's contract beside the oracle: inputs, empties, precision, completion."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ pytestmark = pytest.mark.numerical
 
 @pytest.fixture
 def refiner(random_sam):
-    return Refiner(random_sam, RefineConfig.preset("algorithm4"), precision="32")
+    return Refiner(random_sam, RefineConfig(), precision="32")
 
 
 def blobs(num_classes=4, size=(48, 60), seed=0):
@@ -162,10 +164,13 @@ def test_auto_precision_is_bf16_only_where_the_cpu_has_it(monkeypatch):
     assert autocast_dtype("16-mixed", cpu) is torch.float16
 
 
-@pytest.mark.parametrize("preset", ["algorithm4", "fast", "default"])
-def test_bf16_changes_few_labels_and_a_surrounding_autocast_none(random_sam, preset):
+@pytest.mark.parametrize(
+    "config",
+    [RefineConfig(), RefineConfig.preset("fast"), RefineConfig.preset("default")],
+    ids=["algorithm4", "fast", "default"],
+)
+def test_bf16_changes_few_labels_and_a_surrounding_autocast_none(random_sam, config):
     image, probs = blobs(size=(60, 80))
-    config = RefineConfig.preset(preset)
     exact = Refiner(random_sam, config, precision="32")(image, probs)
     with torch.autocast("cpu", torch.bfloat16):
         surrounded = Refiner(random_sam, config, precision="32")(image, probs)
@@ -229,9 +234,11 @@ def test_on_the_cpu_all_images_are_embedded_in_one_call(refiner, events):
     assert events[6:] == [("embed", (0, 2))]
 
 
-@pytest.mark.parametrize("preset", ["algorithm4", "default"])
-def test_the_order_of_the_work_changes_no_bit(random_sam, preset, monkeypatch):
-    config = RefineConfig.preset(preset, pred_iou_thresh=0.3, min_region_area=1)
+@pytest.mark.parametrize(
+    "config", [RefineConfig(), RefineConfig.preset("default")], ids=["algorithm4", "default"]
+)
+def test_the_order_of_the_work_changes_no_bit(random_sam, config, monkeypatch):
+    config = replace(config, pred_iou_thresh=0.3, min_region_area=1)
     together = Refiner(random_sam, config, "32").refine_batch(*three())
     monkeypatch.setattr(refiner_module, "images_at_once", lambda device, count: 1)
     in_steps = Refiner(random_sam, config, "32").refine_batch(*three())

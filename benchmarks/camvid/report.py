@@ -94,8 +94,8 @@ def _thresholds(config: RefineConfig) -> str:
     listed = ", ".join(f"`{name}` {value}" for name, value in own.items())
     named = f"the preset `{known}`: " if known else ""
     return (
-        f"Refined with {named}{listed or 'nothing else'}; everything else is that of "
-        "`algorithm4`. How it was chosen: [QUALITY.md](../QUALITY.md)."
+        f"Refined with {named}{listed or 'nothing else'}; everything else has "
+        "`RefineConfig`'s defaults. How it was chosen: [QUALITY.md](../QUALITY.md)."
     )
 
 

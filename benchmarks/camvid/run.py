@@ -14,16 +14,13 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks.camvid import choose
-from benchmarks.camvid.data import REPOSITORY, RESOLUTIONS, SAM_WEIGHTS, data_root, missing_files
+from benchmarks.camvid.data import REPOSITORY, RESOLUTIONS, data_root, missing_files
 from benchmarks.camvid.report import results_page
 from benchmarks.camvid.verify import Verification, verify
-from lightning_samrefine import RefineConfig, app, load_sam
+from lightning_samrefine import RefineConfig, app
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs"
-CHOICE = CONFIGS / "refine" / "camvid.yaml"
-VAL_GRID = HERE / "val_grid.csv"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,9 +31,6 @@ def main(arguments: list[str] | None = None) -> None:
     if missing:
         listed = "\n  ".join(map(str, missing))
         sys.exit(f"SAMREFINE_DATA names {root}, where these are missing:\n  {listed}")
-    if options.choose_on_val:
-        choose_on_val(root, options.every)
-        return
 
     verifications = [verify(root, key, options.limit) for key in RESOLUTIONS]
     print(*verifications, sep="\n")
@@ -50,15 +44,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     results.write_text(page, encoding="utf-8")
     print(page, f"Written to {results}; logs are in {options.output}", sep="\n")
-
-
-def choose_on_val(root: Path, every: int) -> None:
-    """Try the grid on val frames and write the choice and the grid beside this file."""
-    sam = load_sam("vit_t", checkpoint=root / SAM_WEIGHTS)
-    trials = choose.try_grid(root, sam, every)
-    choose.write_grid(trials, VAL_GRID)
-    choose.write_choice(choose.best(trials), every, CHOICE)
-    print(CHOICE.read_text(encoding="utf-8"))
 
 
 def refine_test(
@@ -107,14 +92,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.camvid.run", description=__doc__.splitlines()[0]
     )
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--verify", action="store_true", help="check the raw prediction and stop")
-    mode.add_argument(
-        "--choose-on-val", action="store_true", help="choose the thresholds on val frames and stop"
-    )
-    parser.add_argument(
-        "--every", type=int, default=choose.EVERY_NTH_FRAME, help="with it: every n-th val frame"
-    )
+    parser.add_argument("--verify", action="store_true", help="check the raw prediction and stop")
     parser.add_argument("--limit", type=int, help="so many test frames instead of all")
     parser.add_argument(
         "--output", type=Path, default=REPOSITORY / "outputs" / "camvid", help="folder of the logs"

@@ -24,6 +24,13 @@ from lightning_samrefine.smoothing import smooth
 Refine = Callable[[Tensor, Tensor], Tensor]
 
 SAMREFINER_DIR = "SAMREFINER_DIR"
+# Of 15 settings the largest mean gain over the val splits of eight data sets.
+BEST_ON_VAL = {
+    "score_thresh": 0.5,
+    "mask_prompt_scale": 8.0,
+    "pred_iou_thresh": 0.5,
+    "min_region_area": 16,
+}
 _MIN_PROB = 1e-6
 
 
@@ -59,7 +66,8 @@ def build_methods(sam: Promptable, cache: EmbeddingCache, device: torch.device) 
 
     methods = [
         Method("raw", lambda image, probs: probs.argmax(dim=0)),
-        Method("`algorithm4`, `min_region_area` 16", preset("algorithm4", min_region_area=16)),
+        Method("`algorithm4`", preset("algorithm4")),
+        Method("`algorithm4`, thresholds best on val", preset("algorithm4", **BEST_ON_VAL)),
         Method("`fast`", preset("fast"), cached=True),
         Method("`default`", preset("default"), cached=True),
         Method(

@@ -21,7 +21,7 @@ TITLES = {
 }
 # The segments of BSDS500 have no names.
 _CLASSES = dict.fromkeys(("full", "half", "cityscapes"), CLASS_NAMES) | {"scenes": SCENE_CLASSES}
-_PER_CLASS = (RAW, "`algorithm4`, `min_region_area` 16", "`fast`", DEFAULT)
+_PER_CLASS = (RAW, "`algorithm4`", "`fast`", DEFAULT)
 
 
 def quality_page(counts: Mapping[str, Mapping[str, Frames]], names: Sequence[str]) -> str:

@@ -67,7 +67,7 @@ def score_regions(regions: Regions, raw: Tensor, target: Tensor, valid: Tensor) 
     # numpy counts bools an order of magnitude faster than torch does on the CPU.
     raw, target, known = (v.flatten()[cells].cpu().numpy() for v in (raw, target, valid))
     masks = regions.masks.cpu().numpy()
-    boxes = regions.boxes.numpy()
+    boxes = regions.extents.numpy()
     row_ends = np.searchsorted(y.cpu().numpy(), boxes[:, 1::2])
     column_ends = np.searchsorted(x.cpu().numpy(), boxes[:, 0::2])
     iou = np.full((len(regions), 2), np.nan)

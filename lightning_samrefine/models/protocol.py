@@ -50,16 +50,6 @@ class Prompts:
 
         return Prompts(part(self.boxes), part(self.points), self.masks, part(self.mask_index))
 
-    def padded(self, count: int) -> Prompts:
-        """Return ``count`` ≥ N prompts, the last one repeated; they keep all K masks."""
-
-        def part(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
-            return torch.cat([tensor, tensor[-1:].expand(count - len(self), *tensor.shape[1:])])
-
-        return Prompts(part(self.boxes), part(self.points), self.masks, part(self.mask_index))
-
 
 def join(prompts: Sequence[Prompts]) -> Prompts:
     """Return boxes and points of several images' prompts as those of one; masks are left out.

@@ -126,12 +126,12 @@ class Gallery:
                 "tiles": image_tiles(image, raw, refined, target, found.valid, self.num_classes),
                 "regions": [
                     [
-                        *map(round, region.box),
+                        *map(round, extent),
                         region.class_index,
                         _number(region.pred_iou),
                         region.accepted,
                     ]
-                    for region in regions
+                    for region, extent in zip(regions, regions.extents.tolist(), strict=True)
                 ],
             }
             self._keep(self._images, worth, name, entry, self.max_images)
@@ -166,7 +166,7 @@ class Gallery:
                     "broken": broken,
                     "crop": region_crop(
                         image, target, found.valid, regions.masks[index],
-                        region.class_index, region.box,
+                        region.class_index, tuple(regions.extents[index].tolist()),
                     ),
                 }  # fmt: skip
                 self._keep(places, worth, key, entry, MAX_REGIONS)
