@@ -37,6 +37,22 @@ INHERITED = ("num_classes", "class_names", "ignore_index", "image_mean", "image_
 
 _FOLDER_MARK = "<output_dir>"
 
+_SPLITS = ("train", "val", "test", "predict")
+# Paths of what a run reads and writes, relative to where the command was started.
+_INPUTS = (
+    "ckpt_path",
+    "sam.checkpoint",
+    "sam.model",
+    "segmenter.checkpoint",
+    "data.root",
+    *(
+        f"data.{name}.{key}"
+        for name in _SPLITS
+        for key in ("images", "labels", "predictions", "stems")
+    ),
+)
+_OUTPUTS = ("output_dir", "writer.folder", "callback.report")
+
 
 def config_dir() -> Path:
     """Return the folder of the YAML files: inside the package, or beside it in a checkout."""
@@ -67,6 +83,7 @@ def run(cfg: DictConfig) -> float | None:
         SetupError: The config cannot be built.
         MisconfigurationException, ValueError, FileNotFoundError: As the parts raise them.
     """
+    _use_original_cwd(cfg)
     _check_config(cfg)
     refine = _refine_config(cfg)
     if cfg.task == "check":
@@ -83,6 +100,7 @@ def run(cfg: DictConfig) -> float | None:
     if tuning is not None:
         cfg.callback._target_ = tuning.callback
     datamodule = _build(cfg, "data")
+    _check_segmenter(cfg, datamodule)
     for key in ("segmenter", "callback", "writer"):
         _inherit(cfg[key], datamodule)
     segmenter = _build(cfg, "segmenter")
@@ -112,8 +130,8 @@ def run(cfg: DictConfig) -> float | None:
 def _job(cfg: DictConfig) -> float | None:
     # A console script does not have the current folder on its path, where a user's own
     # segmenter.py lies; last, so that it hides no installed package.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    if str(_original_cwd()) not in sys.path:
+        sys.path.append(str(_original_cwd()))
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         return run(cfg)
     try:
@@ -151,7 +169,47 @@ def _check_config(cfg: DictConfig) -> None:
     if cfg.task not in TASKS:
         raise SetupError(f"task: got {cfg.task!r}, accepted are {', '.join(TASKS)}")
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
-        raise SetupError(f"ckpt_path: no file {cfg.ckpt_path}")
+        raise SetupError(f"ckpt_path: no file {Path(cfg.ckpt_path).absolute()}")
+
+
+def _original_cwd() -> Path:
+    """Return where the command was started: ``hydra.job.chdir`` may have left it."""
+    return Path(HydraConfig.get().runtime.cwd if HydraConfig.initialized() else Path.cwd())
+
+
+def _use_original_cwd(cfg: DictConfig) -> None:
+    """Make relative paths absolute where ``hydra.job.chdir`` has left the folder of their start."""
+    if not HydraConfig.initialized() or not HydraConfig.get().job.chdir:
+        return
+    start = _original_cwd()
+    for key in (*_INPUTS, *_OUTPUTS):
+        value = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if not isinstance(value, str) or Path(value).is_absolute():
+            continue
+        # A checkpoint may be a word, and a model an id.
+        if not key.startswith("sam.") or (start / value).exists():
+            OmegaConf.update(cfg, key, str(start / value))
+
+
+def _check_segmenter(cfg: DictConfig, datamodule: LightningDataModule) -> None:
+    """Refuse a network that the data are not for, and one beside predictions it would ignore."""
+    target = cfg.segmenter._target_
+    if target == "lightning_samrefine.demo.segmenter.SmallSegmenter":
+        from lightning_samrefine.demo.datamodule import ScenesDataModule
+
+        if not isinstance(datamodule, ScenesDataModule):
+            raise SetupError(
+                "segmenter must be stored (for data=folder with predictions), torchvision or "
+                f"custom with {type(datamodule).__name__}, got small, which is for scenes alone"
+            )
+    if target == "lightning_samrefine.segmenters.TorchvisionSegmenter":
+        keys = [f"data.{name}.predictions" for name in _SPLITS]
+        given = [key for key in keys if OmegaConf.select(cfg, key) is not None]
+        if given:
+            raise SetupError(
+                f"segmenter must be stored where predictions are given ({', '.join(given)}), got "
+                "torchvision, which predicts itself: leave out one of the two"
+            )
 
 
 def _refine_config(cfg: DictConfig) -> RefineConfig:

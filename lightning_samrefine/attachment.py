@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,11 @@ class Attachment:
         self._passed: set[int] = set()
 
     def bind(
-        self, adapter: BatchAdapter, num_classes: int | None, pl_module: LightningModule
+        self,
+        adapter: BatchAdapter,
+        num_classes: int | None,
+        pl_module: LightningModule,
+        class_names: Sequence[str] | None = None,
     ) -> BatchAdapter:
         """Settle the number of classes, after the module's own setup and before any evaluation.
 
@@ -108,7 +113,7 @@ class Attachment:
             except ValueError as error:
                 raise MisconfigurationException(f"{self._owner}: {error}") from error
             refiner = self.refiner.refiner
-            check_classes(refiner.config, num_classes)
+            check_classes(refiner.config, num_classes, class_names)
             self.adapter = replace(adapter, num_classes=num_classes, device=refiner.sam.device)
             masks = "" if accepts_masks(refiner.sam) else ", which takes no mask prompts,"
             rank_zero_info(

@@ -88,7 +88,7 @@ class EmbeddingCache:
             raise ValueError("folder: got one for a cache in memory, accepted is None there")
         self.kind = kind
         self._arguments = (kind, gb, folder)
-        limit = int((_DEFAULT_GB[kind] if gb is None else gb) * 1e9)
+        self._limit = limit = int((_DEFAULT_GB[kind] if gb is None else gb) * 1e9)
         self._store: Store = (
             MemoryStore(limit)
             if kind == "memory"
@@ -169,7 +169,8 @@ class EmbeddingCache:
         if stage in self._wrote and epoch.misses and not epoch.hits and self._writing:
             self._writing = False
             reason = (
-                "the images do not fit into cache_gb: each is removed before it is asked for again"
+                f"the images do not fit into cache_gb={self._limit / 1e9:g}: what is kept of each "
+                "is larger than that, or is removed before it is needed again"
                 if self._store.evictions > epoch.evictions
                 else "the images change from epoch to epoch (random augmentation?)"
             )

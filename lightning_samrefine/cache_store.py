@@ -57,7 +57,7 @@ class Store(Protocol):
 
     @property
     def evictions(self) -> int:
-        """How many entries this process has removed for want of room."""
+        """How many entries this process has removed, or not taken, for want of room."""
         ...
 
     def get(self, key: str) -> Entry | None:
@@ -96,6 +96,7 @@ class MemoryStore:
     def put(self, key: str, entry: Entry) -> None:
         """Keep an entry, first removing those that were used longest ago."""
         if entry.nbytes > self._limit:
+            self.evictions += 1
             return
         if key in self._entries:
             self.nbytes -= self._entries.pop(key).nbytes
@@ -159,6 +160,7 @@ class DiskStore:
         """
         content = _serialise(key, entry)
         if len(content) > self._limit:
+            self.evictions += 1
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         # The room is made first, so that the folder never holds more than the limit.

@@ -259,7 +259,7 @@ class SAMRefineCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._attachment.bind(self.adapter, self.num_classes, pl_module)
+        self._attachment.bind(self.adapter, self.num_classes, pl_module, self.class_names)
         self._validations = 0
         self._history_start = len(self.history)
 
@@ -356,7 +356,7 @@ class SAMRefineCallback(Callback):
         return self.max_batches is None or batch_idx < self.max_batches
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        adapter = self._attachment.bind(self.adapter, self.num_classes, pl_module)
+        adapter = self._attachment.bind(self.adapter, self.num_classes, pl_module, self.class_names)
         self._attachment.refiner.refiner.recheck_weights()
         num_classes = adapter.num_classes
         device = trainer.strategy.root_device

@@ -18,12 +18,32 @@ from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.regions import GridRegions
 
 
-def check_classes(config: RefineConfig, num_classes: int) -> None:
-    """Refuse a gate that names a class which does not exist.
+def check_classes(
+    config: RefineConfig, num_classes: int, class_names: Sequence[str] | None = None
+) -> None:
+    """Refuse thresholds of other classes, and a gate that names a class which does not exist.
+
+    Args:
+        config: Its ``class_names`` are the classes that it was tuned for.
+        num_classes: C.
+        class_names: C names, None where they are unknown.
 
     Raises:
-        ValueError: A class of ``classes`` or ``class_pred_iou_thresh`` is not below C.
+        ValueError: The config was tuned for another number of classes or for other names, or a
+            class of ``classes`` or ``class_pred_iou_thresh`` is not below C.
     """
+    tuned_for = config.class_names
+    if tuned_for is not None:
+        # Classes without names are called by their indices.
+        indices = tuple(map(str, range(num_classes)))
+        names = indices if class_names is None else tuple(class_names)
+        are_other = indices not in (names, tuned_for) and names != tuned_for
+        if len(tuned_for) != num_classes or are_other:
+            raise ValueError(
+                f"refine: thresholds must be tuned for the {num_classes} classes of this run "
+                f"({', '.join(names)}), got thresholds tuned for {len(tuned_for)} "
+                f"({', '.join(tuned_for)})"
+            )
     for name in ("classes", "class_pred_iou_thresh"):
         beyond = [c for c in getattr(config, name) or () if c >= num_classes]
         if beyond:

@@ -49,6 +49,8 @@ class RefineConfig:
             prompted, and a pixel changes its label only from one of these classes to another.
         class_pred_iou_thresh: τ_iou of single classes in place of ``pred_iou_thresh``, by their
             indices.
+        class_names: The C classes that the thresholds were tuned for, in the order of their
+            indices; a run with other classes is refused. ``None`` for any.
 
     Raises:
         TypeError: A value of the wrong type.
@@ -71,6 +73,7 @@ class RefineConfig:
     smoothing: float = 0.0
     classes: tuple[int, ...] | None = None
     class_pred_iou_thresh: Mapping[int, float] | None = field(default=None, hash=False)
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_float("score_thresh", self.score_thresh, 0 <= _num(self.score_thresh) < 1, "[0, 1)")
@@ -114,6 +117,7 @@ class RefineConfig:
         object.__setattr__(
             self, "class_pred_iou_thresh", _checked_thresholds(self.class_pred_iou_thresh)
         )
+        object.__setattr__(self, "class_names", _checked_names(self.class_names))
 
     @classmethod
     def preset(cls, name: str, /, **overrides: Any) -> RefineConfig:
@@ -197,6 +201,15 @@ def _checked_classes(classes: Any) -> tuple[int, ...] | None:
     if min(classes, default=0) < 0 or len(set(classes)) < len(classes):
         raise ValueError(f"classes: got {list(classes)}, {accepted}")
     return tuple(sorted(classes))
+
+
+def _checked_names(names: Any) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    is_sequence = isinstance(names, Sequence) and not isinstance(names, str)
+    if not is_sequence or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names: got {names!r}, accepted are strings in a sequence, or None")
+    return tuple(names)
 
 
 def _checked_thresholds(thresholds: Any) -> dict[int, float] | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -179,11 +180,12 @@ class RgbConverter:
 def _per_channel(name: str, value: float | Sequence[float] | None) -> tuple[float, ...] | None:
     if value is None:
         return None
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray | np.generic):
         value = value.tolist()
     numbers = [value] if isinstance(value, int | float) else value
     if isinstance(numbers, str) or not isinstance(numbers, Sequence):
         raise TypeError(f"{name}: got {value!r}, accepted is a number or one per channel")
+    numbers = [number.item() if isinstance(number, np.generic) else number for number in numbers]
     if not all(isinstance(number, int | float) for number in numbers):
         raise TypeError(f"{name}: got {value!r}, accepted is a number or one per channel")
     if len(numbers) not in (1, 3):

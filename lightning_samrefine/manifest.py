@@ -32,13 +32,16 @@ except ModuleNotFoundError as error:
 
 Row = dict[str, Any]
 
-# One row an image: its name (a relative path), a hash of its pixels, its size; how many regions
-# were prompted, left out by max_regions, and accepted, and SAM's predicted IoU of each prompted
-# one; whether refining failed, and the files hold the raw prediction; what the files hold.
+# One row an image: its name (a relative path), what it was made from (see `Fingerprint`), its size;
+# how many regions were prompted, left out by max_regions, and accepted, and SAM's predicted IoU of
+# each prompted one; whether refining failed, and the files hold the raw prediction; what the files
+# hold.
 SCHEMA = pa.schema(
     [
         pa.field("stem", pa.string(), nullable=False),
         pa.field("image", pa.string(), nullable=False),
+        pa.field("raw", pa.string(), nullable=False),
+        pa.field("raw_probs", pa.list_(pa.float64()), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("regions", pa.int32(), nullable=False),
@@ -71,8 +74,7 @@ class Journal:
 
     def __init__(self, folder: Path, generation: int, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{generation:04d}-{rank:05d}.jsonl"
-        self._file = path.open("ab")
+        self._file = (folder / journal_name(generation, rank)).open("ab")
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Note an image whose files are complete: a row of `SCHEMA`."""
@@ -128,6 +130,39 @@ def parse_line(line: bytes) -> Row | None:
     return row if isinstance(row, dict) and {"stem", "image"} <= row.keys() else None
 
 
+class JournalFollower:
+    """Reads what the other processes of a run append to their journals.
+
+    Args:
+        folder: Of all journals.
+        generation: Number of the run.
+        rank: Number of the process, whose own journal is left out.
+    """
+
+    def __init__(self, folder: Path, generation: int, rank: int) -> None:
+        self._folder, self._generation = folder, generation
+        self._own = journal_name(generation, rank)
+        self._read: dict[Path, int] = {}
+
+    def new_rows(self) -> Iterator[Row]:
+        """Return the rows that have come since the last call.
+
+        Raises:
+            OSError: A journal could not be read.
+        """
+        for generation, path in journal_files(self._folder):
+            if generation != self._generation or path.name == self._own:
+                continue
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break  # the rest of it comes later
+                    self._read[path] = self._read.get(path, 0) + len(line)
+                    if (row := parse_line(line)) is not None:
+                        yield row
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a folder's manifest and journals say.
@@ -176,6 +211,11 @@ class Contents:
         images = run.group_by("stem").aggregate([("image", "count_distinct")])
         several = images.filter(pc.greater(images["image_count_distinct"], 1))
         return sorted(several["stem"].to_pylist())
+
+
+def journal_name(generation: int, rank: int) -> str:
+    """Return the name of a process's journal."""
+    return f"{generation:04d}-{rank:05d}.jsonl"
 
 
 def journal_files(folder: Path) -> list[tuple[int, Path]]:

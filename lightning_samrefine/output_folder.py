@@ -5,20 +5,24 @@ probs/STEM.safetensors    probabilities, where they are wanted
 manifest.parquet          what is there, after a complete run
 run.json                  what it was made with
 .journal/, .partial/      while a run writes: what is complete, and what is not
+.locks/                   while a run writes: they keep a second one out
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from lightning_samrefine.manifest import (
     Contents,
     Journal,
+    JournalFollower,
     Row,
     file_columns,
     holds,
@@ -30,6 +34,24 @@ from lightning_samrefine.manifest import (
 from lightning_samrefine.provenance import Provenance
 
 _SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run has left.
+
+    Attributes:
+        rows: The manifest's.
+        written: Images of this run, on all its processes, whose files were not there before.
+        redone: Images whose files were written again: another image or raw prediction, a refining
+            that had failed, or damaged files.
+        kept: Images whose files stayed as they were.
+    """
+
+    rows: pa.Table
+    written: int
+    redone: int
+    kept: int
 
 
 class OutputFolder:
@@ -47,6 +69,7 @@ class OutputFolder:
             path / ".journal",
             path / ".partial",
         )
+        self.locks = path / ".locks"
 
     def labels(self, stem: str) -> Path:
         """Return where an image's label map lies."""
@@ -65,7 +88,9 @@ class OutputFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"folder: got {self.path}, which is a file, accepted is a folder")
         if self.path.is_dir() and not self._run.exists():
-            found = sorted(p.name for p in self.path.iterdir() if p != self._partial)
+            found = sorted(
+                p.name for p in self.path.iterdir() if p not in (self._partial, self.locks)
+            )
             if found:
                 raise ValueError(
                     f"folder: got {self.path}, which holds {', '.join(found[:_SHOWN])} and no "
@@ -109,6 +134,34 @@ class OutputFolder:
         """Open a process's journal."""
         return Journal(self._journals, generation, rank)
 
+    def follow(self, generation: int, rank: int) -> JournalFollower:
+        """Follow the journals of a run's other processes."""
+        return JournalFollower(self._journals, generation, rank)
+
+    def check_stem(self, stem: str, with_probs: bool) -> None:
+        """Refuse a name that the file system cannot take; the folder exists.
+
+        Args:
+            stem: An image's name.
+            with_probs: Whether probabilities are written as well.
+
+        Raises:
+            ValueError: The name or one of its parts is too long.
+        """
+        paths = [self.labels(stem), *([self.probs(stem)] if with_probs else [])]
+        for path in paths:
+            # Part by part: of a path below folders that are not there nothing is checked.
+            parts = PurePosixPath(path.relative_to(self.path).as_posix()).parts
+            for probe in (*(self.path / part for part in parts), path):
+                try:
+                    os.lstat(probe)
+                except OSError as error:
+                    if error.errno == errno.ENAMETOOLONG:
+                        raise ValueError(
+                            f"stem: got {stem!r}, for which {probe.name} is no name that the file "
+                            f"system takes ({error.strerror}), accepted is a shorter one"
+                        ) from error
+
     def write(self, path: Path, content: bytes) -> None:
         """Write a file that appears whole or not at all, replacing an older one.
 
@@ -151,15 +204,12 @@ class OutputFolder:
         """Whether an image's files are there and hold what was written: size and checksum."""
         return all(holds(path, size, checksum) for path, size, checksum in self._files(row))
 
-    def finish(self, generation: int, constants: Mapping[str, str]) -> pa.Table:
+    def finish(self, generation: int, constants: Mapping[str, str]) -> Finished:
         """Turn the journals into the manifest; one process does this after all have written.
 
         Args:
             generation: Of the run that ends.
             constants: Columns with one and the same value in every row.
-
-        Returns:
-            The manifest's rows.
 
         Raises:
             ValueError: One name meant different images: one of them is lost.
@@ -173,17 +223,21 @@ class OutputFolder:
                 f"kept ({', '.join(ambiguous[:_SHOWN])}); accepted are names that differ: set "
                 "stem_key to where the batch has them. There is no manifest"
             )
-        met = pc.equal(contents.seen["generation"], generation)
-        is_met = pc.is_in(contents.rows["stem"], contents.seen.filter(met)["stem"].combine_chunks())
+        met = contents.seen.filter(pc.equal(contents.seen["generation"], generation))["stem"]
+        met = pc.unique(met)
+        is_met = pc.is_in(contents.rows["stem"], met)
         # What this run did not come by, of a larger data set say, is listed where it still is.
         others = contents.rows.filter(pc.invert(is_met)).to_pylist()
         gone = pa.array([row["stem"] for row in others if not self.is_whole(row)], pa.string())
         rows = contents.rows.filter(pc.invert(pc.is_in(contents.rows["stem"], gone)))
+        written = contents.rows.filter(pc.equal(contents.rows["generation"], generation))["stem"]
+        before = self.contents(before=generation).rows["stem"].combine_chunks()
+        redone = pc.sum(pc.is_in(written, before)).as_py() or 0
         self.write(self.manifest, manifest_bytes(rows, constants))
         _sync(self.path)
         shutil.rmtree(self._journals, ignore_errors=True)
         shutil.rmtree(self._partial, ignore_errors=True)
-        return rows
+        return Finished(rows, len(written) - redone, redone, len(met) - len(written))
 
     def _files(self, row: Row) -> Iterator[tuple[Path, int, int]]:
         yield self.labels(row["stem"]), row["labels_bytes"], row["labels_crc32"]

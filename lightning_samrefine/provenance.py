@@ -16,10 +16,10 @@ from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models.protocol import Promptable
 
 # Raise this when the files change for the same settings.
-FORMAT = 1
+FORMAT = 2
 
-# A bound on memory that does not change the result.
-_NOT_RESULT = ("max_prompts_per_batch",)
+# A bound on memory, and what is compared with the run: they do not change the result.
+_NOT_RESULT = ("max_prompts_per_batch", "class_names")
 
 
 @dataclass(frozen=True)

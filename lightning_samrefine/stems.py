@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from lightning_samrefine.batch_search import MAX_DEPTH, describe, entries
@@ -17,6 +18,12 @@ STEM_NAMES = (
 )  # fmt: skip
 # Other suffixes may be part of a name, as in "scene.01".
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Stem(str):
+    """A name from which the suffix of its file is cut already: it is taken as it is."""
+
+    __slots__ = ()
 
 
 def find_stems(
@@ -34,7 +41,8 @@ def find_stems(
         indices: The images' numbers in the data set, None or empty where unknown.
 
     Returns:
-        B relative paths without the suffix of an image file, parts separated by "/".
+        B relative paths without the suffix of an image file (see `to_stem`), parts separated by
+        "/".
 
     Raises:
         ValueError: Nothing under ``key``, no name and no number, or a name that no file can have.
@@ -63,7 +71,8 @@ def find_stems(
 def to_stem(name: str | int | PurePath) -> str:
     """Turn a name, a path or a number into the relative path of a file without its suffix.
 
-    Of an absolute path only the last part is kept.
+    Of an absolute path only the last part is kept. The suffix of an image file is cut once, and a
+    `Stem` has none.
 
     Raises:
         ValueError: No file can have that name, or it would lie outside the folder.
@@ -72,7 +81,7 @@ def to_stem(name: str | int | PurePath) -> str:
     if PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute():
         text = PureWindowsPath(text).name  # it splits at "/" as well
     path = PurePosixPath(text)
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if not isinstance(name, Stem) and path.suffix.lower() in IMAGE_SUFFIXES:
         path = path.with_suffix("")
     if not path.parts or ".." in path.parts or set(text) & set("\0\n\r\\"):
         raise ValueError(
@@ -107,12 +116,15 @@ def _names(value: Any, count: int) -> list[Any] | None:
     """Return B names, None where the value holds something else."""
     if isinstance(value, str | PurePath):
         value = [value]
+    if isinstance(value, np.ndarray | np.generic) and value.ndim <= 1:
+        value = value.reshape(-1).tolist()
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.ndim > 1:
             return None
         value = value.reshape(-1).tolist()
     if not isinstance(value, list | tuple) or len(value) != count:
         return None
+    value = [item.item() if isinstance(item, np.generic) else item for item in value]
     kinds = (str, PurePath, int)
     if not all(isinstance(item, kinds) and not isinstance(item, bool) for item in value):
         return None

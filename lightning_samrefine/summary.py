@@ -101,11 +101,11 @@ def summary(metrics: Mapping[str, float], folder: Path) -> RenderableType:
 
 
 def _to_look_at(folder: Path) -> list[Path]:
-    """Return the report, the curve and each stage's last panels; earlier ones lie beside them."""
-    drawn = sorted(folder.glob("**/panels/*.png"))
-    panels = {re.sub(r"_epoch_\d+|_step_\d+", "", path.stem): path for path in drawn}
-    found = (folder / "report.html", folder / "curve.png", *panels.values())
-    return [path for path in found if path.exists()]
+    """Return reports, curves and each stage's last panels; earlier ones lie beside them."""
+    drawn = sorted(folder.glob("**/panels/*.png"), key=lambda path: (path.stat().st_mtime, path))
+    panels = {re.sub(r"_epoch_\d+|_step_\d+|-v\d+$", "", path.stem): path for path in drawn}
+    pages, curves = (sorted(folder.glob(f"*{name}")) for name in ("report.html", "curve.png"))
+    return [*pages, *curves, *panels.values()]
 
 
 def print_summary(

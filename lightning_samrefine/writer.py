@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,14 +30,16 @@ from lightning_samrefine.attachment import Attachment
 from lightning_samrefine.batch_search import batch_size
 from lightning_samrefine.capture import ScoresCapture
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.fingerprints import Fingerprint
+from lightning_samrefine.folder_lock import FolderLock
 from lightning_samrefine.images import RgbConverter
 from lightning_samrefine.models import Promptable
-from lightning_samrefine.output_folder import OutputFolder
+from lightning_samrefine.output_folder import Finished, OutputFolder
 from lightning_samrefine.precision import autocast_dtype
 from lightning_samrefine.prediction_files import MAX_CLASSES, PROBS_KINDS, ProbsKind
-from lightning_samrefine.prediction_run import PredictCounts, PredictionRun, image_hash
+from lightning_samrefine.prediction_run import PredictCounts, PredictionRun
 from lightning_samrefine.provenance import Provenance
-from lightning_samrefine.stems import find_stems
+from lightning_samrefine.stems import Stem, find_stems
 
 _NAME = "SAMRefineWriter"
 
@@ -60,11 +63,12 @@ class SAMRefineWriter(BasePredictionWriter):
     checksums of the files, hashes of thresholds and weights. ``run.json`` holds the settings.
 
     The run may be killed at any moment. Started again, with any number of processes, it keeps what
-    is complete (by size and checksum), writes what is missing, damaged or of an image that has
-    changed, and ends in the same bytes as a run that was left alone, as far as segmenter and SAM
-    give the same bits whatever else is in their batch. (On a GPU set ``max_prompts_per_batch``, or
-    the number of prompts at once follows the free memory.) Results of other thresholds, weights or
-    settings are refused.
+    is complete (by size and checksum), writes what is missing, damaged, or of an image or a raw
+    prediction that has changed, and ends in the same bytes as a run that was left alone, as far as
+    segmenter and SAM give the same bits whatever else is in their batch. (On a GPU set
+    ``max_prompts_per_batch``, or the number of prompts at once follows the free memory.) Results of
+    other thresholds, weights or settings are refused, and so are a second run while one writes to
+    the folder, and a second image of one name.
 
     Files are written by a thread of their own; where the disk is slower than SAM, SAM waits. Call
     ``trainer.predict(..., return_predictions=False)``, or Lightning keeps all predictions in
@@ -75,7 +79,7 @@ class SAMRefineWriter(BasePredictionWriter):
         sam: A name for `load_sam`, or a `Promptable`.
         checkpoint: The weights' file, see `load_sam`.
         num_classes: C ≥ 2, as for `SAMRefineCallback`.
-        class_names: C names, for their number.
+        class_names: C names, for their number and to compare with those of tuned thresholds.
         refine: Thresholds, as for `SAMRefineCallback`.
         precision: SAM's autocast, see `Refiner`.
         probs: ``"uint8"`` (255 means 1) or ``"float16"`` writes the completed probabilities,
@@ -99,11 +103,12 @@ class SAMRefineWriter(BasePredictionWriter):
 
     Raises:
         MisconfigurationException: No number of classes, a Trainer of pytorch_lightning, or a
-            folder that holds something else or results of other settings.
+            folder that holds something else or results of other settings, or that another run is
+            writing to.
         ModuleNotFoundError: pyarrow is missing; the extra ``predict`` brings it.
         TypeError: An argument of a wrong type.
-        ValueError: An argument outside its range, a batch in which something is missing, or one
-            name for different images.
+        ValueError: An argument outside its range, a batch in which something is missing, one name
+            for different images, or one that no file can have.
 
     Example::
 
@@ -146,7 +151,8 @@ class SAMRefineWriter(BasePredictionWriter):
         self.folder = Path(folder)
         self.sam = sam
         self.checkpoint = checkpoint
-        self.num_classes = parse_num_classes(num_classes, parse_class_names(class_names))
+        self.class_names = parse_class_names(class_names)
+        self.num_classes = parse_num_classes(num_classes, self.class_names)
         if self.num_classes is not None and self.num_classes > MAX_CLASSES:
             raise ValueError(
                 f"num_classes: got {self.num_classes}, accepted are at most {MAX_CLASSES}, the "
@@ -168,12 +174,13 @@ class SAMRefineWriter(BasePredictionWriter):
         )
         self.counts = PredictCounts()
         self._files = OutputFolder(self.folder)
+        self._lock: FolderLock | None = None
         self._attached: Attachment | None = None
         self._writing: _Writing | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {**state, "_attached": None, "_writing": None}
+        return {**state, "_attached": None, "_writing": None, "_lock": None}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -199,28 +206,36 @@ class SAMRefineWriter(BasePredictionWriter):
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         attached = self._attachment
-        num_classes = attached.bind(self.adapter, self.num_classes, pl_module).num_classes
+        num_classes = attached.bind(
+            self.adapter, self.num_classes, pl_module, self.class_names
+        ).num_classes
         if trainer.predict_loop.return_predictions:
             rank_zero_warn(
                 f"{_NAME}: Lightning keeps every prediction in memory; "
                 "trainer.predict(..., return_predictions=False) does not"
             )
-        provenance = self._provenance(attached, pl_module, num_classes)
-        generation = self._prepare(trainer, provenance)
         self.counts = PredictCounts()
-        self._writing = _Writing(
-            capture=ScoresCapture(pl_module, num_classes),
-            provenance=provenance,
-            generation=generation,
-            run=PredictionRun(
-                self._files,
-                generation,
-                trainer.global_rank,
-                self.probs,
-                self.queue_size,
-                self.counts,
-            ),
-        )
+        with _Together(trainer, MisconfigurationException):
+            provenance = self._provenance(attached, pl_module, num_classes)
+            generation = self._prepare(trainer, provenance) if trainer.is_global_zero else 0
+        generation = trainer.strategy.broadcast(generation)
+        with _Together(trainer, MisconfigurationException):
+            if not trainer.is_global_zero:
+                self._lock = FolderLock(self._files.locks)
+                self._lock.acquire(trainer.global_rank)
+            self._writing = _Writing(
+                capture=ScoresCapture(pl_module, num_classes),
+                provenance=provenance,
+                generation=generation,
+                run=PredictionRun(
+                    self._files,
+                    generation,
+                    trainer.global_rank,
+                    self.probs,
+                    self.queue_size,
+                    self.counts,
+                ),
+            )
 
     @override
     def on_predict_batch_start(
@@ -254,11 +269,12 @@ class SAMRefineWriter(BasePredictionWriter):
         stems = find_stems(batch, len(inputs), self.stem_key, batch_indices)
         if trainer.predict_loop.num_dataloaders > 1:
             stems = [f"{dataloader_idx}/{stem}" for stem in stems]
-        images = [image_hash(image) for image in inputs.images]
+        samples = zip(inputs.images, inputs.labels, inputs.probs, strict=True)
+        found = [Fingerprint.of(*sample) for sample in samples]
         missing = [
             index
-            for index, (stem, image) in enumerate(zip(stems, images, strict=True))
-            if not writing.run.is_done(stem, image)
+            for index, named in enumerate(zip(stems, found, strict=True))
+            if not writing.run.is_done(*named)
         ]
         if len(missing) < len(stems):
             attached.refiner.trust(dataloader_idx)
@@ -267,7 +283,7 @@ class SAMRefineWriter(BasePredictionWriter):
         wanted = inputs.take(missing)
         refinements, _ = attached.refiner(wanted, dataloader_idx)
         for position, (index, refinement) in enumerate(zip(missing, refinements, strict=True)):
-            writing.run.write(stems[index], images[index], wanted, position, refinement)
+            writing.run.write(stems[index], found[index], wanted, position, refinement)
 
     @override
     def on_exception(
@@ -327,16 +343,13 @@ class SAMRefineWriter(BasePredictionWriter):
         )
 
     def _prepare(self, trainer: Trainer, provenance: Provenance) -> int:
-        """Let one process prepare the folder, and all of them hear of it."""
-        error, generation = None, 0
-        if trainer.is_global_zero:
-            try:
-                generation = self._files.prepare(provenance, self.overwrite)
-            except (ValueError, OSError) as refusal:
-                error = str(refusal)
-        error, generation = trainer.strategy.broadcast((error, generation))
-        if error is not None:
-            raise MisconfigurationException(f"{_NAME}: {error}")
+        """Get the folder ready, on one process; return the run's number."""
+        self._files.check()
+        self._lock = FolderLock(self._files.locks)
+        self._lock.acquire(rank=0)
+        generation = self._files.prepare(provenance, self.overwrite)
+        for stem in _known_stems(trainer.predict_dataloaders):
+            self._files.check_stem(stem, self.probs is not None)
         return generation
 
     def _finish(self, trainer: Trainer) -> None:
@@ -345,7 +358,8 @@ class SAMRefineWriter(BasePredictionWriter):
         if writing is None:
             rank_zero_warn(f"{_NAME}: no batch came, nothing was written")
             return
-        self._close()
+        with _Together(trainer, RuntimeError):
+            self._close()
         if self.counts.unread:
             message = (
                 f"{_NAME}: {self.counts.unread} images were in batches that could not be read; "
@@ -354,21 +368,17 @@ class SAMRefineWriter(BasePredictionWriter):
             warnings.warn(
                 rank_prefixed_message(message, trainer.global_rank), RuntimeWarning, stacklevel=2
             )
-        trainer.strategy.barrier(_NAME)
-        error = None
-        if trainer.is_global_zero:
-            try:
-                rows = self._files.finish(writing.generation, _hashes(writing.provenance))
-                failed = sum(rows["failed"].to_pylist())
-                rank_zero_info(
-                    f"{_NAME}: {len(rows)} images in {self.folder}"
-                    + (f", {failed} of them with the raw prediction" if failed else "")
-                )
-            except (ValueError, OSError) as refusal:
-                error = str(refusal)
-        error = trainer.strategy.broadcast(error)
-        if error is not None:
-            raise ValueError(f"{_NAME}: {error}")
+        with _Together(trainer, ValueError):
+            if trainer.is_global_zero:
+                self._tell(self._files.finish(writing.generation, _hashes(writing.provenance)))
+
+    def _tell(self, done: Finished) -> None:
+        failed = sum(done.rows["failed"].to_pylist())
+        rank_zero_info(
+            f"{_NAME}: {done.kept} images kept, {done.redone} redone, {done.written} new; "
+            f"{len(done.rows)} in {self.folder}"
+            + (f", {failed} of them with the raw prediction" if failed else "")
+        )
 
     def _close(self) -> None:
         """Write what waits to be written."""
@@ -380,7 +390,45 @@ class SAMRefineWriter(BasePredictionWriter):
     def _release(self) -> None:
         if self._attached is not None:
             self._attached.release()
-        self._attached = self._writing = None
+        if self._lock is not None:
+            self._lock.release()
+        self._attached = self._writing = self._lock = None
+
+
+class _Together(contextlib.AbstractContextManager[None]):
+    """A step that all processes take, and at which all fail where one of them does.
+
+    Without it the others would wait for the one that failed until the process group times out.
+
+    Args:
+        trainer: Whose processes all come here.
+        refusal: What the other processes raise, and what a `ValueError` or an `OSError` becomes;
+            those stay what they are beside a `RuntimeError`.
+    """
+
+    def __init__(self, trainer: Trainer, refusal: type[Exception]) -> None:
+        self._strategy, self._processes = trainer.strategy, trainer.world_size
+        self._refusal = refusal
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return  # Lightning ends the other processes
+        if self._strategy.reduce_boolean_decision(error is None, all=True):
+            return
+        own = None if error is None else f"{type(error).__name__}: {error}"
+        messages = [self._strategy.broadcast(own, src=rank) for rank in range(self._processes)]
+        if error is None:
+            raise self._refusal(f"{_NAME}: {next(filter(None, messages))}")
+        if isinstance(error, ValueError | OSError) and self._refusal is not RuntimeError:
+            raise self._refusal(f"{_NAME}: {error}") from error
+
+
+def _known_stems(dataloaders: Any) -> Iterator[str]:
+    """Return the names that data sets list beforehand; any others are checked as they come."""
+    for dataloader in dataloaders if isinstance(dataloaders, list | tuple) else [dataloaders]:
+        names = getattr(getattr(dataloader, "dataset", None), "names", None)
+        if isinstance(names, list):
+            yield from (name for name in names if isinstance(name, Stem))
 
 
 def _hashes(provenance: Provenance) -> dict[str, str]:

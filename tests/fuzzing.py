@@ -44,8 +44,8 @@ json_values = st.recursive(
 fields = st.sampled_from(SCHEMA.names)
 good_rows = st.builds(
     lambda stem, ious: {
-        "stem": stem, "image": "00", "height": 1, "width": 2, "regions": len(ious), "left_out": 0,
-        "accepted": 0, "pred_iou": ious, "failed": False,
+        "stem": stem, "image": "00", "raw": "01", "raw_probs": [0.5], "height": 1, "width": 2,
+        "regions": len(ious), "left_out": 0, "accepted": 0, "pred_iou": ious, "failed": False,
         **file_columns("labels", b"x"), **file_columns("probs", None),
     },
     st.text(st.characters(codec="utf-8"), max_size=5),

@@ -182,6 +182,16 @@ def test_a_run_measures_what_the_files_say(folder, tmp_path, capsys, task):
     assert f"Logs, metrics.json and config.yaml: {tmp_path}\n" in printed
 
 
+def test_a_named_callback_is_reported_under_its_name(folder, tmp_path, capsys):
+    result, metrics = execute(tmp_path, *overrides(folder, "callback.name=fast"))
+    assert result == metrics["val/fast/miou_refined"]
+    expected = expected_miou(folder, RefineConfig.preset("default"))
+    assert metrics["val/fast/miou_raw"] == pytest.approx(expected["raw"], abs=1e-6)
+    printed = capsys.readouterr().out
+    assert "val/fast: IoU in %" in printed
+    assert "panels/fast_val_epoch_000.png" in printed
+
+
 def test_predict_writes_what_the_refiner_gives_and_goes_on(folder, tmp_path):
     values = overrides(folder, "task=predict", *EVERY_REGION, "writer.probs=uint8")
     values += [

@@ -618,6 +618,18 @@ def test_images_that_do_not_fit_are_told_from_images_that_change(sam, tmp_path):
     assert cache.stats.hits == 3  # nothing pushes them out any more
 
 
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_a_limit_below_one_image_blames_no_augmentation(sam, tmp_path, kind):
+    cache = make_cache(kind, tmp_path, gb=1e-6)
+    for epoch in range(2):
+        embed(cache, sam, images(2))
+        if epoch == 0:
+            cache.end_epoch("val")
+    with pytest.warns(RuntimeWarning, match=r"do not fit into cache_gb=1e-06"):
+        cache.end_epoch("val")
+    assert cache.stats.hits == 0
+
+
 # --- arguments ---
 
 

@@ -8,7 +8,7 @@ import torch
 from test_refiner import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
-from lightning_samrefine.class_gate import keep_closed
+from lightning_samrefine.class_gate import check_classes, keep_closed
 from lightning_samrefine.refinement import Refinement
 
 pytestmark = pytest.mark.numerical
@@ -102,6 +102,35 @@ def test_a_class_has_its_own_threshold(random_sam):
 def test_a_class_that_does_not_exist_is_refused(random_sam, field):
     with pytest.raises(ValueError, match=r"got [47], accepted are classes below num_classes=4"):
         refine(random_sam, prediction(0), **field)
+
+
+@pytest.mark.parametrize(
+    ("tuned_for", "num_classes", "names", "accepted"),
+    [
+        (None, 6, ["a", "b", "c", "d", "e", "f"], True),
+        (["a", "b", "c", "d"], 6, None, False),
+        (["a", "b", "c", "d"], 6, ["a", "b", "c", "d", "e", "f"], False),
+        (["0", "1", "2", "3"], 6, None, False),
+        (["a", "b", "c", "d"], 4, ["a", "b", "c", "d"], True),
+        (["a", "b", "c", "d"], 4, None, True),
+        (["0", "1", "2", "3"], 4, ["a", "b", "c", "d"], True),
+        (["a", "b", "c", "d"], 4, ["a", "c", "b", "d"], False),
+        (["a", "b", "c", "d"], 4, ["e", "f", "g", "h"], False),
+    ],
+)
+def test_thresholds_tuned_for_other_classes_are_refused(tuned_for, num_classes, names, accepted):
+    config = RefineConfig(class_names=tuned_for)
+    if accepted:
+        check_classes(config, num_classes, names)
+        return
+    with pytest.raises(ValueError, match=rf"tuned for the {num_classes} classes .* got .* for 4 "):
+        check_classes(config, num_classes, names)
+
+
+@pytest.mark.parametrize("names", ["abc", [1, 2], 3])
+def test_class_names_of_thresholds_are_strings(names):
+    with pytest.raises(TypeError, match=r"class_names: got .* accepted are strings"):
+        RefineConfig(class_names=names)
 
 
 def test_a_gate_leaves_other_fields_alone():

@@ -31,6 +31,8 @@ def row(stem, image="0" * 16, **fields):
     return {
         "stem": stem,
         "image": image,
+        "raw": "1" * 16,
+        "raw_probs": [0.25, 0.75],
         "height": 4,
         "width": 5,
         "regions": 2,

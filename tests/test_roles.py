@@ -19,7 +19,9 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightning_samrefine import SAMRefineCallback
 from lightning_samrefine.adapter import BatchAdapter
+from lightning_samrefine.images import RgbConverter
 from lightning_samrefine.scores import to_probs
+from lightning_samrefine.stems import find_stems
 
 B, C, H, W = 2, 4, 8, 12
 GENERATOR = torch.Generator().manual_seed(0)
@@ -533,6 +535,23 @@ class TestNumbers:
             module.num_classes = number
             logged = validate(random_sam, module, DataLoader(DictBlobs(2)), num_classes=None)
             assert logged["val/miou_raw"] == pytest.approx(raw_miou(module, DictBlobs(2)))
+
+    def test_of_a_normalization(self):
+        import numpy as np
+
+        mean = np.array([0.25, 0.5, 0.75])
+        for given in (mean, torch.tensor(mean), list(mean), list(mean.astype(np.float32))):
+            assert RgbConverter(given, np.float32(0.5)).mean == (0.25, 0.5, 0.75)
+        assert RgbConverter(np.array(0.5), np.float64(0.25)).std == (0.25,)
+
+    def test_of_names(self):
+        import numpy as np
+
+        for ids in (np.array([7, 8]), [np.int64(7), np.int64(8)], torch.tensor([7, 8])):
+            assert find_stems({"image": IMAGE, "image_id": ids}, 2) == ["7", "8"]
+        assert find_stems({"image": IMAGE, "name": np.array(["a", "b"])}, 2) == ["a", "b"]
+        with pytest.raises(ValueError, match="No names found"):
+            find_stems({"image": IMAGE, "image_id": np.array([0.5, 1.5])}, 2)
 
     def test_others_are_refused(self, random_sam):
         import numpy as np

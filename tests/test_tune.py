@@ -213,7 +213,10 @@ def test_the_best_cell_runs_again_to_the_digit(folder, tuned, tmp_path):  # noqa
     out, _ = tuned
     best = max(float(row["miou_refined"]) for row in rows(out / "surface.csv"))
     fields = asdict(read_refine(out / "best_cell.yaml"))
+    names = fields.pop("class_names")
+    assert names == tuple(CLASSES)
     values = [f"refine.{name}={value}" for name, value in fields.items() if value is not None]
+    values.append(f"refine.class_names=[{','.join(names)}]")
     _, metrics = execute(tmp_path, *overrides(folder, "refine=algorithm4", *values))
     assert metrics["val/miou_refined"] == pytest.approx(best, abs=1e-7)
 

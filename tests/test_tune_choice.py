@@ -1,11 +1,13 @@
 """What is chosen from counts: certain gains are taken, everything else stays raw."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from test_app import composed, execute, overrides, write_folder
+from test_app import CLASSES, composed, execute, overrides, write_folder
 from test_tune import SMALL
 
 from lightning_samrefine import RefineConfig
@@ -148,6 +150,11 @@ def test_where_the_raw_prediction_is_the_truth_nothing_is_refined(tmp_path, caps
     assert written.read_text().startswith(f"# {NO_HELP}")
     assert NO_HELP in capsys.readouterr().out
     assert read_refine(written).classes == ()
+    assert read_refine(written).class_names == tuple(CLASSES)
+    other = composed(tmp_path / "other", *overrides(folder, "data.class_names=[a,b,c,d]"))
+    other.refine = asdict(read_refine(written))
+    with pytest.raises(ValueError, match=r"tuned for the 4 classes of this run \(a, b, c, d\)"):
+        run(other)
     _, metrics = execute(tmp_path / "again", *overrides(folder, "refine.classes=[]"))
     assert metrics["val/miou_refined"] == 1.0
     assert metrics["val/refine_regions_per_image"] == 0

@@ -319,17 +319,19 @@ class TestRefusals:
             predict(copy, probs="uint8")
         assert predict(copy, probs="uint8", overwrite=True)[1] == 5
 
-    def test_one_name_for_two_images_is_an_error_at_the_end(self, tmp_path):
+    def test_one_name_for_two_images_is_refused_at_the_second(self, tmp_path):
         class Same(Named):
             def __getitem__(self, index):
                 return {**super().__getitem__(index), "name": "same" if index in (0, 3) else "x"}
 
-        dataset = Subset(Same(4), [0, 1, 3])
-        with pytest.raises(ValueError, match=r"1 names mean different images.*\(same\)"):
-            predict(tmp_path, DataLoader(dataset))
+        dataset, sam = Subset(Same(6), [0, 1, 3, 4, 5]), CountingSam()
+        with pytest.raises(ValueError, match=r"stem: got 'same' for two different images"):
+            predict(tmp_path, DataLoader(dataset), sam=sam)
+        assert sam.embedded == 2
         # A kill between the two does not hide it.
-        with pytest.raises(ValueError, match=r"1 names mean different images.*\(same\)"):
-            predict(tmp_path, DataLoader(dataset))
+        with pytest.raises(ValueError, match=r"stem: got 'same' for two different images"):
+            predict(tmp_path, DataLoader(dataset), sam=sam)
+        assert sam.embedded == 2
         assert not (tmp_path / "manifest.parquet").exists()
 
     @pytest.mark.parametrize(

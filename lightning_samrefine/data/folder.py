@@ -30,6 +30,7 @@ from lightning_samrefine.data.samples import (
     read_probs,
     stored_array,
 )
+from lightning_samrefine.stems import Stem
 from lightning_samrefine.targets import IgnoreIndex, settle_ignore_index
 
 SPLITS = ("train", "val", "test", "predict")
@@ -79,7 +80,7 @@ class FolderDataset(Dataset[Sample]):
     @property
     def names(self) -> list[str]:
         """Stems, in the order of the samples."""
-        return [files.stem for files in self._files]
+        return [Stem(files.stem) for files in self._files]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -89,7 +90,7 @@ class FolderDataset(Dataset[Sample]):
         turn = self._orientations[index] == "turn"
         with opened(files.image) as image:
             pixels = image_to_tensor(image, str(files.image), turn)
-        sample: Sample = {"image": pixels, "name": files.stem}
+        sample: Sample = {"image": pixels, "name": Stem(files.stem)}
         if files.labels is not None:
             with opened(files.labels) as labels:
                 sample["mask"] = label_map_to_tensor(labels, str(files.labels))

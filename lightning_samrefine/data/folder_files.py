@@ -130,7 +130,7 @@ def pair_files(split: FolderSplit) -> list[SampleFiles]:
 def _by_stem(folder: Path, key: str, suffixes: Sequence[str]) -> dict[str, Path]:
     """Find files by their stems: those in the folder, or else those in its sub-folders."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{key}: no folder {folder}")
+        raise FileNotFoundError(f"{key}: no folder {folder.absolute()}")
     found: dict[str, Path] = {}
     for paths in (folder.iterdir(), folder.rglob("*")):
         for path in sorted(paths):
@@ -170,7 +170,7 @@ def _warn_of_nested(images: Sequence[Path], split: FolderSplit) -> None:
 
 def _read_stems(path: Path) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"stems: no file {path}")
+        raise FileNotFoundError(f"stems: no file {path.absolute()}")
     stems = [line.strip() for line in _read_text(path).splitlines()]
     stems = [stem for stem in stems if stem]
     if not stems or len(set(stems)) < len(stems):

@@ -21,6 +21,7 @@ from lightning_samrefine.data.samples import (
     image_to_tensor,
     label_map_to_tensor,
 )
+from lightning_samrefine.stems import Stem
 
 IGNORE_INDEX = 255
 
@@ -211,7 +212,7 @@ class _Samples(Dataset[Sample]):
             check_labels(mask, len(self._lookup), None, name)
             mask = self._lookup[mask]
         check_labels(mask, self._num_classes, IGNORE_INDEX, name)
-        return {"image": image_to_tensor(image, name), "mask": mask, "name": name}
+        return {"image": image_to_tensor(image, name), "mask": mask, "name": Stem(name)}
 
 
 def _check_choice(name: str, value: str, accepted: Sequence[str]) -> None:

@@ -60,7 +60,7 @@ class TuneCallback(SAMRefineCallback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
-        adapter = self._attachment.bind(self.adapter, self.num_classes, pl_module)
+        adapter = self._attachment.bind(self.adapter, self.num_classes, pl_module, self.class_names)
         scoring = Scoring(adapter.num_classes, self.ignore_index, self.trimap_width)
         if self.visitor is None:
             raise MisconfigurationException("TuneCallback: got no visitor to hand samples to")

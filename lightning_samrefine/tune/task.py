@@ -73,12 +73,15 @@ class Tuning:
         """What to refine with: the calibrated choice, or nothing where that does not help."""
         if not self.helps:
             return replace(self.cell_config, classes=())
-        return self.choice.config(self.grid, self.base)
+        return self._for_these_classes(self.choice.config(self.grid, self.base))
 
     @property
     def cell_config(self) -> RefineConfig:
         """The best cell, all classes open."""
-        return self.grid.cells[self.choice.cell].config(self.base)
+        return self._for_these_classes(self.grid.cells[self.choice.cell].config(self.base))
+
+    def _for_these_classes(self, config: RefineConfig) -> RefineConfig:
+        return replace(config, class_names=tuple(self.class_names))
 
 
 def tune(
