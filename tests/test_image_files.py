@@ -164,13 +164,16 @@ class TestDamage:
 
     @pytest.mark.parametrize("damage", ["crc", "truncated", "objects", "header"])
     def test_a_damaged_npz_is_named(self, folder, damage):
-        probs = np.full((3, *HW), 1 / 3, np.float32)
+        hw = (48, 64)  # more than is read along with a header
+        probs = np.full((3, *hw), 1 / 3, np.float32)
         (folder / "predictions").mkdir()
         for stem in "ab":
+            save(picture(hw=hw), folder / "images" / f"{stem}.png")
+            save(labels(hw=hw), folder / "labels" / f"{stem}.png")
             np.savez(folder / "predictions" / f"{stem}.npz", probs=probs)
         path = folder / "predictions" / "b.npz"
         if damage == "objects":
-            values = np.empty((3, *HW), object)
+            values = np.empty((3, *hw), object)
             np.savez(path, probs=values)
         content = bytearray(path.read_bytes())
         if damage == "crc":
