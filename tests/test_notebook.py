@@ -23,7 +23,7 @@ def test_outputs_are_stripped(notebook):
 
 
 def test_it_runs_and_shows_accepted_and_rejected_regions(notebook, tmp_path):
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": tmp_path}}).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     printed = ["".join(out.get("text", "") for out in cell.outputs) for cell in code]
     epochs = next(text for text in printed if text.startswith("epoch 0"))

@@ -38,6 +38,7 @@ from lightning_samrefine.models.folded_attention import (
     unfold,
 )
 from lightning_samrefine.models.identity import Identity, all_weights, stamp
+from lightning_samrefine.models.point_encoding import dense_encoding, prompt_tokens
 from lightning_samrefine.models.protocol import Prompts, join
 from lightning_samrefine.precision import autocast
 
@@ -145,15 +146,8 @@ class FastMaskDecoder:
 
     def _tokens(self, prompts: Prompts) -> Tensor:
         """Return (N, P, C): the output tokens, the point, the box's corners."""
-        decoder, device = self._mask_decoder, prompts.boxes.device
-        # A reduced type would move points by pixels: the encoder multiplies coordinates by a
-        # random matrix before sin and cos.
-        with autocast(None, device):
-            sparse, _ = self._prompt_encoder(
-                points=(prompts.points[:, None], torch.ones(len(prompts), 1, device=device)),
-                boxes=prompts.boxes,
-                masks=None,
-            )
+        decoder = self._mask_decoder
+        sparse = prompt_tokens(self._prompt_encoder, prompts.points, prompts.boxes)
         output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         return torch.cat([output.expand(len(prompts), -1, -1), sparse], dim=1)
 
@@ -251,7 +245,7 @@ class FastMaskDecoder:
 
     def _model_side(self) -> ModelSide:
         transformer = self._mask_decoder.transformer
-        pe = self._prompt_encoder.get_dense_pe()[0].flatten(1)  # (C, T)
+        pe = dense_encoding(self._prompt_encoder)[0].flatten(1)  # (C, T)
         later = transformer.layers[1:]
         to_image = [layer.cross_attn_token_to_image for layer in later]
         from_image = [layer.cross_attn_image_to_token for layer in later]
@@ -280,7 +274,7 @@ class FastMaskDecoder:
         to_image, from_image = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
         bias = self._dense_bias()
         x = embedding[0].flatten(1).float() + bias[:, None]  # (C, T)
-        with_pe = x + self._prompt_encoder.get_dense_pe()[0].flatten(1)
+        with_pe = x + dense_encoding(self._prompt_encoder)[0].flatten(1)
         heads = (to_image.num_heads, -1)
         v = F.linear(x.T, to_image.v_proj.weight, to_image.v_proj.bias)
         q = from_image.q_proj.weight @ with_pe + from_image.q_proj.bias[:, None]

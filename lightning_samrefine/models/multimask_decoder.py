@@ -25,8 +25,8 @@ from lightning_samrefine.models.folded_attention import (
     softmax_over_tokens,
     token_outputs,
 )
+from lightning_samrefine.models.point_encoding import prompt_tokens
 from lightning_samrefine.models.protocol import Prompts, join
-from lightning_samrefine.precision import autocast
 
 _SINGLE, _MULTI = slice(0, 1), slice(1, 4)  # of SAM's four mask tokens
 
@@ -122,12 +122,8 @@ class FastMultimaskDecoder(FastMaskDecoder):
 
     def _tokens(self, prompts: Prompts) -> Tensor:
         """Return (N, P, C): the output tokens, then those of points and boxes."""
-        decoder, device = self._mask_decoder, self._prompt_encoder.no_mask_embed.weight.device
-        points = None
-        if prompts.points is not None:
-            points = (prompts.points[:, None], torch.ones(len(prompts), 1, device=device))
-        with autocast(None, device):
-            sparse, _ = self._prompt_encoder(points=points, boxes=prompts.boxes, masks=None)
+        decoder = self._mask_decoder
+        sparse = prompt_tokens(self._prompt_encoder, prompts.points, prompts.boxes)
         output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         return torch.cat([output.expand(len(prompts), -1, -1), sparse], dim=1)
 
