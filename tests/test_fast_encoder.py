@@ -219,6 +219,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.slow
 def test_global_attention_needs_a_fifth_of_the_modules_memory():
     """4 heads on SAM's 64×64 grid: the scores alone are 256 MiB, and the module adds to them."""
     peaks = {

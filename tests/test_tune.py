@@ -138,6 +138,7 @@ def test_a_wrong_grid_is_refused(values, error, message):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_cells_are_runs_on_ten_real_frames(data_root):
     from benchmarks.camvid.data import ESPNET_WEIGHTS, SAM_WEIGHTS, VOID, camvid
     from benchmarks.camvid.espnet import ESPNetSegmenter
