@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_samrefine.image_masks import ImageMasks
 from lightning_samrefine.refinement import Refinement, Regions
 from lightning_samrefine.regions import GridRegions
+from lightning_samrefine.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def refinement(
         labels=labels,
         probs=probs,
         covered=covered,
-        pred_iou=table.pred_iou[kept].to(probs.device),
-        boxes=table.boxes[kept].to(probs.device),
-        classes=table.classes[kept].to(probs.device),
+        pred_iou=upload(table.pred_iou[kept], probs.device),
+        boxes=upload(table.boxes[kept], probs.device),
+        classes=upload(table.classes[kept], probs.device),
         regions=table,
     )

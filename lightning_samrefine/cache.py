@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from lightning_samrefine.cache_store import DiskStore, Entry, MemoryStore, Store
 from lightning_samrefine.home import home
 from lightning_samrefine.models.identity import all_weights, checksums, raw_bytes, stamp
 from lightning_samrefine.models.protocol import Promptable
+from lightning_samrefine.transfer import Download, upload
 
 # Raise this when an encoder's output changes by more than rounding: older entries never hit again.
 CODE_VERSION = 1
@@ -118,6 +120,7 @@ class EmbeddingCache:
         dtype: torch.dtype | None,
         compute: Callable[[list[Tensor]], list[Any]],
         derived: str = "",
+        digests: Sequence[str] | None = None,
     ) -> list[Any]:
         """Return an embedding for each image, computing only those that are not held.
 
@@ -128,11 +131,12 @@ class EmbeddingCache:
             compute: Embeds images, all in one call.
             derived: Names, with its version and settings, what ``compute`` returns instead of
                 embeddings: tensors that depend on the image and on all of the model's weights.
+            digests: The images' `image_digest`, where the caller has them already.
 
         Returns:
             Embeddings on the model's device: a tensor or a tuple of tensors, as ``compute`` gives.
         """
-        keys = self._keys(sam, images, dtype, derived)
+        keys = self._keys(sam, images, dtype, derived, digests)
         if keys is None:
             return compute(list(images))
         found: dict[str, Any] = {}
@@ -179,12 +183,19 @@ class EmbeddingCache:
             self._wrote.add(stage)
 
     def _keys(
-        self, sam: Promptable, images: Sequence[Tensor], dtype: torch.dtype | None, derived: str
+        self,
+        sam: Promptable,
+        images: Sequence[Tensor],
+        dtype: torch.dtype | None,
+        derived: str,
+        digests: Sequence[str] | None,
     ) -> list[str] | None:
         """Return a key for each image; None where the model or an image cannot be hashed."""
         try:
             model = self._fingerprint(sam, derived)
-            return [_key(model, image, dtype, sam.device) for image in images]
+            if digests is None:
+                digests = [image_digest(image.detach().cpu().numpy()) for image in images]
+            return [_key(model, digest, dtype, sam.device) for digest in digests]
         except Exception as error:
             self._give_up(error)
             return None
@@ -328,11 +339,17 @@ def rounded(embedding: Any, dtype: torch.dtype | None) -> Any:
     return embedding
 
 
-def _key(model: str, image: Tensor, dtype: torch.dtype | None, device: torch.device) -> str:
+def image_digest(image: np.ndarray) -> str:
+    """Hash an image on the CPU, its dtype and shape included."""
     digest = hashlib.blake2b(digest_size=20)
-    digest.update(repr((model, dtype, device.type, image.dtype, tuple(image.shape))).encode())
-    digest.update(raw_bytes(image))
+    digest.update(repr((str(image.dtype), image.shape)).encode())
+    digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()
+
+
+def _key(model: str, image: str, dtype: torch.dtype | None, device: torch.device) -> str:
+    about = repr((model, dtype, device.type, image))
+    return hashlib.blake2b(about.encode(), digest_size=20).hexdigest()
 
 
 def _weights(module: nn.Module, whole: bool) -> dict[str, Tensor]:
@@ -373,10 +390,14 @@ def _pack(embedding: Any, dtype: torch.dtype | None, keep: bool) -> tuple[Any, E
     if keep:
         narrow = [dtype if dtype and t.is_floating_point() else t.dtype for t in tensors]
         # Copies: a view would hold on to its whole batch, and a reader might write into it.
-        copies = tuple(
-            t.detach().to("cpu", kept_as, copy=True, memory_format=torch.contiguous_format)
+        narrowed = [
+            t.detach().to(kept_as, copy=True, memory_format=torch.contiguous_format)
             for t, kept_as in zip(tensors, narrow, strict=True)
-        )
+        ]
+        if narrowed[0].device.type != "cpu":
+            # In one wait; and out of pinned memory, which the system has little of.
+            narrowed = [tensor.clone() for tensor in Download(*narrowed).tensors()]
+        copies = tuple(narrowed)
         names = [str(t.dtype).removeprefix("torch.") for t in tensors]
         layout = "tensor" if isinstance(embedding, Tensor) else "tuple"
         entry = Entry(copies, " ".join([layout, *names]))
@@ -386,7 +407,7 @@ def _pack(embedding: Any, dtype: torch.dtype | None, keep: bool) -> tuple[Any, E
 def _unpack(entry: Entry, device: torch.device) -> Any:
     layout, *names = entry.note.split()
     tensors = tuple(
-        tensor.to(device, getattr(torch, name), copy=True)
+        upload(tensor, device).to(getattr(torch, name), copy=device.type == tensor.device.type)
         for tensor, name in zip(entry.tensors, names, strict=True)
     )
     return tensors[0] if layout == "tensor" else tensors

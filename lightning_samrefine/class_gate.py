@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.regions import GridRegions
+from lightning_samrefine.transfer import upload
 
 
 def check_classes(
@@ -101,13 +102,11 @@ def keep_closed(
     # One more entry, for what is no class.
     closed = torch.ones(num_classes + 1, dtype=torch.bool)
     closed[[*classes, num_classes]] = False
-    closed = closed.to(labels.device)
+    closed = upload(closed, labels.device)
     known = (labels >= 0) & (labels < num_classes)
     raw = torch.where(known, labels, num_classes)
     refined = torch.where(refinement.labels == labels, raw, refinement.labels)
     taken_back = (refined != raw) & (closed[raw] | closed[refined])
-    if not taken_back.any():
-        return refinement
     return replace(
         refinement,
         labels=torch.where(taken_back, labels, refinement.labels),

@@ -45,6 +45,7 @@ from lightning_samrefine.metrics.confusion import (
 )
 from lightning_samrefine.metrics.image_totals import ImageTotals
 from lightning_samrefine.refinement import Regions
+from lightning_samrefine.transfer import upload
 
 __all__ = [
     "SIDES",
@@ -91,7 +92,7 @@ class RefinementCounts(Metric):
     ) -> None:
         """Add the figures of some images."""
         new = [images, failed, regions, accepted, round(seconds * 1e6)]
-        self.counts += torch.tensor(new, device=self.counts.device)
+        self.counts += upload(torch.tensor(new), self.counts.device)
 
     def compute(self) -> Tensor:
         """Return the (5,) int64 counts, summed over all processes."""

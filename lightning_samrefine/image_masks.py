@@ -20,6 +20,7 @@ from lightning_samrefine.finite import iou_of_numbers
 from lightning_samrefine.memory import ChunkSize
 from lightning_samrefine.models.protocol import MultimaskPromptable, Prompts
 from lightning_samrefine.precision import autocast
+from lightning_samrefine.transfer import upload
 
 # Raise this when the masks of an image change by more than rounding, or are kept in another way.
 MASKS_VERSION = 2
@@ -106,7 +107,7 @@ def generate_masks(
         The masks, on SAM's device; None where an answer holds NaN or infinity.
     """
     height, width = mask_hw = sam.mask_hw(image_hw)
-    points = point_grid(image_hw, sam.input_hw(image_hw), points_per_side).to(sam.device)
+    points = upload(point_grid(image_hw, sam.input_hw(image_hw), points_per_side), sam.device)
     packed, pred_iou, stability = [], [], []
 
     def ask(start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -168,8 +169,9 @@ def pack_masks(logits: Tensor) -> Tensor:
 
 def _byte_levels(device: torch.device) -> Tensor:
     """Return (256, 4) float32, the levels of the four pixels in a byte."""
-    codes = (torch.arange(256)[:, None] >> torch.tensor([0, 2, 4, 6])) & 3
-    return torch.tensor(_LEVELS)[codes].to(device)
+    # Made on the device: an upload would make the CPU wait.
+    codes = (torch.arange(256, device=device)[:, None] >> 2 * torch.arange(4, device=device)) & 3
+    return sum(level * (codes == code) for code, level in enumerate(_LEVELS))
 
 
 def _first_of_duplicates(masks: ImageMasks) -> Tensor:
@@ -186,4 +188,4 @@ def _first_of_duplicates(masks: ImageMasks) -> Tensor:
     for index in range(len(masks)):
         if not duplicates[index, kept].any():
             kept.append(index)
-    return torch.tensor(kept, dtype=torch.int64, device=masks.packed.device)
+    return upload(torch.tensor(kept, dtype=torch.int64), masks.packed.device)

@@ -11,7 +11,7 @@ class WrongValuesError(ValueError):
 
 
 def check_image_and_probs(image: Tensor, probs: Tensor, device: torch.device) -> None:
-    """Refuse an image or probabilities that the algorithm is not defined for."""
+    """Refuse an image or probabilities by type, shape or device; `check_range` looks at values."""
     for name, value in (("image", image), ("probs", probs)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}, accepted is a torch tensor")
@@ -28,8 +28,10 @@ def check_image_and_probs(image: Tensor, probs: Tensor, device: torch.device) ->
         )
     if probs.device != device:
         raise ValueError(f"probs: got device {probs.device}, accepted is SAM's, {device}")
-    # One download: each would make the CPU wait for the GPU.
-    low, high = torch.stack(torch.aminmax(probs)).tolist()
+
+
+def check_range(low: float, high: float) -> None:
+    """Refuse values that are no probabilities, by the smallest and the largest of them."""
     # NaN fails both comparisons; float16 softmax may exceed 1 by its last bit.
     if not (low >= 0 and high <= 1 + 1e-3):
         raise ValueError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.geometry import get_preprocess_shape
 from lightning_samrefine.models.protocol import Promptable, Prompts, accepts_masks
 from lightning_samrefine.regions import GridRegions
+from lightning_samrefine.transfer import upload
 
 
 def build_prompts(
@@ -32,8 +32,8 @@ def build_prompts(
     """
     device = regions.probs.device
     scale = _scale(regions.components.shape, sam, image_hw)
-    boxes = _to_device(regions.boxes * np.tile(scale, 2), device)
-    points = _to_device(regions.points * scale, device)
+    boxes = upload((regions.boxes * np.tile(scale, 2)).astype(np.float32), device)
+    points = upload((regions.points * scale).astype(np.float32), device)
     if not with_masks or not accepts_masks(sam):
         return Prompts(boxes, points)
     used, mask_index = np.unique(regions.classes, return_inverse=True)
@@ -41,13 +41,13 @@ def build_prompts(
         boxes=boxes,
         points=points,
         masks=mask_prompts(
-            regions.probs[torch.from_numpy(used).to(device)],
+            regions.probs[upload(used, device)],
             sam.mask_hw(image_hw),
             sam.mask_size,
             score_thresh,
             mask_prompt_scale,
         ),
-        mask_index=torch.from_numpy(mask_index).to(device),
+        mask_index=upload(mask_index, device),
     )
 
 
@@ -85,7 +85,3 @@ def _scale(grid_hw: tuple[int, int], sam: Promptable, image_hw: tuple[int, int])
     if (in_h, in_w) == get_preprocess_shape(*image_hw, sam.image_size):
         in_h, in_w = get_preprocess_shape(*grid_hw, sam.image_size)
     return np.array([in_w / grid_hw[1], in_h / grid_hw[0]])
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array.astype(np.float32)).to(device, non_blocking=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_samrefine.algorithm4 import fuse_by_algorithm4
 from lightning_samrefine.answers import Answers
-from lightning_samrefine.cache import EmbeddingCache, make_cache, rounded
+from lightning_samrefine.cache import EmbeddingCache, image_digest, make_cache, rounded
 from lightning_samrefine.class_gate import check_classes, keep_closed, open_regions
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.decoding import Decoded, decode_prompts, decodes_jointly
@@ -45,12 +45,11 @@ class Refiner:
     """Refines the masks of any semantic segmenter with a promptable model.
 
     SAM runs without gradients under an autocast of its own; thresholds and fusion are float32.
-    On CUDA the CPU waits for an image three times, however many regions it has: for the range of
-    its probabilities, for its label map on the working grid, which it splits while the GPU encodes
-    the image before it in the batch, and for SAM's predicted IoUs; for these once a batch of images
-    where the model decodes their prompts together.
-    Image-driven masks add their classes, and two waits where they are made. A cache adds the
-    image itself where that is on the GPU, and an embedding or masks that are to be kept.
+    On CUDA the CPU waits for an image twice, however many regions it has: for its label map on the
+    working grid, which it splits while the GPU encodes the image before it in the batch, and for
+    SAM's predicted IoUs; for these once a batch where the model decodes prompts of several images
+    together. Masks of the point grid add two waits where they are made, and what a cache keeps one.
+    (tests/devices/test_waits.py counts them.)
     Where memory runs out, the model is asked for half as many prompts or images at once, from then
     on; only one prompt or image that does not fit raises.
 
@@ -217,15 +216,16 @@ class Refiner:
                 config.stride,
                 config.min_region_area,
                 config.max_regions,
+                None if self.cache is None else image,
             )
-            for image_probs, image_labels in raw
+            for image, (image_probs, image_labels) in zip(images, raw, strict=True)
         ]
-        regions, embeddings = self._split_and_embed(images, splits)
+        regions, embeddings, digests = self._split_and_embed(images, splits)
         self._tell_of_left_out(regions)
         masks: dict[int, ImageMasks] = {}
         if config.points_per_side:
             chosen = [images[index] for index in embeddings]
-            found = self._image_masks(chosen, list(embeddings.values()))
+            found = self._image_masks(chosen, list(embeddings.values()), digests)
             masks = dict(zip(embeddings, found, strict=True))
 
         def answered() -> Iterator[Answers]:
@@ -250,26 +250,32 @@ class Refiner:
 
     def _split_and_embed(
         self, images: Sequence[Tensor] | Tensor, splits: Sequence[PendingSplit]
-    ) -> tuple[list[GridRegions], dict[int, Any]]:
+    ) -> tuple[list[GridRegions], dict[int, Any], list[str]]:
         """Find every image's regions, and embed the images that have any.
 
         Returns:
-            B regions in order, and the embedding of each image with a region by its index; None in
-            its place if no region is prompted. SAM is not needed for the others (step 4).
+            B regions in order, the embedding of each image with a region by its index (None in its
+            place if no region is prompted), and these images' digests for the cache. SAM is not
+            needed for the others (step 4).
         """
         regions: list[GridRegions] = []
         embeddings: dict[int, Any] = {}
+        digests: list[str] = []
         at_once = images_at_once(self.sam.device, len(splits))
         for start in range(0, len(splits), at_once):
             part = range(start, min(start + at_once, len(splits)))
             regions.extend(open_regions(splits[i].finish(), self.config.classes) for i in part)
             with_regions = [i for i in part if len(regions[i]) > 0]
+            own = (
+                [] if self.cache is None else [image_digest(splits[i].image) for i in with_regions]
+            )
+            digests += own
             if self.config.prompt_regions:
-                found = self._embed([images[i] for i in with_regions])
+                found = self._embed([images[i] for i in with_regions], own)
                 embeddings.update(zip(with_regions, found, strict=True))
             else:
                 embeddings.update(dict.fromkeys(with_regions))
-        return regions, embeddings
+        return regions, embeddings, digests
 
     def _tell_of_left_out(self, regions: Sequence[GridRegions]) -> None:
         worst = max(regions, key=lambda found: found.left_out, default=None)
@@ -283,15 +289,17 @@ class Refiner:
             len(worst),
         )
 
-    def _embed(self, images: list[Tensor]) -> list[Any]:
-        return self._once_an_image(images, self._embed_rounded)
+    def _embed(self, images: list[Tensor], digests: list[str]) -> list[Any]:
+        return self._once_an_image(images, digests, self._embed_rounded)
 
     def _embed_rounded(self, images: list[Tensor]) -> list[Any]:
         """Embed images as a cache would keep them, so that it makes no difference."""
         dtype = autocast_dtype(self.precision, self.sam.device)
         return [rounded(embedding, dtype) for embedding in self.sam.embed(images)]
 
-    def _image_masks(self, images: list[Tensor], embeddings: list[Any]) -> list[ImageMasks]:
+    def _image_masks(
+        self, images: list[Tensor], embeddings: list[Any], digests: list[str]
+    ) -> list[ImageMasks]:
         """Return each image's masks; an embedding of None is made only where masks are."""
         side, sam = self.config.points_per_side, self.sam
         known = {id(image): e for image, e in zip(images, embeddings, strict=True)}
@@ -312,14 +320,18 @@ class Refiner:
                 found.append((masks.packed, masks.pred_iou))
             return found
 
-        kept = self._once_an_image(images, compute, f"masks {MASKS_VERSION} {side}")
+        kept = self._once_an_image(images, digests, compute, f"masks {MASKS_VERSION} {side}")
         return [
             ImageMasks(packed, pred_iou, sam.mask_hw((image.shape[1], image.shape[2])))
             for (packed, pred_iou), image in zip(kept, images, strict=True)
         ]
 
     def _once_an_image(
-        self, images: list[Tensor], ask: Callable[[list[Tensor]], list[Any]], derived: str = ""
+        self,
+        images: list[Tensor],
+        digests: list[str],
+        ask: Callable[[list[Tensor]], list[Any]],
+        derived: str = "",
     ) -> list[Any]:
         """Ask SAM about images under its autocast, or the cache."""
         if not images:
@@ -339,7 +351,7 @@ class Refiner:
 
         if self.cache is None:
             return compute(images)
-        return self.cache.embed(self.sam, images, dtype, compute, derived)
+        return self.cache.embed(self.sam, images, dtype, compute, derived, digests)
 
     @torch.no_grad()
     def _with_region_masks(

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.geometry import grid_shape
-from lightning_samrefine.transfer import Download
+from lightning_samrefine.inputs import check_range
+from lightning_samrefine.transfer import Download, upload
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ class GridRegions:
         """
         table = np.zeros(int(self.components.max()) + 1, dtype=bool)
         table[self.component_ids[selected]] = True
-        return torch.from_numpy(table[self.components]).to(self.probs.device)
+        return upload(table[self.components], self.probs.device)
 
     def relative_points(self) -> Tensor:
-        """Return (N, 2) float64 XY on the CPU, the pixels' centers as fractions of the sides."""
+        """Return (N, 2) float32 XY on the CPU, the pixels' centers as fractions of the sides."""
         height, width = self.components.shape
-        return torch.from_numpy((self.points + 0.5) / [width, height])
+        return torch.from_numpy((self.points + 0.5) / [width, height]).float()
 
 
 def split_regions(
@@ -90,6 +91,7 @@ def begin_split(
     stride: int,
     min_region_area: int,
     max_regions: int | None = None,
+    image: Tensor | None = None,
 ) -> PendingSplit:
     """Begin to find the regions of a raw prediction (ALGORITHM.md steps 1 to 3).
 
@@ -104,6 +106,7 @@ def begin_split(
         min_region_area: Smallest area in grid pixels that is kept.
         max_regions: So many regions are kept at most, those of the largest area; of equal ones
             those whose first pixel comes first in row-major order. None keeps all.
+        image: Comes to the CPU along with the grid, if given.
     """
     num_classes = probs.shape[0]
     labels_d, probs_d = _downsample(labels, probs, stride)
@@ -115,7 +118,11 @@ def begin_split(
     own = probs_d.gather(0, labels_d.clamp(max=num_classes - 1)[None])[0]
     # Background is 0 for cc3d, hence the unknown class moves there and the others up.
     shifted = ((labels_d + 1) % (num_classes + 1)).to(torch.int32)
-    return PendingSplit(Download(shifted, own), probs_d, min_region_area, max_regions)
+    extremes = torch.stack(torch.aminmax(probs))
+    with_image = () if image is None else (image,)
+    return PendingSplit(
+        Download(shifted, own, extremes, *with_image), probs_d, min_region_area, max_regions
+    )
 
 
 @dataclass(frozen=True)
@@ -123,24 +130,34 @@ class PendingSplit:
     """A split that the working grid has still to reach the CPU for; made by `begin_split`.
 
     Attributes:
-        grid: (h_d, w_d) int32 classes + 1, 0 for unknown, and the class's probability, float32.
+        arrays: (h_d, w_d) int32 classes + 1, 0 for unknown; the class's probability, float32; (2,)
+            the smallest and the largest probability of the whole image; the image, if given.
         probs: (C, h_d, w_d) float32, L_d.
         min_region_area: As in `begin_split`.
         max_regions: The same.
     """
 
-    grid: Download
+    arrays: Download
     probs: Tensor
     min_region_area: int
     max_regions: int | None
 
+    @property
+    def image(self) -> np.ndarray:
+        """The image on the CPU, if `begin_split` was given it."""
+        return self.arrays.wait()[3]
+
     def finish(self) -> GridRegions:
         """Wait for this image's grid, and for nothing after it, and split it on the CPU.
 
-        All classes' components are found in one pass over the grid and all regions' distances in
-        another; the rest works on the runs of equal component along the rows.
+        All classes' components are found in one pass over the grid; the rest works on the runs of
+        equal component along the rows.
+
+        Raises:
+            ValueError: Probabilities outside [0, 1], NaN included.
         """
-        grid, own_probs = self.grid.wait()
+        grid, own_probs, extremes = self.arrays.wait()[:3]
+        check_range(*extremes.tolist())
         components, count = cc3d.connected_components(
             grid.view(np.uint32), connectivity=8, return_N=True, out_dtype=np.uint32
         )

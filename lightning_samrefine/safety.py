@@ -69,7 +69,9 @@ class SafeRefiner:
         outcomes: list[Refinement | Exception] = [
             ValueError("scores must be finite, got NaN or infinite values") for _ in inputs.probs
         ]
-        wanted = [index for index, probs in enumerate(inputs.probs) if probs.isfinite().all()]
+        # In one download: each would make the CPU wait for the GPU.
+        finite = torch.stack([probs.isfinite().all() for probs in inputs.probs]).tolist()
+        wanted = [index for index, is_finite in enumerate(finite) if is_finite]
         device = self.refiner.sam.device
         _synchronize(device)
         start = time.perf_counter()

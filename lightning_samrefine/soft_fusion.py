@@ -19,6 +19,7 @@ from lightning_samrefine.inputs import first_argmax
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.smoothing import smooth
 from lightning_samrefine.support import Planes, Support, class_probs, masks_at, planes_of, weigh
+from lightning_samrefine.transfer import upload
 
 # What a class keeps where a second support lacks it, in multiples of the ``soft_floor``: regions
 # beside the image's masks have been heard among all of them before.
@@ -55,8 +56,8 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
         support, stands_for = Support.of_image(answers.image_masks, planes)
         supports.append(support)
         if not config.prompt_regions:
-            points, classes = regions.relative_points(), torch.from_numpy(regions.classes)
-            points, classes = points.to(probs.device), classes.to(probs.device)
+            points = upload(regions.relative_points(), probs.device)
+            classes = upload(regions.classes, probs.device)
             found, regions_masks = masks_at(answers.image_masks, stands_for, points, classes)
             pred_iou, answers = found.cpu(), replace(answers, masks=regions_masks)
     accepted = accepted_regions(config, regions.classes, pred_iou)
@@ -99,12 +100,12 @@ def _with_regions(
         planes: From `planes_of`.
     """
     regions, probs = answers.regions, answers.probs
-    classes = torch.from_numpy(regions.classes).to(probs.device)
-    pred_iou = answers.region_masks.pred_iou.to(probs.device)
+    classes = upload(regions.classes, probs.device)
+    pred_iou = upload(answers.region_masks.pred_iou, probs.device)
     # Of all masks, for a product rounds by how many there are.
     purity = class_probs(mask_probs, planes).gather(0, classes[None])[0]
     if not accepted.all():
-        chosen = torch.from_numpy(np.flatnonzero(accepted)).to(probs.device)
+        chosen = upload(np.flatnonzero(accepted), probs.device)
         mask_probs, classes = mask_probs[chosen], classes[chosen]
         pred_iou, purity = pred_iou[chosen], purity[chosen]
     said = Support.of_regions(mask_probs, pred_iou * purity, classes, len(probs))

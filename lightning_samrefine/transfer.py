@@ -1,10 +1,23 @@
-"""From the GPU to the CPU without a wait where none is needed."""
+"""Between the GPU and the CPU without a wait where none is needed."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def upload(value: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """Bring a small tensor or array to a device.
+
+    To CUDA from pinned memory, which the CPU does not wait for: torch keeps that memory until the
+    copy has ended. Other devices get a blocking copy, for on MPS one that does not block reads
+    memory that may have been freed.
+    """
+    tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Download:
@@ -14,7 +27,7 @@ class Download:
     beside whatever is enqueued after. Elsewhere they are there at once.
 
     Args:
-        tensors: Of any shapes and dtypes that NumPy has.
+        tensors: Of any shapes and dtypes.
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -33,6 +46,11 @@ class Download:
 
     def wait(self) -> list[np.ndarray]:
         """Wait for these tensors, not for what was enqueued after them, and return them."""
+        return [tensor.numpy() for tensor in self.tensors()]
+
+    def tensors(self) -> list[Tensor]:
+        """Do the same, and return CPU tensors, of any dtype; from CUDA in pinned memory."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return [tensor.numpy() for tensor in self._on_cpu]
+            self._arrived = None
+        return self._on_cpu

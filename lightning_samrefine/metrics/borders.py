@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_samrefine.metrics.bands import KnownLabels, window_reduce
-from lightning_samrefine.metrics.confusion import unscored
+from lightning_samrefine.metrics.confusion import count_values, unscored
 
 # Cheng et al., Boundary IoU, CVPR 2021, section 5; Csurka et al., BMVC 2013, section 2.
 BOUNDARY_IOU_DISTANCE = 0.02
@@ -32,7 +32,8 @@ class Borders:
         labels: (H, W) integer in [0, C].
         band: (H, W) bool, see `KnownLabels.inner_band`.
         edge: (K,) int64, flat positions of the pixels next to one (of eight) with another label.
-        edge_labels: (K,) int64, their labels.
+            None on a GPU, where the CPU would have to wait for their number: all pixels, then.
+        edge_labels: (K,) int64, their labels; C for a pixel that is no edge.
         reach: The classes whose edge is within ``f1_distance``, bit sets (H, W) int64: class c is
             bit c mod 62 of number ⌊c / 62⌋.
     """
@@ -40,27 +41,38 @@ class Borders:
     def __init__(self, known: KnownLabels, iou_distance: int, f1_distance: int) -> None:
         self.labels = known.labels
         self.band = known.inner_band(iou_distance)
-        self.edge = known.near_border(1).flatten().nonzero()[:, 0]
-        self.edge_labels = self.labels.flatten()[self.edge].long()
+        near, self._no_class = known.near_border(1).flatten(), known.num_classes
+        self.edge: Tensor | None = None
+        if near.device.type == "cpu":
+            self.edge = near.nonzero()[:, 0]
+            self.edge_labels = self.labels.flatten()[self.edge].long()
+        else:
+            self.edge_labels = self.labels.flatten().long().masked_fill(~near, self._no_class)
         self.reach = []
         for first in range(0, known.num_classes, _CLASSES_PER_WORD):
             local = self.edge_labels - first
             # Bits of other words' classes, and of labels that are no class, are shifted out.
             here = (local >= 0) & (local < min(_CLASSES_PER_WORD, known.num_classes - first))
             bits = here.long() << local.clamp(0, _CLASSES_PER_WORD)
-            word = torch.zeros(self.labels.numel(), dtype=torch.int64, device=bits.device)
-            word[self.edge] = bits
+            word = bits
+            if self.edge is not None:
+                word = torch.zeros(self.labels.numel(), dtype=torch.int64)
+                word[self.edge] = bits
             word = word.view(self.labels.shape)
             self.reach.append(window_reduce(word, f1_distance, 0, torch.bitwise_or))
 
     def met(self, other: Borders) -> Tensor:
-        """Return the labels of the edge pixels with an edge of theirs in reach in another map."""
+        """Return (K,) int64, the labels of the edge pixels with an edge of theirs in reach.
+
+        That is in another map; C for all other pixels.
+        """
         found = torch.zeros_like(self.edge_labels)
         for number, word in enumerate(other.reach):
             local = self.edge_labels - number * _CLASSES_PER_WORD
             here = (local >= 0) & (local < _CLASSES_PER_WORD)
-            found |= here & (word.flatten()[self.edge] >> local.clamp(0, _CLASSES_PER_WORD)) & 1
-        return self.edge_labels[found == 1]
+            at_edge = word.flatten() if self.edge is None else word.flatten()[self.edge]
+            found |= here & (at_edge >> local.clamp(0, _CLASSES_PER_WORD)) & 1
+        return self.edge_labels.masked_fill(found == 0, self._no_class)
 
 
 class BorderCounts(Metric):
@@ -107,7 +119,7 @@ class BorderCounts(Metric):
             (_EDGE, prediction.edge_labels),
             (_EDGE_RIGHT, prediction.met(target)),
         ):
-            counts = torch.bincount(labels.flatten(), minlength=self.num_classes + 1)
+            counts = count_values(labels, self.num_classes + 1)
             self.counts[row] += counts[: self.num_classes]
 
     def compute(self) -> Tensor:

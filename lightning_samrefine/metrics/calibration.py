@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_samrefine.refinement import Regions
+from lightning_samrefine.transfer import Download, upload
 
 BINS = 10
 # Ranks of predicted IoU that AUROC tells apart.
@@ -61,15 +62,15 @@ def score_regions(regions: Regions, raw: Tensor, target: Tensor, valid: Tensor) 
     if regions.masks is None:
         raise ValueError("regions: got no masks, accepted are those that a refinement returns")
     (height, width), (rows, columns) = target.shape, regions.masks.shape[1:]
-    y = (torch.arange(rows, device=target.device) + 0.5) * (height / rows)
-    x = (torch.arange(columns, device=target.device) + 0.5) * (width / columns)
-    cells = y.long()[:, None] * width + x.long()[None]
+    y = (torch.arange(rows) + 0.5) * (height / rows)
+    x = (torch.arange(columns) + 0.5) * (width / columns)
+    cells = upload(y.long()[:, None] * width + x.long()[None], target.device)
     # numpy counts bools an order of magnitude faster than torch does on the CPU.
-    raw, target, known = (v.flatten()[cells].cpu().numpy() for v in (raw, target, valid))
-    masks = regions.masks.cpu().numpy()
+    at_cells = [values.flatten()[cells] for values in (raw, target, valid)]
+    raw, target, known, masks = Download(*at_cells, regions.masks).wait()
     boxes = regions.extents.numpy()
-    row_ends = np.searchsorted(y.cpu().numpy(), boxes[:, 1::2])
-    column_ends = np.searchsorted(x.cpu().numpy(), boxes[:, 0::2])
+    row_ends = np.searchsorted(y.numpy(), boxes[:, 1::2])
+    column_ends = np.searchsorted(x.numpy(), boxes[:, 0::2])
     iou = np.full((len(regions), 2), np.nan)
     of_class = {
         c: ((target == c) & known, (raw == c) & known) for c in regions.classes.unique().tolist()
@@ -162,7 +163,8 @@ class RegionCalibration(Metric):
             better: (N,) bool, whether the region's mask is better than what it would replace.
         """
         pred_iou = pred_iou.double().clamp(0, 1)
-        bins, ranks = torch.zeros_like(self.bins.cpu()), torch.zeros_like(self.ranks.cpu())
+        bins = torch.zeros(3, BINS, dtype=torch.int64)
+        ranks = torch.zeros(2, _RANKS, dtype=torch.int64)
         which = (pred_iou * BINS).long().clamp(max=BINS - 1)
         amounts = (torch.ones_like(which), _millionths(pred_iou), _millionths(true_iou))
         for row, amount in zip(bins, amounts, strict=True):
@@ -170,8 +172,8 @@ class RegionCalibration(Metric):
         rank = (pred_iou * _RANKS).long().clamp(max=_RANKS - 1)
         cell = better.long() * _RANKS + rank
         ranks += torch.bincount(cell, minlength=2 * _RANKS).view(2, _RANKS)
-        self.bins += bins.to(self.bins.device)
-        self.ranks += ranks.to(self.ranks.device)
+        self.bins += upload(bins, self.bins.device)
+        self.ranks += upload(ranks, self.ranks.device)
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``bins`` and ``ranks`` over all processes, for `Calibration.of`."""

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_samrefine.metrics.confusion import count_values
+from lightning_samrefine.transfer import Download
+
 # A changed pixel was wrong and is right, was right and is wrong, or is wrong in another way.
 KINDS = ("fixed", "broken", "swapped")
 
@@ -45,8 +48,7 @@ class ChangedPixels:
     def by_class(self, num_classes: int) -> Tensor:
         """Return (3, C) int64, the pixels of each kind by their true class."""
         cell = self.kinds * num_classes + self.target
-        size = len(KINDS) * num_classes
-        return torch.bincount(cell, minlength=size).view(len(KINDS), num_classes)
+        return count_values(cell, len(KINDS) * num_classes).view(len(KINDS), num_classes)
 
     def by_region(self, windows: Tensor, classes: Tensor) -> Tensor:
         """Return what each of N regions did: the pixels in its window that became its class.
@@ -62,9 +64,9 @@ class ChangedPixels:
         if len(self) == 0:
             return counts
         # The class first: it leaves few pixels to look at for each region.
-        rows, columns, kinds, refined = (
-            values.cpu() for values in (self.rows, self.columns, self.kinds, self.refined)
-        )
+        rows, columns, kinds, refined = Download(
+            self.rows, self.columns, self.kinds, self.refined
+        ).tensors()
         for c in classes.unique().tolist():
             mine = refined == c
             x, y, kind = columns[mine] + 0.5, rows[mine] + 0.5, kinds[mine]

@@ -11,6 +11,9 @@ from torchmetrics import Metric
 
 from lightning_samrefine.metrics.bands import KnownLabels, valid_pixels
 
+# Of `count_values` on a GPU, for all values together.
+_COUNTERS = 2**16
+
 
 class ConfusionMatrix(Metric):
     """Counts pixels by true class and predicted class, with a column for "no class predicted".
@@ -138,9 +141,28 @@ def count_cells(cell: Tensor, counted: Tensor, size: int) -> Tensor:
     Returns:
         (size,) int64.
     """
-    # A cell past the end takes what is not counted: selecting would synchronise the device.
+    # A cell past the end takes what is not counted: selecting would make the CPU wait.
     cell.masked_fill_(~counted, size)
-    return torch.bincount(cell.flatten(), minlength=size + 1)[:-1]
+    return count_values(cell, size + 1)[:-1]
+
+
+def count_values(values: Tensor, size: int) -> Tensor:
+    """Count integers in [0, size) without making the CPU wait for a GPU.
+
+    `torch.bincount` waits twice there, for the smallest and the largest value.
+
+    Returns:
+        (size,) int64.
+    """
+    values = values.flatten().long()
+    if values.device.type == "cpu":
+        return torch.bincount(values, minlength=size)
+    # Several counters for each value, so that few threads meet at one.
+    copies = max(1, _COUNTERS // size)
+    positions = torch.arange(len(values), device=values.device).remainder_(copies)
+    counts = torch.zeros(size * copies, dtype=torch.int64, device=values.device)
+    counts.scatter_add_(0, positions.mul_(size).add_(values), torch.ones_like(values))
+    return counts.view(copies, size).sum(dim=0)
 
 
 def class_iou(matrix: Tensor, ignore_index: int | None = None) -> Tensor:

@@ -55,15 +55,12 @@ class ImageTotals(Metric):
         hits, true, predicted = class_totals(raw)
         hits_refined, _, predicted_refined = class_totals(refined)
         totals = torch.stack([true, hits, predicted, hits_refined, predicted_refined], dim=1)
-        present = (totals > 0).any(dim=1).nonzero()[:, 0]
-        if len(present) == 0:  # an image without a scored pixel is an image, too
-            present = torch.zeros(1, dtype=torch.int64, device=raw.device)
-        start = torch.zeros_like(present)
-        start[0] = 1
-        rows = torch.cat([start[:, None], present[:, None], totals[present]], dim=1)
-        self.rows.append(rows.to(torch.int32).flatten())
+        classes = torch.arange(self.num_classes, device=raw.device)[:, None]
+        rows = torch.cat([classes == 0, classes, totals], dim=1).to(torch.int32)
+        # On a GPU the CPU would have to wait for the number of classes: that is done when merging.
+        self.rows.append(_compact(rows) if rows.device.type == "cpu" else rows.flatten())
         if len(self.rows) >= _MERGE_EVERY:  # a tensor weighs more than what it holds
-            self.rows[:] = [torch.cat(self.rows)]
+            self.rows[:] = [_compact(torch.cat(self.rows).view(-1, _COLUMNS))]
 
     def compute(self) -> np.ndarray:
         """Return the totals of all processes' images, in an order that their content decides.
@@ -81,3 +78,8 @@ class ImageTotals(Metric):
         totals[image, :, rows[:, 1]] = rows[:, 2:]
         order = sorted(range(images), key=lambda index: totals[index].tobytes())
         return totals[order]
+
+
+def _compact(rows: Tensor) -> Tensor:
+    """Drop the (N, 7) rows of classes that do not occur, but for an image's first, and flatten."""
+    return rows[(rows[:, 0] == 1) | (rows[:, 2:] > 0).any(dim=1)].flatten()

@@ -1,4 +1,4 @@
-"""Positional encodings of clicks, boxes and the image, as SAM's `PromptEncoder` gives them.
+"""Positional encodings of clicks, boxes and image tokens, as segment-anything computes them.
 
 Two things differ from its code. Every click is positive, so no boolean index makes the CPU wait for
 the GPU. And coordinates meet the random matrix element by element: as a matrix product TF32 would

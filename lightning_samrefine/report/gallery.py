@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lightning_samrefine.comparison import ImageComparison
 from lightning_samrefine.metrics import class_iou
+from lightning_samrefine.metrics.confusion import count_values
 from lightning_samrefine.refinement import Regions
 from lightning_samrefine.report.thumbnails import image_tiles, region_crop
 
@@ -107,7 +107,7 @@ class Gallery:
         regions: Regions,
         found: ImageComparison,
     ) -> None:
-        fixed, broken, swapped = torch.bincount(found.changes.kinds, minlength=3).tolist()
+        fixed, broken, swapped = count_values(found.changes.kinds, 3).tolist()
         # What refinement did in all: an image with as much fixed as broken is worth a look.
         worth = (fixed + broken) / max(int(found.valid.sum()), 1)
         if _enters(self._images, worth, name, self.max_images):

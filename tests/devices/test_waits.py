@@ -1,0 +1,231 @@
+"""What makes the CPU wait for a GPU, counted without one.
+
+`ALLOWED` is the whole list: a ``.item()``, ``.tolist()``, boolean index or blocking copy anywhere
+else on the way of an image fails here, and so does one more at a place of the list.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from simulated_device import MixedDevicesError, SimulatedDevice
+from test_refiner import blobs
+from tiny_random_sam import build_random_sam
+
+from lightning_samrefine import RefineConfig, Refiner
+from lightning_samrefine.comparison import RefinementComparison
+from lightning_samrefine.models.sam import SamPromptable
+from lightning_samrefine.safety import SafeRefiner
+
+# Waits an image on CUDA, by kind and function.
+SPLIT = ("event", "regions.py finish")  # the working grid, the range of values, the image
+PREDICTED = ("download", "decoding.py decode_prompts")  # SAM's predicted IoUs
+GOOD = ("download", "image_masks.py _best")  # the number of good masks of the point grid
+DUPLICATES = ("download", "image_masks.py _first_of_duplicates")
+KEPT = ("event", "cache.py _pack")  # an embedding or masks on their way into the cache
+CHANGED = ("nonzero", "metrics/changes.py __init__")  # the changed pixels
+BY_REGION = ("event", "metrics/changes.py by_region")
+SCORED = ("event", "metrics/calibration.py score_regions")
+FINITE = ("download", "safety.py __call__")  # once a batch, as are the two ends of its clock
+CLOCK = ("synchronize", "safety.py _synchronize")
+
+ALLOWED = {
+    ("algorithm4", "no cache"): {SPLIT: 1, PREDICTED: 1},
+    ("fast", "no cache"): {SPLIT: 1, PREDICTED: 1},
+    ("default", "no cache"): {SPLIT: 1, PREDICTED: 1, GOOD: 1, DUPLICATES: 1},
+    ("algorithm4", "first look"): {SPLIT: 1, PREDICTED: 1, KEPT: 1},
+    ("fast", "first look"): {SPLIT: 1, PREDICTED: 1, KEPT: 1},
+    ("default", "first look"): {SPLIT: 1, PREDICTED: 1, GOOD: 1, DUPLICATES: 1, KEPT: 2},
+    ("algorithm4", "cached"): {SPLIT: 1, PREDICTED: 1},
+    ("fast", "cached"): {SPLIT: 1, PREDICTED: 1},
+    ("default", "cached"): {SPLIT: 1, PREDICTED: 1},
+}
+METRICS = {CHANGED: 1, BY_REGION: 1, SCORED: 1}
+MOST = 6
+
+CONFIGS = {
+    "algorithm4": RefineConfig(),
+    "fast": RefineConfig.preset("fast", min_region_area=1),
+    "default": RefineConfig.preset("default", min_region_area=1),
+}
+HW = (60, 80)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def on(device, *tensors):
+    return [device.to_device(tensor) for tensor in tensors]
+
+
+def simulated_sam(device):
+    return SamPromptable(device.to_device(build_random_sam()), "random")
+
+
+@pytest.mark.parametrize(("preset", "look"), ALLOWED)
+def test_an_image_waits_where_the_table_says(preset, look):
+    with SimulatedDevice("cuda") as device:
+        cache = None if look == "no cache" else "memory"
+        refiner = Refiner(simulated_sam(device), CONFIGS[preset], "32", cache=cache)
+        refiner(*on(device, *blobs(size=HW)))  # the weights are hashed and the sides made
+        inputs = on(device, *blobs(size=HW, seed=1))
+        if look == "cached":
+            refiner(*inputs)
+        device.waits.clear()
+        out = refiner(*inputs)
+    assert len(out.regions) > 5
+    assert dict(device.waits) == ALLOWED[preset, look]
+    assert sum(device.waits.values()) <= MOST
+
+
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_more_regions_and_images_wait_no_more(preset):
+    """Prompts of a batch are decoded together; nothing is asked of the device region by region."""
+    with SimulatedDevice("cuda") as device:
+        refiner = Refiner(simulated_sam(device), CONFIGS[preset], "32")
+        counts = []
+        for grain in (1, 4):  # few regions, then many
+            image, probs = blobs(num_classes=4, size=(64, 64))
+            noise = torch.rand(4, 64 // 8 * grain, 64 // 8 * grain, generator=torch.Generator())
+            probs = torch.nn.functional.interpolate(noise[None] * 9, (64, 64))[0].softmax(dim=0)
+            device.waits.clear()
+            (out,) = refiner.refine_batch(*([tensor] for tensor in on(device, image, probs)))
+            counts.append((len(out.regions), sum(device.waits.values())))
+        (few, waits), (many, other_waits) = counts
+        assert many > 3 * few
+        assert waits == other_waits
+
+        device.waits.clear()
+        scenes = [on(device, *blobs(size=HW, seed=seed)) for seed in range(3)]
+        refiner.refine_batch(*map(list, zip(*scenes, strict=True)))
+        assert device.waits[PREDICTED] == 1
+
+
+def test_closed_classes_and_labels_wait_no_more():
+    config = RefineConfig.preset("fast", min_region_area=1, classes=(0, 2))
+    with SimulatedDevice("cuda") as device:
+        refiner = Refiner(simulated_sam(device), config, "32")
+        image, probs = blobs(size=HW)
+        labels = probs.argmax(0)
+        labels[:9] = 255
+        refiner(*on(device, image, probs, labels))
+        assert sum(device.waits.values()) <= MOST
+
+
+def test_metrics_wait_where_the_table_says():
+    with SimulatedDevice("cuda") as device:
+        refiner = Refiner(simulated_sam(device), CONFIGS["fast"], "32")
+        comparison = RefinementComparison(4, 255).to(device.device)
+        image, probs = blobs(size=HW)
+        target = torch.roll(probs.argmax(0), 1, 0)
+        target[:5] = 255
+        image, probs, target = on(device, image, probs, target)
+        out = refiner(image, probs)
+        device.waits.clear()
+        comparison.update(probs.argmax(0), out.labels, target, out.regions)
+        waits = dict(device.waits)
+        on_device = comparison.compute()
+    assert waits == METRICS
+
+    refiner = Refiner(SamPromptable(build_random_sam(), "random"), CONFIGS["fast"], "32")
+    comparison = RefinementComparison(4, 255)
+    image, probs, target = image.held, probs.held, target.held
+    out = refiner(image, probs)
+    comparison.update(probs.argmax(0), out.labels, target, out.regions)
+    assert comparison.compute() == pytest.approx(on_device, nan_ok=True, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_no_tensor_of_the_cpu_meets_one_of_the_device(name, preset):
+    """And the device computes what the CPU does."""
+    image, probs = blobs(size=HW)
+    expected = Refiner(SamPromptable(build_random_sam(), "random"), CONFIGS[preset], "32")(
+        image, probs
+    )
+    with SimulatedDevice(name) as device:
+        refiner = Refiner(simulated_sam(device), CONFIGS[preset], "32", cache="memory")
+        for _ in range(2):  # computed, then cached
+            out = refiner(*on(device, image, probs))
+            assert out.labels.device == out.probs.device == device.device
+            assert out.regions.boxes.device.type == "cpu"
+    assert torch.equal(out.regions.accepted, expected.regions.accepted)
+    assert (out.labels.held == expected.labels).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("points", [True, False])
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_points_alone_and_one_pixel(name, points):
+    config = RefineConfig.preset("default", prompt_regions=not points, min_region_area=1)
+    with SimulatedDevice(name) as device:
+        refiner = Refiner(simulated_sam(device), config, "32")
+        refiner(*on(device, *blobs(size=HW)))
+        refiner(*on(device, *blobs(size=(1, 1))))
+
+
+def test_a_batch_is_checked_in_one_wait():
+    from lightning_samrefine.adapter import RefineInputs
+
+    with SimulatedDevice("cuda") as device:
+        refiner = Refiner(simulated_sam(device), CONFIGS["fast"], "32")
+        scenes = [on(device, *blobs(size=HW, seed=seed)) for seed in range(3)]
+        images, probs = map(list, zip(*scenes, strict=True))
+        labels = [own.argmax(0) for own in probs]
+        safe = SafeRefiner(refiner, lambda kind, reason: pytest.fail(reason))
+        device.waits.clear()
+        outs, _ = safe(RefineInputs(images, probs, labels, None))
+        assert all(out is not None for out in outs)
+        assert device.waits[FINITE] == 1
+        assert device.waits[CLOCK] == 2
+
+
+class TestTheSimulation:
+    """It has to notice what a device would refuse, and what the CPU would wait for."""
+
+    @pytest.fixture(params=["cuda", "mps"])
+    def device(self, request):
+        with SimulatedDevice(request.param) as device:
+            yield device
+
+    def test_mixed_devices_are_refused(self, device):
+        x = device.to_device(torch.ones(3))
+        with pytest.raises(MixedDevicesError):
+            x + torch.ones(3)
+        assert float((x + 1).sum()) == 6
+
+    def test_mps_has_no_float64(self):
+        with SimulatedDevice("mps") as device, pytest.raises(MixedDevicesError):
+            torch.ones(3, dtype=torch.float64).to(device.device)
+
+    @pytest.mark.parametrize(
+        "wait",
+        [
+            lambda x: x.nonzero(),
+            lambda x: x[x > 0],
+            lambda x: x.sum().item(),
+            lambda x: x.tolist(),
+            lambda x: x.cpu(),
+            lambda x: bool((x > 0).any()),
+            lambda x: torch.bincount(x.long()),
+            lambda x: torch.ones(4).to(x.device),
+            lambda x: x.masked_select(x > 0),
+        ],
+    )
+    def test_every_wait_is_counted(self, device, wait):
+        x = device.to_device(torch.arange(4.0))
+        device.waits.clear()
+        wait(x)
+        assert sum(device.waits.values()) >= 1
+
+    def test_arithmetic_waits_for_nothing(self, device):
+        x = device.to_device(torch.arange(4.0))
+        y = torch.zeros(4, device=device.device)
+        y += x * 2
+        y[1:] = 0
+        y[x > 2] = 1
+        torch.where(x > 1, x, y).sum()
+        assert not device.waits
+        assert y.held.tolist() == [0, 0, 0, 1]
