@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.finite import iou_of_numbers, no_numbers
+from lightning_samrefine.image_masks import pack_masks
 from lightning_samrefine.memory import ChunkSize
 from lightning_samrefine.models.protocol import JointPromptable, Promptable, Prompts
 from lightning_samrefine.precision import autocast, autocast_dtype
@@ -23,15 +24,17 @@ class Decoded:
     """What a model says to the N prompts on one image.
 
     Attributes:
-        low_res_logits: N maps (m, m) float32.
+        low_res_logits: N maps (m, m) float32; empty if the masks are packed.
         pred_iou: (N,) float32 on the CPU.
         extents: (N, 2, m) bool, see `lightning_samrefine.upscaling.extents`. None on a GPU, where
             whole frames cost less than the many small launches of windows.
+        packed: (N, B) uint8 of `pack_masks`, a twentieth of the logits; None if they are kept.
     """
 
     low_res_logits: list[Tensor]
     pred_iou: Tensor
     extents: np.ndarray | None
+    packed: Tensor | None = None
 
 
 def decodes_jointly(sam: Promptable, config: RefineConfig) -> bool:
@@ -51,6 +54,7 @@ def decode_prompts(
     precision: str,
     size: int,
     chunks: ChunkSize,
+    packed_hw: Sequence[tuple[int, int]] | None = None,
 ) -> list[Decoded]:
     """Decode the prompts on K images, the last of one image and the first of the next together.
 
@@ -61,6 +65,8 @@ def decode_prompts(
         precision: See `autocast_dtype`.
         size: How many prompts to decode at once.
         chunks: Decodes fewer where memory runs out.
+        packed_hw: K × (h_n, w_n), the part of the logits that each image fills: masks are packed
+            chunk by chunk, so that a batch's logits are never held together. None keeps logits.
 
     Returns:
         K answers.
@@ -72,6 +78,7 @@ def decode_prompts(
         return []
     device = sam.device
     logits, ious, masks_extents = [], [], []
+    packed: list[list[Tensor]] = [[] for _ in prompts]
 
     def decode(start: int, stop: int) -> tuple[Tensor, Tensor]:
         parts = list(_parts(embeddings, prompts, start, stop))
@@ -81,9 +88,15 @@ def decode_prompts(
 
     ends = np.cumsum([len(own) for own in prompts]).tolist()
     with autocast(autocast_dtype(precision, device), device):
-        for _, _, (chunk_logits, chunk_iou) in chunks.run(ends[-1], size, decode):
-            logits.extend(chunk_logits.float())
+        for start, stop, (chunk_logits, chunk_iou) in chunks.run(ends[-1], size, decode):
             ious.append(iou_of_numbers(chunk_iou.float(), chunk_logits.float()))
+            if packed_hw is not None:
+                for k, own in _of_images(ends, start, stop):
+                    rows, columns = packed_hw[k]
+                    packed[k].append(pack_masks(chunk_logits[own, :rows, :columns]))
+                del chunk_logits
+                continue
+            logits.extend(chunk_logits.float())
             if device.type == "cpu":
                 masks_extents.append(extents(chunk_logits))
     on_cpu = torch.cat(masks_extents).numpy() if masks_extents else None
@@ -91,10 +104,25 @@ def decode_prompts(
     if not bool(pred_iou.isfinite().all()):
         raise no_numbers(sam.name, precision)
     own = [slice(end - len(of_image), end) for end, of_image in zip(ends, prompts, strict=True)]
+    if packed_hw is not None:
+        return [
+            Decoded([], pred_iou[part], None, torch.cat(masks))
+            for part, masks in zip(own, packed, strict=True)
+        ]
     return [
         Decoded(logits[part], pred_iou[part], None if on_cpu is None else on_cpu[part])
         for part in own
     ]
+
+
+def _of_images(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, slice]]:
+    """Yield the images that prompts ``start`` to ``stop`` are of, and their rows among these."""
+    begin = 0
+    for k, end in enumerate(ends):
+        first, last = max(begin, start), min(end, stop)
+        if first < last:
+            yield k, slice(first - start, last - start)
+        begin = end
 
 
 def _parts(

@@ -362,6 +362,7 @@ class Refiner:
         decoded = self._decode(
             [embeddings[i] for i in prompted],
             [prompts_of(answers[i], self.config, self.sam) for i in prompted],
+            [self.sam.mask_hw(answers[i].image_hw) for i in prompted],
         )
         found = dict(zip(prompted, decoded, strict=True))
         for index, bare in enumerate(answers):
@@ -389,9 +390,21 @@ class Refiner:
     def _batch_size(self) -> int:
         return self.config.max_prompts_per_batch or prompts_at_once(self.sam.device)
 
-    def _decode(self, embeddings: Sequence[Any], prompts: Sequence[Prompts]) -> list[Decoded]:
-        size, chunks = self._batch_size(), self._prompts_at_once
-        return decode_prompts(self.sam, embeddings, prompts, self.precision, size, chunks)
+    def _decode(
+        self,
+        embeddings: Sequence[Any],
+        prompts: Sequence[Prompts],
+        mask_hws: Sequence[tuple[int, int]],
+    ) -> list[Decoded]:
+        return decode_prompts(
+            self.sam,
+            embeddings,
+            prompts,
+            self.precision,
+            self._batch_size(),
+            self._prompts_at_once,
+            mask_hws if self.config.soft_floor else None,
+        )
 
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:

@@ -9,7 +9,7 @@ import torch
 from lightning_samrefine.answers import Answers
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.decoding import Decoded
-from lightning_samrefine.image_masks import ImageMasks, pack_masks
+from lightning_samrefine.image_masks import ImageMasks
 from lightning_samrefine.models.protocol import Promptable, Prompts
 from lightning_samrefine.prompts import build_prompts
 
@@ -39,8 +39,13 @@ def with_masks(
     """
     rows, columns = sam.mask_hw(answers.image_hw)
     if config.soft_floor:
-        maps = torch.stack([logits[:rows, :columns] for logits in decoded.low_res_logits])
-        masks = ImageMasks(pack_masks(maps), decoded.pred_iou, (rows, columns))
+        masks = ImageMasks(decoded.packed, decoded.pred_iou, (rows, columns))
         return replace(answers, pred_iou=decoded.pred_iou, region_masks=masks)
     inside = torch.stack([logits[:rows, :columns] > 0 for logits in decoded.low_res_logits])
-    return replace(answers, masks=inside, **vars(decoded))
+    return replace(
+        answers,
+        low_res_logits=decoded.low_res_logits,
+        pred_iou=decoded.pred_iou,
+        extents=decoded.extents,
+        masks=inside,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -186,3 +187,23 @@ def test_only_a_gpu_without_a_bound_decodes_jointly(sam, device, has_method, bou
     stub = SimpleNamespace(**{**members, "device": torch.device(device)})
     config = RefineConfig(max_prompts_per_batch=bound)
     assert decodes_jointly(stub, config) is expected
+
+
+def test_logits_of_a_chunk_are_let_go_before_the_next(sam, monkeypatch):
+    """All regions' logits together took gigabytes; their packed masks take a twentieth."""
+    alive, most = [], []
+    decode = sam.decode
+
+    def watched(embedding, prompts):
+        most.append(sum(ref() is not None for ref in alive))
+        logits, ious = decode(embedding, prompts)
+        alive.append(weakref.ref(logits))
+        return logits, ious
+
+    monkeypatch.setattr(sam, "decode", watched)
+    config = RefineConfig.preset("fast", min_region_area=1, max_prompts_per_batch=2)
+    images, probs, _ = scenes()
+    out = Refiner(sam, config, "32")(images[0], probs[0])
+    assert len(out.regions) > 6
+    assert len(most) > 3
+    assert max(most) <= 1
