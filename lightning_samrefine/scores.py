@@ -121,24 +121,28 @@ def to_probs(
             f"scores: got shape {tuple(scores.shape)}, accepted for num_classes={num_classes} is "
             f"{accepted}"
         )
-    is_probs = _are_probs(maps) if kind == "auto" else torch.tensor(kind == "probs")
-    if kind == "auto" and not bool(is_probs.all()):
-        _warn_of_sums(maps)
+    are_all = are_some = kind == "probs"
+    if kind == "auto":
+        is_probs = _are_probs(maps)
+        # In one download: each would make the CPU wait for a GPU.
+        are_all, are_some = torch.stack([is_probs.all(), is_probs.any()]).tolist()
+        if not are_all:
+            _warn_of_sums(maps)
     if kind == "probs":
         _check_probs(maps)
     if kind == "auto" and is_binary and bool(maps.any()):
         _refuse_overlap(maps)
     maps = _enlarge(maps.float(), image_hw, "bilinear")
     if maps.shape[1] == 1:
-        foreground = maps.clamp(0, 1) if bool(is_probs.all()) else maps.sigmoid()
+        foreground = maps.clamp(0, 1) if are_all else maps.sigmoid()
         # By the scores themselves: 1 - p may round where p > 0.5 does not.
         labels = (foreground[:, 0] > 0.5).long()
         return torch.cat([1 - foreground, foreground], dim=1), labels
     labels = maps.argmax(dim=1)
-    if bool(is_probs.all()):
+    if are_all:
         return maps.clamp(0, 1), labels
     probs = maps.softmax(dim=1)
-    if bool(is_probs.any()):
+    if are_some:
         probs = torch.where(is_probs.view(-1, 1, 1, 1), maps.clamp(0, 1), probs)
     return probs, labels
 

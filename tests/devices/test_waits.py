@@ -13,6 +13,7 @@ from test_refiner import blobs
 from tiny_random_sam import build_random_sam
 
 from lightning_samrefine import RefineConfig, Refiner
+from lightning_samrefine.adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.comparison import RefinementComparison
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.safety import SafeRefiner
@@ -42,6 +43,13 @@ ALLOWED = {
 }
 METRICS = {CHANGED: 1, BY_REGION: 1, SCORED: 1}
 MOST = 6
+# A batch, whatever its size: are the images within the range, and what kind are the scores?
+READING = {
+    ("download", "images.py _bounds"): 1,
+    ("download", "scores.py to_probs"): 1,
+    ("item", "scores.py _is_binary"): 1,
+    ("download", "scores.py _warn_of_sums"): 1,
+}
 
 CONFIGS = {
     "algorithm4": RefineConfig(),
@@ -139,6 +147,21 @@ def test_metrics_wait_where_the_table_says():
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_reading_a_batch_waits_where_the_table_says(name):
+    with SimulatedDevice(name) as device:
+        adapter = BatchAdapter(4)
+        for first in (0, 4):  # the first batch settles what is where
+            images, probs = zip(*(blobs(size=HW, seed=first + i) for i in range(4)), strict=True)
+            batch = {"image": torch.stack(images) / 255, "mask": torch.stack(probs).argmax(1)}
+            batch = {key: device.to_device(value) for key, value in batch.items()}
+            logits = device.to_device(torch.stack(probs).log())
+            device.waits.clear()
+            inputs = adapter(batch, {"logits": logits})
+        assert inputs.probs.device == inputs.targets.device == device.device
+    assert dict(device.waits) == READING
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
 @pytest.mark.parametrize("preset", CONFIGS)
 def test_no_tensor_of_the_cpu_meets_one_of_the_device(name, preset):
     """And the device computes what the CPU does."""
@@ -167,8 +190,6 @@ def test_points_alone_and_one_pixel(name, points):
 
 
 def test_a_batch_is_checked_in_one_wait():
-    from lightning_samrefine.adapter import RefineInputs
-
     with SimulatedDevice("cuda") as device:
         refiner = Refiner(simulated_sam(device), CONFIGS["fast"], "32")
         scenes = [on(device, *blobs(size=HW, seed=seed)) for seed in range(3)]
