@@ -136,6 +136,13 @@ def without_sam(image: Tensor, probs: Tensor) -> Tensor:
     return smooth(weighted, image, config.smoothing).argmax(dim=0)
 
 
+def mode_filter(image: Tensor, probs: Tensor, side: int = 5) -> Tensor:
+    """Give each pixel the most frequent raw label around it: what removing speckle alone does."""
+    labels = F.one_hot(probs.argmax(dim=0), len(probs)).permute(2, 0, 1).float()
+    around = F.avg_pool2d(labels[None], side, 1, side // 2, count_include_pad=False)[0]
+    return around.argmax(dim=0)
+
+
 def guided_filter(image: Tensor, probs: Tensor, radius: int = 4, eps: float = 1e-3) -> Tensor:
     """Filter each class's probability with the grey image as guide (He et al., ECCV 2010)."""
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)

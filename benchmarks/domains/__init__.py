@@ -1,0 +1,1 @@
+"""Every preset on many data sets, each with a trained network."""
