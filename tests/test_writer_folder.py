@@ -153,6 +153,8 @@ class TestNames:
             runs[1].is_done("x", found[1])
         with pytest.raises(ValueError, match="stem: got 'x' for two different images"):
             runs[0].is_done("z", found[2])
+        for run in runs:
+            run.close()
 
     def test_names_of_a_folder_are_taken_as_they_are(self, tmp_path):
         dataset = Predicted(3)
