@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.class_maps import normalise_
-from lightning_samrefine.recycling import MAPS
 
 _BINS = 24  # along each of the three axes of colour
 _PRIOR_PIXELS = 5  # of the classes' shares in the image, added to every bin
@@ -42,7 +41,7 @@ def weigh_by_colours(probs: Tensor, image: Tensor, weight: float, stride: int) -
     counted = probs[:, ::stride, ::stride].flatten(1)
     ratios = _ratios(counted, bins[::stride, ::stride].flatten())
     factors = ratios.clamp_(min=_MIN_RATIO).pow_(weight)
-    weighted = MAPS.empty_like(probs)
+    weighted = torch.empty_like(probs, memory_format=torch.contiguous_format)
     torch.index_select(factors, 1, bins.flatten(), out=weighted.flatten(1))
     weighted *= probs
     return normalise_(weighted)

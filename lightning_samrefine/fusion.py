@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_samrefine.recycling import MAPS
 from lightning_samrefine.upscaling import Window
 
 
@@ -22,7 +21,7 @@ class MapRefinement:
 
     def __init__(self, probs: Tensor, labels: Tensor) -> None:
         self._raw = probs
-        self._refined = MAPS.zeros_like(probs)
+        self._refined = torch.zeros_like(probs, memory_format=torch.contiguous_format)
         self._best = torch.zeros_like(probs[0])
         self._labels = labels.clone()
         self._last_class = 0

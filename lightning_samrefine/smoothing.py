@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.class_maps import class_parts
-from lightning_samrefine.recycling import MAPS
 
 _RADII = (1, 3)  # of the neighbours above, below, left and right, in pixels
 _COLOUR_SIGMA = 10.0  # of 0 to 255, as a standard deviation over the three channels together
@@ -43,7 +42,7 @@ def smooth(probs: Tensor, image: Tensor, weight: float) -> Tensor:
     weights = weight / total
 
     probs.clamp_(min=_MIN_PROB)
-    smoothed = MAPS.empty_like(probs)
+    smoothed = torch.empty_like(probs, memory_format=torch.contiguous_format)
     for part in class_parts(probs):
         some = probs[part]
         message = torch.zeros_like(some)

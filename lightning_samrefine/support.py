@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lightning_samrefine.class_maps import class_parts, normalise_
 from lightning_samrefine.image_masks import ImageMasks
-from lightning_samrefine.recycling import MAPS
 
 # A mask of one class counts for more than a mixed one: weight = pred_iou · purity³.
 _PURITY_POWER = 3
@@ -148,7 +147,7 @@ def weigh(
     for other, floor in zip(others, floors[1:], strict=True):
         factors *= other.classes + floor
         inside = torch.maximum(inside, other.inside)
-    weighted = MAPS.empty_like(probs)
+    weighted = torch.empty_like(probs, memory_format=torch.contiguous_format)
     for part in class_parts(probs):
         torch.mul(_resized(factors[part], probs.shape[1:]), probs[part], out=weighted[part])
     return normalise_(weighted), _resized(inside[None], probs.shape[1:])[0] > 0.5
