@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from tiny_random_sam import build_random_sam
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_samrefine.models.point_encoding import dense_encoding, prompt_tokens
+from lightning_samrefine.models.point_encoding import (
+    dense_encoding,
+    exact_coordinates,
+    prompt_tokens,
+)
+from lightning_samrefine.models.protocol import Prompts
+from lightning_samrefine.models.sam import SamPromptable
 
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "matmul"}
 
@@ -56,3 +64,65 @@ def test_the_dense_encoding_equals_segment_anythings(encoder):
 def test_no_products_notices_segment_anythings_own(encoder):
     with pytest.raises(AssertionError), NoProducts():
         encoder.get_dense_pe()
+
+
+class NoProductsOverTwo(TorchDispatchMode):
+    """Refuses the matrix products that TF32 and autocast round, where they sum two elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS:
+            left = args[1] if name in ("addmm", "baddbmm") else args[0]
+            assert left.shape[-1] != 2, f"{func} of coordinates"
+            self.products += 1
+        return func(*args, **(kwargs or {}))
+
+
+def prompts_of(size: int, mask_size: int, with_masks: bool) -> Prompts:
+    generator = torch.Generator().manual_seed(0)
+    low, high = (torch.rand(3, 2, 2, generator=generator) * size).sort(dim=1).values.unbind(1)
+    masks = torch.rand(2, mask_size, mask_size, generator=generator) if with_masks else None
+    index = torch.tensor([0, 1, 0]) if with_masks else None
+    return Prompts(torch.cat([low, high], dim=1), (low + high) / 2, masks, index)
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+@pytest.mark.parametrize("by_module", [False, True])
+def test_no_decoder_of_sam_multiplies_coordinates_by_a_matrix(with_masks, by_module, monkeypatch):
+    sam = SamPromptable(build_random_sam(), "tiny")
+    if by_module:
+        monkeypatch.setattr(sam, "_can_be_fast", lambda _: False)
+    side = sam.module.prompt_encoder.image_embedding_size
+    embedding = torch.randn(1, sam.module.prompt_encoder.embed_dim, *side)
+    prompts = prompts_of(sam.image_size, sam.mask_size, with_masks)
+    with NoProductsOverTwo() as seen:
+        sam.decode(embedding, prompts)
+        sam.decode_images([embedding, embedding + 1], [prompts, prompts])
+        sam.decode_multimask(embedding, prompts)
+    assert seen.products > 0
+
+
+@pytest.mark.parametrize("family", ["sam", "sam_hq", "sam2", "edgetam", "sam3_tracker"])
+def test_no_model_of_transformers_multiplies_coordinates_by_a_matrix(family):
+    pytest.importorskip("transformers")
+    from tiny_hf import build_tiny_hf, random_image
+
+    sam = build_tiny_hf(family)
+    (embedding,) = sam.embed([random_image(48, 64)])
+    with NoProductsOverTwo() as seen:
+        sam.decode(embedding, prompts_of(sam.image_size, sam.mask_size, with_masks=True))
+    assert seen.products > 0
+
+
+def test_a_surrounding_autocast_is_switched_off():
+    coordinates, frequencies = torch.rand(4, 7, 2), torch.randn(2, 16)
+    with torch.autocast("cpu", torch.bfloat16), exact_coordinates(torch.device("cpu")):
+        product = coordinates @ frequencies
+        wide = torch.rand(3, 5) @ torch.rand(5, 2)
+    assert product.dtype == wide.dtype == torch.float32
+    expected = coordinates.double().numpy() @ frequencies.double().numpy()
+    np.testing.assert_allclose(product.numpy(), expected, atol=1e-6)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.models.frames import PaddedFrame, SquashedFrame, resize_and_pad
+from lightning_samrefine.models.point_encoding import exact_coordinates
 from lightning_samrefine.models.protocol import Prompts
-from lightning_samrefine.precision import autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,7 +141,7 @@ class HfPromptable:
         module, count = self.module, len(prompts)
         boxes, points, masks = prompts.boxes, prompts.points, prompts.masks
         # A reduced type would move points by pixels, see SamPromptable.
-        with autocast(None, self.device):
+        with exact_coordinates(self.device):
             sparse, dense = module.prompt_encoder(
                 input_points=None if points is None else points[:, None, None],
                 input_labels=None if points is None else points.new_ones(count, 1, 1).long(),

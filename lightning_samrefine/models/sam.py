@@ -13,8 +13,8 @@ from lightning_samrefine.geometry import get_preprocess_shape
 from lightning_samrefine.models.fast_decoder import FastMaskDecoder, supports
 from lightning_samrefine.models.fast_encoder import FastImageEncoder
 from lightning_samrefine.models.multimask_decoder import FastMultimaskDecoder
+from lightning_samrefine.models.point_encoding import exact_coordinates
 from lightning_samrefine.models.protocol import Prompts
-from lightning_samrefine.precision import autocast
 
 # One image at a time keeps ViT's attention matrices from piling up; a GPU is busy with one.
 _IMAGES_PER_BATCH = 1
@@ -141,7 +141,7 @@ class SamPromptable:
             masks = prompts.masks[prompts.mask_index][:, None]
         # A reduced type would move points by pixels: the encoder multiplies coordinates by a
         # random matrix before sin and cos.
-        with autocast(None, embedding.device):
+        with exact_coordinates(embedding.device):
             sparse, dense = encoder(points=points, boxes=prompts.boxes, masks=masks)
             image_pe = encoder.get_dense_pe()
         low_res_logits, pred_iou = self.module.mask_decoder(
