@@ -1,4 +1,4 @@
-"""Asking a model about prompts, in chunks that fit it (ALGORITHM.md step 7)."""
+"""Asking a model about prompts, in chunks that fit it (docs/algorithm4.md, step 7)."""
 
 from __future__ import annotations
 

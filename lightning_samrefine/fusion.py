@@ -1,4 +1,4 @@
-"""MapRefinement and MapFailedRegions: from accepted masks to one map (ALGORITHM.md 9 to 11)."""
+"""MapRefinement: from accepted masks to one map (docs/algorithm4.md, steps 9 to 11)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes and frames that prompts and masks pass through (ALGORITHM.md steps 1, 5, 6)."""
+"""Sizes and frames that prompts and masks pass through (docs/algorithm4.md, steps 1, 5, 6)."""
 
 from __future__ import annotations
 

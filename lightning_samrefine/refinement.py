@@ -35,7 +35,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Regions:
-    """All N prompted regions of one image, in the order of ALGORITHM.md step 3.
+    """All N prompted regions of one image, in the order of docs/algorithm4.md, step 3.
 
     Everything but the masks is on the CPU.
 
@@ -83,20 +83,20 @@ class Regions:
 
 @dataclass(frozen=True)
 class Refinement:
-    """The refined prediction of one image (ALGORITHM.md step 12).
+    """The refined prediction of one image (docs/algorithm4.md, step 12).
 
     Tensors are on the device of the raw prediction. N counts the accepted regions.
 
-    With a ``soft_floor`` (presets ``default`` and ``fast``) the probabilities of every pixel sum to
-    1 and ``labels`` may change anywhere: under no mask by colours and smoothing.
+    With a ``soft_floor`` (presets ``default`` and ``fast``) the probabilities of every pixel that a
+    mask reaches sum to 1; all others are the raw ones.
 
     Attributes:
         labels: (H, W) int64, S'.
         probs: (C, H, W) float32, L' to the letter: 0 for every class where a pixel is neither
             covered nor in a rejected region. Equal to the raw probabilities if nothing was
             accepted at all. ``labels`` need not be their argmax.
-        covered: (H, W) bool, Σ_c L'_c > 0 as step 10 leaves it: some accepted mask lies on the
-            pixel, and its class is not improbable to the last digit.
+        covered: (H, W) bool, Σ_c L'_c > 0 as step 10 leaves it: an accepted mask lies on the
+            pixel, and the raw probability of its class there is above 0.
             With a ``soft_floor``: some mask, image-driven or of an accepted region, lies on it.
         pred_iou: (N,) float32, Q.
         boxes: (N, 4) float32 XYXY in image pixels, B'; see `Region`.

@@ -93,7 +93,7 @@ def begin_split(
     max_regions: int | None = None,
     image: Tensor | None = None,
 ) -> PendingSplit:
-    """Begin to find the regions of a raw prediction (ALGORITHM.md steps 1 to 3).
+    """Begin to find the regions of a raw prediction (docs/algorithm4.md, steps 1 to 3).
 
     Of CUDA tensors the grid's labels and their probabilities set out for the CPU, and nothing is
     waited for: splits of several images can be begun before the first is finished.

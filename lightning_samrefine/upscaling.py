@@ -1,4 +1,4 @@
-"""PostprocessMasks inside a mask's own extent (ALGORITHM.md step 9).
+"""PostprocessMasks inside a mask's own extent (docs/algorithm4.md, step 9).
 
 Bilinear interpolation is a convex combination, so a full-resolution logit can only be positive
 where one of the low-resolution logits that it is made of is. Everything outside the box of

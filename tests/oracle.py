@@ -1,7 +1,7 @@
 """Algorithm 4 transcribed step by step, one region at a time, for comparison with the refiner.
 
-Each comment of the form "Step n" opens a step of ALGORITHM.md. Nothing here is shared with the
-package: regions come from `scipy.ndimage`, everything that SAM does from segment-anything's own
+Each comment of the form "Step n" opens a step of docs/algorithm4.md. Nothing here is shared with
+the package: regions come from `scipy.ndimage`, everything that SAM does from segment-anything's own
 modules. Slow on purpose.
 """
 

@@ -1,6 +1,7 @@
-"""How images, prompts and masks pass to a model's frames and back (ALGORITHM.md steps 0, 5, 6, 9).
+"""How images, prompts and masks pass to a model's frames and back.
 
-ALGORITHM.md is written for SAM; each step names a size that a model may choose differently:
+The steps of docs/algorithm4.md are written for SAM; some name a size that a model may choose
+differently:
 
 | step | `PaddedFrame`: SAM, SAM-HQ, MobileSAM | `SquashedFrame`: SAM 2, EdgeTAM, SAM 3 |
 |---|---|---|

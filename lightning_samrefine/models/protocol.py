@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Prompts:
-    """N prompts for one image, in the model's own frames (ALGORITHM.md steps 5 and 6).
+    """N prompts for one image, in the model's own frames (docs/algorithm4.md, steps 5 and 6).
 
     Of ``boxes`` and ``points`` at least one is given.
 
