@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ class ScoresCapture:
 
     Hooks are on the module itself, for steps that call ``self(x)``, and on its children, for
     those that call ``self.model(x)``; what the module itself returned wins. A child that was
-    given another's scores (such as an upsampling after a head) replaces them. Scores from several
+    given another's scores and no target (such as an upsampling after a head) replaces them, unless
+    it changes their channels or makes them smaller, as a critic does. Scores from several
     calls that do not follow from one another (windows, flips, auxiliary heads) are refused: which
     of them the step means cannot be known.
 
@@ -43,7 +44,7 @@ class ScoresCapture:
             if _is_loss(name, child):
                 continue
             try:
-                self._handles.append(child.register_forward_hook(self._on_child))
+                self._handles.append(child.register_forward_hook(self._on_child, with_kwargs=True))
             except Exception:  # whatever a kind of module of its own raises
                 self._without_hooks.append(f"{name!r} ({type(child).__name__})")
 
@@ -110,11 +111,13 @@ class ScoresCapture:
         elif isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
             self._misfit = output.detach()
 
-    def _on_child(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _on_child(
+        self, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> None:
         if not self._armed or (scores := self._scores_in(output)) is None:
             return
-        given = {value.data_ptr() for value in inputs if isinstance(value, Tensor)}
-        self._children = [one for one in self._children if one.data_ptr() not in given]
+        given = [value for value in (*inputs, *kwargs.values()) if isinstance(value, Tensor)]
+        self._children = [one for one in self._children if not _follows(scores, one, given)]
         self._children.append(scores)
 
     def _scores_in(self, output: Any) -> Tensor | None:
@@ -137,3 +140,21 @@ def _is_loss(name: str, child: nn.Module) -> bool:
     """Whether a child is a loss: by its base class, or by what its class or it itself is called."""
     called = f"{name} {type(child).__name__}".lower()
     return isinstance(child, _Loss) or "loss" in called or "criterion" in called
+
+
+def _follows(scores: Tensor, earlier: Tensor, given: Sequence[Tensor]) -> bool:
+    """Whether a child that was given earlier scores has made better ones of them.
+
+    A loss is given a target as well, and a critic returns one channel of fewer pixels.
+    """
+    others = [value for value in given if value.data_ptr() != earlier.data_ptr()]
+    return (
+        len(others) < len(given)
+        and scores.shape[1] == earlier.shape[1]
+        and scores.shape[-2] >= earlier.shape[-2]
+        and scores.shape[-1] >= earlier.shape[-1]
+        and not any(
+            value.ndim == 3 or value.shape == earlier.shape or not value.is_floating_point()
+            for value in others
+        )
+    )

@@ -46,7 +46,7 @@ _CERTAIN_NAMES = ("logits", "scores")
 # A tensor under such a name is something else, however much its shape is that of scores.
 _OTHER = re.compile(
     r"loss|uncert|entrop|varian|std|weight|dist|sdf|edge|bound|contour|depth|flow|feat|embed|"
-    r"atten|attn|heat|error|valid|ignore|recon|normal"
+    r"atten|attn|heat|error|valid|ignore|recon|normal|aux|teacher"
 )
 _IMAGE_OR_TARGET = re.compile(r"image|img|pixel|rgb|mask|target|label|truth|annot|^gt|_gt")
 _SCORES = re.compile(r"logit|prob|score|pred")
@@ -55,6 +55,8 @@ _SCORES = re.compile(r"logit|prob|score|pred")
 # rounding, and where one of them was enlarged in another way.
 _DIFFERING = 0.01
 _DIFFERING_IN_SIZE = 0.05
+# Difference of two classes' probabilities that rounding to bfloat16 may turn around.
+_TIE = 0.05
 
 QUERIES = (
     "class scores and masks of queries (as Mask2Former and MaskFormer return them), which are no "
@@ -110,11 +112,12 @@ class ScoresSearch:
         target = target if target is not None and is_target(target.value) else None
         given = [one.value for one in (image, target) if one is not None]
         queries = query_masks(outputs, self.num_classes)
+        singles = _single_samples(outputs)
 
         def possible(found: Found) -> bool:
             return (
                 _fits_scores(found.value, self.num_classes)
-                and not any(found.value is mask for mask in queries)
+                and not any(found.value is mask for mask in (*queries, *singles))
                 and (image is None or not is_copy(found.value, image.value))
                 and not any(shares_memory(found.value, one) for one in given)
                 and _belongs_to(found.value, image)
@@ -130,8 +133,13 @@ class ScoresSearch:
                 if not is_copy(one.value, target.value) or self._agree(one, hooked[0], image)
             ]
         unnamed = [] if by_name else self._unnamed(outputs, target, possible)
+        telling = [] if by_name else self._telling(outputs, target, possible)
         if by_name:
             chosen = self._most_informative(by_name, image)
+        elif telling:
+            chosen = self._most_informative(telling, image)
+            if hooked:
+                chosen = self._checked_by_hook(chosen, hooked[0], image)
         elif hooked:
             bare = [one for one in unnamed if not one.path]
             chosen = self._bare_or_hooked(bare[0], hooked[0], image) if bare else hooked[0]
@@ -146,7 +154,7 @@ class ScoresSearch:
                     one
                     for one in of("outputs", [*named(outputs, SCORES_NAMES), *bare])
                     if has_pixels(one.value)
-                    and not any(one.value is mask for mask in queries)
+                    and not any(one.value is mask for mask in (*queries, *singles))
                     and not any(is_copy(one.value, value) for value in given)
                 ]
                 misfit = [*misfits, *([hook] if hook is not None else [])]
@@ -163,9 +171,27 @@ class ScoresSearch:
         """
         if self._kind(bare.value) == "label map":
             return hooked if self._share_differing(bare, hooked, image) == 0 else bare
-        if not self._agree(bare, hooked, image):
-            ambiguous("scores", [bare, hooked])
-        return bare
+        return self._checked_by_hook(bare, hooked, image)
+
+    def _checked_by_hook(self, returned: Found, hooked: Found, image: Found | None) -> Found:
+        """Refuse what contradicts the network; a label map made of its scores gives way to them."""
+        if not self._agree(returned, hooked, image):
+            ambiguous("scores", [returned, hooked])
+        return hooked if self._kind(returned.value) == "label map" else returned
+
+    def _telling(
+        self, outputs: Any, target: Found | None, possible: Callable[[Found], bool]
+    ) -> list[Found]:
+        """Return tensors whose names speak of scores, as ``seg_logits`` and ``pred_mask`` do."""
+        return [
+            one
+            for one in of("outputs", leaves(outputs))
+            if one.path
+            and _SCORES.search(str(one.path[-1]).lower())
+            and not _is_something_else(one.path)
+            and possible(one)
+            and (target is None or not self._is_target_copy(one.value, target.value))
+        ]
 
     def _unnamed(
         self, outputs: Any, target: Found | None, possible: Callable[[Found], bool]
@@ -200,28 +226,44 @@ class ScoresSearch:
         return kind_of(items(value)[0], self.kind)
 
     def _agree(self, first: Found, second: Found, image: Found | None) -> bool:
-        """Whether two candidates name the same classes, but for rounding and resizing."""
+        """Whether two candidates name the same classes, but for rounding and resizing.
+
+        Of one size they differ in ties alone: a share of all pixels says nothing of small classes.
+        """
         same = all(
             one.shape[-2:] == other.shape[-2:]
             for one, other in zip(items(first.value), items(second.value), strict=False)
         )
-        allowed = _DIFFERING if same else _DIFFERING_IN_SIZE
-        return self._share_differing(first, second, image) <= allowed
+        if not same:
+            return self._share_differing(first, second, image) <= _DIFFERING_IN_SIZE
+        ties = self._share_differing(first, second, image)
+        return ties <= _DIFFERING and self._share_differing(first, second, image, _TIE) == 0
 
-    def _share_differing(self, first: Found, second: Found, image: Found | None) -> float:
+    def _share_differing(
+        self, first: Found, second: Found, image: Found | None, tie: float = -1.0
+    ) -> float:
+        """Return the share of pixels whose labels differ, ties of probabilities left out."""
         sizes = [tuple(item.shape[-2:]) for item in items(image.value)] if image else []
-        maps = [self._labels(one.value, sizes) for one in (first, second)]
+        maps = [self._read(one.value, sizes) for one in (first, second)]
+        hard = [self._kind(one.value) == "label map" for one in (first, second)]
         pixels = differing = 0
-        for one, other in zip(*maps, strict=True):
-            pixels += one.numel()
-            differing += int((one != other.to(one.device)).sum())
+        for (probs, labels), (other_probs, other) in zip(*maps, strict=True):
+            other, other_probs = other.to(labels.device), other_probs.to(labels.device)
+            clear = labels != other
+            for is_hard, one in zip(hard, (probs, other_probs), strict=True):
+                if not is_hard:
+                    clear &= ~_is_tie(one, labels, other, tie)
+            pixels += labels.numel()
+            differing += int(clear.sum())
         return differing / max(pixels, 1)
 
-    def _labels(self, value: Samples, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    def _read(self, value: Samples, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """Return (C, H, W) probabilities and (H, W) labels of each sample."""
         maps = []
         for index, item in enumerate(value):
             size = sizes[min(index, len(sizes) - 1)] if sizes else tuple(item.shape[-2:])
-            maps.append(to_probs(item[None], self.kind, self.num_classes, size)[1][0])
+            probs, labels = to_probs(item[None], self.kind, self.num_classes, size)
+            maps.append((probs[0], labels[0]))
         return maps
 
     def _check_signs(self, scores: Found) -> None:
@@ -303,6 +345,27 @@ def _belongs_to(scores: Samples, image: Found | None) -> bool:
         has_whole_stride(tuple(one.shape[-2:]), tuple(other.shape[-2:]))
         for one, other in zip(scores, image.value, strict=True)
     )
+
+
+def _single_samples(outputs: Any) -> list[Tensor]:
+    """Return (C, H, W) tensors of a list with an entry for each sample, which are no batches."""
+    found = [
+        leaf
+        for leaf in leaves(outputs)
+        if isinstance(leaf.value, Tensor)
+        and leaf.value.ndim == 3
+        and len(leaf.path) > 1
+        and isinstance(leaf.path[0], int)
+    ]
+    tails = [leaf.path[1:] for leaf in found]
+    return [leaf.value for leaf in found if tails.count(leaf.path[1:]) > 1]
+
+
+def _is_tie(probs: Tensor, labels: Tensor, other: Tensor, tie: float) -> Tensor:
+    """Whether two labels of each pixel, both (H, W), are about as likely, (H, W) bool."""
+    both = torch.stack([labels, other]).clamp(0, len(probs) - 1)
+    first, second = probs.gather(0, both)
+    return (first - second).abs() <= tie
 
 
 def _is_something_else(path: tuple[str | int, ...]) -> bool:

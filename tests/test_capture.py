@@ -146,3 +146,49 @@ def test_children_that_take_no_hooks_are_named():
         "nothing; 'net' (RecursiveScriptModule) takes no forward hooks",
     )
     capture.remove()
+
+
+class Focal(nn.Module):
+    """A loss map under a name that does not tell."""
+
+    def forward(self, scores, target):
+        map_ = nn.functional.binary_cross_entropy_with_logits(scores, target, reduction="none")
+        return map_.reshape(scores.shape)
+
+
+class Binary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 1, 1)
+        self.focal = Focal()
+        self.critic = nn.Conv2d(1, 1, 2, 2)
+        self.smooth = nn.AvgPool2d(3, 1, 1)
+
+
+@pytest.fixture
+def binary() -> Binary:
+    torch.manual_seed(0)
+    return Binary()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda module, scores: module.focal(scores, torch.ones(2, 1, 6, 8)),
+        lambda module, scores: module.focal(scores, target=torch.ones(2, 1, 6, 8)),
+        lambda module, scores: module.critic(scores),
+    ],
+    ids=["loss", "loss by keyword", "critic"],
+)
+def test_what_is_made_of_scores_need_not_be_scores(binary, use):
+    capture = ScoresCapture(binary, 2)
+    capture.arm()
+    use(binary, binary.body(X))
+    assert capture.take() == (None, "scores from 2 calls of the module's children, ambiguous")
+
+
+def test_a_child_that_works_on_scores_alone_replaces_them(binary):
+    capture = ScoresCapture(binary, 2)
+    capture.arm()
+    expected = binary.smooth(binary.body(X))
+    assert torch.equal(capture.take()[0], expected)

@@ -689,3 +689,74 @@ def test_stored_hard_probabilities_can_change(random_sam, tmp_path):
     (logged,) = trainer.validate(StoredPredictions(), datamodule=data, verbose=False)
     assert logged["val/miou_raw"] == pytest.approx(raw_miou(Segmenter(), dataset), abs=1e-6)
     assert logged["val/refine_fixed_px"] + logged["val/refine_broken_px"] > 0
+
+
+class TestRareForeground:
+    """Few pixels of all are many of a small class: two rules may not pass for one."""
+
+    @staticmethod
+    def scores() -> tuple[Tensor, Tensor]:
+        """Return logits of one channel with 4 pixels above 0, and 4 below that a rule adds."""
+        logits = torch.full((1, 1, 32, 40), -6.0)
+        logits[..., 10, 10:14] = 2
+        logits[..., 11, 10:14] = -1
+        return logits, (logits[:, 0] > -2).long()
+
+    @pytest.mark.parametrize("soft", [True, False])
+    def test_another_threshold_is_another_prediction(self, soft):
+        logits, labels = self.scores()
+        other = {"pred": logits + 2} if soft else {"preds": labels}
+        batch = {"image": torch.zeros(1, 3, 32, 40, dtype=torch.uint8), "mask": 1 - labels}
+        with pytest.raises(ValueError, match=r"scores must be one tensor, got 2.*scores_key="):
+            BatchAdapter(2)(batch, {"logits": logits, **other})
+
+    def test_ties_and_rounding_are_none(self):
+        generator = torch.Generator().manual_seed(1)
+        logits = torch.randn(1, 3, 64, 64, generator=generator)
+        rounded = {"logits": logits, "probs": logits.bfloat16().softmax(1)}
+        labels = {"logits": logits, "preds": logits.bfloat16().argmax(1)}
+        assert not torch.equal(logits.argmax(1), labels["preds"])
+        image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+        for outputs in (rounded, labels):
+            inputs = BatchAdapter(3)({"image": image, "mask": labels["preds"]}, outputs)
+            assert torch.equal(inputs.labels, logits.argmax(1))
+
+
+class TestNamesThatTell:
+    """A name such as seg_logits or pred_mask tells of scores; the network's may not hide them."""
+
+    @pytest.mark.parametrize("name", ["prob", "logit", "seg_logits", "pred_mask", "y_prob"])
+    def test_alone_they_are_scores(self, adapter, name):
+        given = OTHER.argmax(1) if name == "pred_mask" else OTHER
+        inputs = adapter((IMAGE, TARGET), {"loss": LOSS, name: given})
+        assert torch.equal(inputs.labels, OTHER.argmax(1))
+
+    @pytest.mark.parametrize("name", ["prob", "logit", "seg_logits", "pred_mask", "y_prob"])
+    def test_against_the_network_they_are_ambiguous(self, adapter, name):
+        given = OTHER.argmax(1) if name == "pred_mask" else OTHER
+        outputs = {"loss": LOSS, name: given}
+        with pytest.raises(ValueError, match=rf"scores must be one tensor.*{name}.*scores_key"):
+            adapter((IMAGE, TARGET), outputs, LOGITS)
+        keyed = BatchAdapter(C, scores_key=name)((IMAGE, TARGET), outputs, LOGITS)
+        assert torch.equal(keyed.labels, OTHER.argmax(1))
+
+    def test_a_label_map_gives_way_to_the_scores_it_was_made_of(self, adapter):
+        outputs = {"loss": LOSS, "pred_mask": LOGITS.argmax(1)}
+        inputs = adapter((IMAGE, TARGET), outputs, LOGITS)
+        assert torch.equal(inputs.probs, to_probs(LOGITS, "auto", C, (H, W))[0])
+
+    @pytest.mark.parametrize("name", ["aux_logits", "teacher_pred", "pred_depth"])
+    def test_auxiliary_heads_are_no_scores(self, adapter, name):
+        inputs = adapter((IMAGE, TARGET), {"loss": LOSS, name: OTHER}, LOGITS)
+        assert torch.equal(inputs.labels, LOGITS.argmax(1))
+
+
+def test_one_sample_s_two_channels_are_no_batch_of_two():
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(2, 2, H, W, generator=generator)
+    logits[1] = logits[0] + 0.01 * logits[1]
+    outputs = [{"logits": one} for one in logits]
+    batch = (IMAGE, VALID)
+    assert torch.equal(BatchAdapter(2)(batch, outputs, logits).labels, logits.argmax(1))
+    with pytest.raises(ValueError, match="No scores found"):
+        BatchAdapter(2)(batch, outputs)
