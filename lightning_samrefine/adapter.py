@@ -14,7 +14,7 @@ from lightning_samrefine.found import Found, Roles
 from lightning_samrefine.images import RgbConverter
 from lightning_samrefine.roles import MissingTargetError, RoleSearch
 from lightning_samrefine.score_search import QUERIES, query_masks
-from lightning_samrefine.scores import SCORES_KINDS, ScoresKind, to_probs
+from lightning_samrefine.scores import SCORES_KINDS, BinaryKind, ScoresKind, to_probs
 from lightning_samrefine.targets import to_labels, whole_numbers
 
 # Rounding of a softmax in half precision.
@@ -94,6 +94,7 @@ class BatchAdapter:
         scores_key: Where the scores are; ``"forward"`` is what the forward hook saw.
         scores_kind: What the scores are, see `to_probs`.
         rgb: Undoes the image's normalisation.
+        binary: Settles what scores of one channel are.
         function: Replaces the search, see `AdapterFunction`.
         needs_target: Whether targets are wanted, and a batch without one is an error; otherwise
             none is looked for.
@@ -112,6 +113,7 @@ class BatchAdapter:
     scores_key: str | None = None
     scores_kind: ScoresKind = "auto"
     rgb: RgbConverter = field(default_factory=RgbConverter)
+    binary: BinaryKind = field(default_factory=BinaryKind)
     function: AdapterFunction | None = None
     needs_target: bool = True
     device: torch.device | None = None
@@ -204,6 +206,8 @@ class BatchAdapter:
         if image is None or scores is None or missing:
             error = MissingTargetError if missing == ["target"] else ValueError
             raise error(self._not_found(missing, batch, outputs, seen))
+        if kind == "auto" and self._num_classes == 2 and _has_one_channel(scores.value):
+            kind = self.binary(scores.value, str(scores.path[-1]) if scores.path else "")
         inputs = self._convert(
             self._move(image.value),
             None if target is None else self._move(target.value),
@@ -305,6 +309,11 @@ class BatchAdapter:
             if inputs.targets is None
             else _each(lambda target: whole_numbers(target, "adapter: targets"), inputs.targets),
         )
+
+
+def _has_one_channel(scores: Samples) -> bool:
+    """Whether scores are (B, 1, h, w) or (B, h, w), or a list of these without B."""
+    return all(one.ndim == 2 or (one.ndim == 3 and len(one) == 1) for one in scores)
 
 
 def _each(function: Callable[[Tensor], Tensor], samples: Samples) -> Samples:

@@ -29,6 +29,7 @@ from lightning_samrefine.reading_summary import summarize
 from lightning_samrefine.refiner import Refiner
 from lightning_samrefine.roles import MissingTargetError
 from lightning_samrefine.safety import SafeRefiner, isolated_rng
+from lightning_samrefine.scores import BinaryKind
 from lightning_samrefine.targets import IgnoreIndex, TargetCheck
 
 
@@ -164,7 +165,8 @@ class Attachment:
         settled = self._understood.get(dataloader_idx)
         try:
             adapter = self._adapters.setdefault(
-                dataloader_idx, replace(self.adapter, rgb=self.adapter.rgb.fresh())
+                dataloader_idx,
+                replace(self.adapter, rgb=self.adapter.rgb.fresh(), binary=BinaryKind()),
             )
             reading = adapter.read(batch, outputs, *capture.take(outputs), settled=settled)
             self._check_targets.predictions(reading.inputs.labels, dataloader_idx)

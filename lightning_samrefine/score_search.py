@@ -127,13 +127,12 @@ class ScoresSearch:
         by_name = [one for one in of("outputs", named(outputs, SCORES_NAMES)) if possible(one)]
         if target is not None and hooked:
             # A perfect prediction equals the target as well, but so does the network's.
-            by_name = [
-                one
-                for one in by_name
-                if not is_copy(one.value, target.value) or self._agree(one, hooked[0], image)
-            ]
+            for one in by_name:
+                if is_copy(one.value, target.value) and not self._agree(one, hooked[0], image):
+                    ambiguous("scores", [one, hooked[0]])
         unnamed = [] if by_name else self._unnamed(outputs, target, possible)
-        telling = [] if by_name else self._telling(outputs, target, possible)
+        # A hook tells a perfect prediction from a copy of the target.
+        telling = [] if by_name else self._telling(outputs, None if hooked else target, possible)
         if by_name:
             chosen = self._most_informative(by_name, image)
         elif telling:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
+
+from lightning_samrefine.inputs import WrongValuesError
 
 SCORES_KINDS = ("auto", "logits", "probs", "labels")
 ScoresKind: TypeAlias = Literal["auto", "logits", "probs", "labels"]
@@ -73,6 +76,58 @@ def kind_of(scores: Tensor, kind: ScoresKind) -> str:
     if bool(is_probs.all()):
         return "probabilities" + of_class
     return "logits" + of_class if not bool(is_probs.any()) else "logits and probabilities by image"
+
+
+class BinaryKind:
+    """What scores of one channel are, settled by the first batch and kept for those after it.
+
+    A batch of logits may lie in [0, 1] by accident, and would be cut at 0.5 instead of at 0.
+
+    Attributes:
+        settled: ``"logits"`` or ``"probs"``, None until a batch has shown it.
+    """
+
+    def __init__(self) -> None:
+        self.settled: str | None = None
+
+    def __call__(self, scores: Sequence[Tensor] | Tensor, name: str = "") -> ScoresKind:
+        """Return the kind that `to_probs` is to take them for, ``"auto"`` where it can tell.
+
+        Args:
+            scores: (B, 1, h, w), (B, h, w), or a list of B without the first dimension.
+            name: What they were found under.
+
+        Raises:
+            WrongValuesError: Values outside [0, 1] after those of earlier batches were read as
+                probabilities.
+            ValueError: A first batch in [0, 1] that is named logits.
+        """
+        parts = [one for one in scores if one.is_floating_point() and one.numel() > 0]
+        if not parts or (self.settled is None and all(map(_is_binary, parts))):
+            return "auto"
+        if self.settled == "logits":
+            return "logits"
+        tolerance = _SUM_TOLERANCE.get(parts[0].dtype, _DEFAULT_SUM_TOLERANCE)
+        # A broken image decides nothing for the others.
+        finite = [one[one.isfinite()].float() for one in parts]
+        bounds = [torch.stack(torch.aminmax(one)) for one in finite if one.numel() > 0]
+        if not bounds:
+            return "auto"
+        low, high = torch.stack(torch.stack(bounds).aminmax()).tolist()
+        inside = low >= -tolerance and high <= 1 + tolerance
+        if self.settled == "probs" and not inside:
+            raise WrongValuesError(
+                f"scores must be in [0, 1], as which those before were read, got {low:.4g} to "
+                f"{high:.4g}. Set scores_kind='logits' if they are logits of one channel"
+            )
+        if inside and self.settled is None and "logit" in name.lower():
+            raise ValueError(
+                "scores_kind must be 'logits' or 'probs' where scores of one channel are named "
+                f"{name!r} and lie in [0, 1], got 'auto' and values from {low:.4g} to {high:.4g}: "
+                "logits are cut at 0, probabilities at 0.5"
+            )
+        self.settled = "probs" if inside else "logits"
+        return "auto" if inside else "logits"
 
 
 def to_probs(

@@ -710,6 +710,13 @@ class TestRareForeground:
         with pytest.raises(ValueError, match=r"scores must be one tensor, got 2.*scores_key="):
             BatchAdapter(2)(batch, {"logits": logits, **other})
 
+    @pytest.mark.parametrize("name", ["preds", "pred_mask"])
+    def test_so_is_one_that_happens_to_be_perfect(self, name):
+        logits, labels = self.scores()
+        batch = {"image": torch.zeros(1, 3, 32, 40, dtype=torch.uint8), "mask": labels}
+        with pytest.raises(ValueError, match=r"scores must be one tensor, got 2.*scores_key="):
+            BatchAdapter(2)(batch, {name: labels.clone()}, logits)
+
     def test_ties_and_rounding_are_none(self):
         generator = torch.Generator().manual_seed(1)
         logits = torch.randn(1, 3, 64, 64, generator=generator)
@@ -760,3 +767,51 @@ def test_one_sample_s_two_channels_are_no_batch_of_two():
     assert torch.equal(BatchAdapter(2)(batch, outputs, logits).labels, logits.argmax(1))
     with pytest.raises(ValueError, match="No scores found"):
         BatchAdapter(2)(batch, outputs)
+
+
+class TestOneChannel:
+    """Logits of one channel may lie in [0, 1] by accident, as an untrained network's do."""
+
+    LOW: ClassVar = 0.4 * torch.rand(B, 1, H, W, generator=GENERATOR) + 0.05
+    BATCH: ClassVar = (IMAGE, VALID)
+
+    @pytest.mark.parametrize("as_list", [False, True])
+    def test_logits_stay_logits(self, as_list):
+        adapter = BatchAdapter(2)
+        adapter(self.BATCH, None, LOGITS[:, :1])
+        scores = self.LOW
+        if as_list:
+            scores = [LOGITS[0, :1], self.LOW[1]]
+            inputs = BatchAdapter(2)(self.BATCH, {"preds": scores})
+            assert torch.equal(inputs.labels[1], (self.LOW[1, 0] > 0).long())
+        else:
+            assert torch.equal(adapter(self.BATCH, None, scores).labels, (scores[:, 0] > 0).long())
+
+    def test_what_was_read_as_probabilities_is_contradicted(self):
+        adapter = BatchAdapter(2)
+        adapter(self.BATCH, None, self.LOW)
+        with pytest.raises(ValueError, match=r"scores must be in \[0, 1\].*scores_kind='logits'"):
+            adapter(self.BATCH, None, LOGITS[:, :1])
+
+    @pytest.mark.parametrize("name", ["logits", "seg_logits"])
+    def test_a_name_and_values_that_contradict_each_other_are_ambiguous(self, name):
+        with pytest.raises(ValueError, match=r"scores_kind must be.*logits.*0\.\d+ to 0\.\d+"):
+            BatchAdapter(2)(self.BATCH, {name: self.LOW})
+        for kind, threshold in (("logits", 0), ("probs", 0.5)):
+            inputs = BatchAdapter(2, scores_kind=kind)(self.BATCH, {name: self.LOW})
+            assert torch.equal(inputs.labels, (self.LOW[:, 0] > threshold).long())
+
+    def test_hard_maps_settle_nothing(self):
+        adapter = BatchAdapter(2)
+        hard = (LOGITS[:, :1] > 0).float()
+        assert torch.equal(adapter(self.BATCH, {"pred": hard}).labels, hard[:, 0].long())
+        assert torch.equal(adapter(self.BATCH, {"pred": 1 - hard}).labels, 1 - hard[:, 0].long())
+
+    def test_every_loader_and_run_settles_its_own(self, random_sam):
+        dataset = Binary(8)
+        module = Step(lambda batch, logits, loss: loss, channels=1)
+        with torch.no_grad():
+            module.network.weight.mul_(0.02)
+            module.network.bias.fill_(-0.003)
+        logged = validate(random_sam, module, DataLoader(dataset, 1), num_classes=2)
+        assert logged["val/miou_raw"] == pytest.approx(raw_miou(module, dataset), abs=1e-6)
