@@ -30,8 +30,8 @@ class RefineConfig:
             a bound on the time that a speckled prediction costs. The others keep the raw
             prediction. None prompts all.
         max_prompts_per_batch: Upper bound on the prompts that SAM decodes at once, a bound on
-            memory that does not change the result. ``None`` takes it from free memory, as in
-            Algorithm 4.
+            memory that does not change the result. ``None`` takes 32 on CUDA and 4
+            elsewhere, and half as many wherever memory runs out.
         prompt_regions: Whether SAM is asked about the regions.
         mask_prompts: Whether regions are prompted with a mask besides box and point.
         points_per_side: SAM is asked about a grid of this many points along the image's longer

@@ -9,27 +9,32 @@ import torch
 
 Answer = TypeVar("Answer")
 
-# What torch's allocators and CUDA's libraries say where they raise a plain RuntimeError.
+# Plain RuntimeErrors of torch's allocators, and of CUDA's libraries without room for a handle or a
+# workspace. What has another cause raises all the same, once a single item fails.
 _MESSAGES = (
     "out of memory",
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine",  # cuDNN
+    "Invalid buffer size",  # MPS
 )
 
 # Four prompts at once fit a core's cache and beat one, eight and forty (measured, FP32 and BF16).
 _CPU_PROMPTS = 4
-_BYTES_PER_PROMPT = 3e9  # the seed's b_size: one prompt for every 3·10⁹ bytes that are free
-_MAX_PROMPTS = 32
+# The seed's largest b_size. It goes by the driver's free memory, but torch's allocator keeps what
+# training has freed: after an epoch prompts would go one at a time.
+_GPU_PROMPTS = 32
 
 
 def prompts_at_once(device: torch.device) -> int:
-    """Return the seed's b_size on CUDA (step 7), and what suits a cache elsewhere."""
-    if device.type != "cuda":
-        return _CPU_PROMPTS
-    free, _ = torch.cuda.mem_get_info(device)
-    return min(_MAX_PROMPTS, max(1, int(free // _BYTES_PER_PROMPT)))
+    """Return how many prompts to decode at once where memory allows it (step 7).
+
+    The same on every run: where memory runs out, `ChunkSize` halves it.
+    """
+    return _GPU_PROMPTS if device.type == "cuda" else _CPU_PROMPTS
 
 
 def images_at_once(device: torch.device, count: int) -> int:
@@ -88,5 +93,12 @@ class ChunkSize:
                 start = stop
                 continue
             # Out of the handler, so that the error's frames have released their tensors.
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+            _release_cached()
+
+
+def _release_cached() -> None:
+    """Give back what torch's allocators keep for later, so that other sizes of blocks fit."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()

@@ -47,7 +47,8 @@ def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype 
         dtypes = {"32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         return dtypes[precision], f"precision={precision} was set"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        # torch.cuda.is_bf16_supported looks at the current device, which may be another.
+        if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "the GPU computes in bf16"
         return torch.float16, "the GPU has no bf16 arithmetic, but fp16"
     if device.type == "cpu":

@@ -14,6 +14,7 @@ import torch
 from lightning_samrefine.adapter import RefineInputs
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.refiner import Refiner
+from lightning_samrefine.transfer import synchronize
 
 _KEPT = "an image could not be refined and keeps its raw prediction"
 
@@ -73,12 +74,12 @@ class SafeRefiner:
         finite = torch.stack([probs.isfinite().all() for probs in inputs.probs]).tolist()
         wanted = [index for index, is_finite in enumerate(finite) if is_finite]
         device = self.refiner.sam.device
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         with isolated_rng(device):
             for index, outcome in zip(wanted, self._refine(inputs, wanted), strict=True):
                 outcomes[index] = outcome
-        _synchronize(device)
+        synchronize(device)
         seconds = time.perf_counter() - start
         errors = {index: one for index, one in enumerate(outcomes) if isinstance(one, Exception)}
         if len(errors) < len(outcomes):
@@ -128,8 +129,3 @@ def _explained(error: Exception, images: int, dataloader_idx: int) -> Exception:
             f"{dataloader_idx}, so the set-up is wrong. Later failures are counted and end no run."
         )
     return error
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

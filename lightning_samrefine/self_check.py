@@ -21,6 +21,7 @@ from lightning_samrefine.models import Promptable, load_sam
 from lightning_samrefine.precision import choose_precision
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.refiner import Refiner
+from lightning_samrefine.transfer import synchronize
 
 AGREEMENT = 0.999  # the least share of pixels with equal labels
 IMAGES = 6
@@ -274,21 +275,14 @@ def _refine_all(
     times: list[float] = []
     for image, probs in samples:
         inputs = image.to(device), probs.to(device)
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         refined.append(refiner(*inputs))
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
         if sum(times) > seconds:
             break
     return refined, times
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _peak_memory(device: torch.device) -> int | None:

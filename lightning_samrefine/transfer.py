@@ -20,6 +20,14 @@ def upload(value: Tensor | np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that was enqueued, so that a clock counts it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 class Download:
     """Tensors on their way to the CPU, all of one device.
 

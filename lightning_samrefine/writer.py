@@ -66,7 +66,7 @@ class SAMRefineWriter(BasePredictionWriter):
     is complete (by size and checksum), writes what is missing, damaged, or of an image or a raw
     prediction that has changed, and ends in the same bytes as a run that was left alone, as far as
     segmenter and SAM give the same bits whatever else is in their batch. (On a GPU set
-    ``max_prompts_per_batch``, or the number of prompts at once follows the free memory.) Results of
+    ``max_prompts_per_batch``, or prompts on the images of a batch are decoded together.) Results of
     other thresholds, weights or settings are refused, and so are a second run while one writes to
     the folder, and a second image of one name.
 

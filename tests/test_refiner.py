@@ -261,3 +261,16 @@ def test_a_download_waits_for_its_own_tensors_alone():
     integers, floats = download.wait()
     assert not end.query()
     assert integers.tolist() == floats.tolist() == list(range(10**6))
+
+
+def test_an_image_is_refined_to_the_same_bits_in_any_batch(random_sam):
+    """On a CPU, whatever its instructions: SAM takes one image at a time."""
+    scenes = [blobs(seed=seed) for seed in range(3)]
+    refiner = Refiner(random_sam, RefineConfig.preset("algorithm4", min_region_area=1))
+    together = refiner.refine_batch(*map(list, zip(*scenes, strict=True)))
+    assert any(len(out.regions) > 1 for out in together)
+    for (image, probs), out in zip(scenes, together, strict=True):
+        alone = refiner(image, probs)
+        assert torch.equal(alone.labels, out.labels)
+        assert torch.equal(alone.regions.pred_iou, out.regions.pred_iou)
+        assert torch.equal(alone.completed_probs(probs), out.completed_probs(probs))

@@ -184,7 +184,7 @@ def test_the_reason_of_a_precision_names_the_hardware(monkeypatch):
     ):
         monkeypatch.setattr(precision, "_cpu_has_bf16", lambda has=has: has)
         assert precision.choose_precision("auto", cpu) == (dtype, words)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert precision.choose_precision("auto", cuda)[0] is torch.float16
     assert precision.choose_precision("16-mixed", cpu) == (
         torch.float16,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -91,16 +92,33 @@ def resize_and_pad(
         (1, 3, S, S) float32 on the model's device.
     """
     height, width = frame.input_hw((image.shape[1], image.shape[2]))
+    resized = resize(image, (height, width), mean.device)
+    # After normalising: the padding is 0 to the model, not black.
+    normalised = (resized - mean) / std
+    return F.pad(normalised, (0, frame.image_size - width, 0, frame.image_size - height))
+
+
+def resize(image: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Resize an image with antialiasing (step 0).
+
+    Args:
+        image: (3, H, W) uint8 RGB on any device.
+        size: (h, w).
+        device: Of the model.
+
+    Returns:
+        (1, 3, h, w) float32 in [0, 255] on the model's device.
+    """
+    # torch has no antialiasing kernel for MPS before 2.7: the CPU resizes there.
+    missing = device.type == "mps" and torch.__version__ < (2, 7)
     resized = F.interpolate(
-        image[None].to(mean),
-        (height, width),
+        image[None].to("cpu" if missing else device, torch.float32),
+        size,
         mode="bilinear",
         align_corners=False,
         antialias=True,
     )
-    # After normalising: the padding is 0 to the model, not black.
-    normalised = (resized - mean) / std
-    return F.pad(normalised, (0, frame.image_size - width, 0, frame.image_size - height))
+    return resized.to(device)
 
 
 def _bilinear(masks: Tensor, size: tuple[int, int]) -> Tensor:

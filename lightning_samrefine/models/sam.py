@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor
 
 from lightning_samrefine.geometry import get_preprocess_shape
 from lightning_samrefine.models.fast_decoder import FastMaskDecoder, supports
 from lightning_samrefine.models.fast_encoder import FastImageEncoder
+from lightning_samrefine.models.frames import resize
 from lightning_samrefine.models.multimask_decoder import FastMultimaskDecoder
 from lightning_samrefine.models.point_encoding import exact_coordinates
 from lightning_samrefine.models.protocol import Prompts
@@ -160,11 +160,5 @@ class SamPromptable:
         )[:, 0]
 
     def _preprocess(self, image: Tensor) -> Tensor:
-        resized = F.interpolate(
-            image[None].to(self.device, torch.float32),
-            self.input_hw((image.shape[1], image.shape[2])),
-            mode="bilinear",
-            align_corners=False,
-            antialias=True,
-        )
+        resized = resize(image, self.input_hw((image.shape[1], image.shape[2])), self.device)
         return self.module.preprocess(resized)

@@ -133,9 +133,12 @@ class SimulatedDevice(TorchDispatchMode):
             synchronize=lambda device=None: simulation._wait("synchronize"),
             get_rng_state=lambda device=None: torch.get_rng_state(),
             set_rng_state=lambda state, device=None: None,
-            is_bf16_supported=lambda *_, **__: True,
+            get_device_capability=lambda device=None: (9, 0),
         )
         self._patches.start()
+        waits = {"synchronize": lambda: simulation._wait("synchronize")}
+        self._of_mps = patch.multiple(torch.mps, **waits)
+        self._of_mps.start()
         # torch.tensor makes its tensor on the device below the dispatcher.
         make = torch.tensor
         self._tensor = patch.object(
@@ -147,6 +150,7 @@ class SimulatedDevice(TorchDispatchMode):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self._patches.stop()
+        self._of_mps.stop()
         self._tensor.stop()
 
     def to_device(self, value: Any) -> Any:

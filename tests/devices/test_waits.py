@@ -28,7 +28,7 @@ CHANGED = ("nonzero", "metrics/changes.py __init__")  # the changed pixels
 BY_REGION = ("event", "metrics/changes.py by_region")
 SCORED = ("event", "metrics/calibration.py score_regions")
 FINITE = ("download", "safety.py __call__")  # once a batch, as are the two ends of its clock
-CLOCK = ("synchronize", "safety.py _synchronize")
+CLOCK = ("synchronize", "safety.py __call__")
 
 ALLOWED = {
     ("algorithm4", "no cache"): {SPLIT: 1, PREDICTED: 1},
