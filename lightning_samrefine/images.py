@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from copy import copy
 from typing import Literal
@@ -76,11 +77,13 @@ class RgbConverter:
         if image_range is None and self.mean is not None and self.std is not None:
             self.range = "0-1" if max(*self.mean, *self.std) <= 1 else "0-255"
         self.settled = self.range
+        self._looked_at = False
 
     def fresh(self) -> RgbConverter:
         """Return one with the same settings that has seen no image."""
         new = copy(self)
         new.settled = new.range
+        new._looked_at = False
         return new
 
     def settle(self, images: Sequence[Tensor] | Tensor) -> None:
@@ -150,6 +153,9 @@ class RgbConverter:
             return images.to(torch.uint8).expand(-1, 3, -1, -1)
 
         self.settle(images)
+        if self.range is not None and not self._looked_at:
+            self._looked_at = True
+            self._warn_of_settings(images)
         pixels = images.float()
         if self.mean is not None and self.std is not None:
             pixels = pixels * _as_channels(self.std, pixels) + _as_channels(self.mean, pixels)
@@ -159,6 +165,26 @@ class RgbConverter:
         self._check(low, high, _fits(low, high, image_range, tolerance), image_range)
         scale = _SCALES[image_range]
         return (pixels * scale).round_().clamp_(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+
+    def _warn_of_settings(self, images: Tensor) -> None:
+        """Warn of first images that look as if there were nothing to undo, or a range of 0 to 1."""
+        low, high = _bounds(images.float())
+        # The half: images in 0 to 1 have bright pixels, normalised ones of low contrast seldom do.
+        if not (low >= 0 and 0.5 < high <= 1) or bool((images == images.round()).all()):
+            return
+        if self.mean is not None:
+            message = (
+                "image_mean and image_std are set, and the images lie within "
+                "0 to 1 without them: leave both out if the images are not normalised"
+            )
+        elif self.range == "0-255":
+            message = (
+                "image_range is '0-255', and the images lie within 0 to 1, nearly black: set "
+                "image_range='0-1' if they are not"
+            )
+        else:
+            return
+        warnings.warn(f"image: {message}", RuntimeWarning, stacklevel=2)
 
     def _check(self, low: float, high: float, inside: bool, image_range: str) -> None:
         if inside:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -223,3 +225,25 @@ def test_channels_last_are_refused_with_a_hint():
 def test_bad_arguments_name_themselves(arguments, error, message):
     with pytest.raises(error, match=message):
         RgbConverter(**arguments)
+
+
+class TestSettingsThatDoNotFit:
+    """Mean, deviation or range of images that need none: SAM would see them grey or black."""
+
+    IMAGES: ClassVar = torch.rand(2, 3, 8, 9, generator=torch.Generator().manual_seed(7))
+
+    def test_mean_and_std_for_images_in_0_to_1(self):
+        converter = RgbConverter([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        with pytest.warns(RuntimeWarning, match=r"image_mean and image_std.*lie within 0 to 1"):
+            converter(self.IMAGES)
+
+    def test_range_0_to_255_for_images_in_0_to_1(self):
+        with pytest.warns(RuntimeWarning, match=r"image_range.*'0-1'"):
+            RgbConverter(image_range="0-255")(self.IMAGES)
+
+    def test_settings_that_fit(self, recwarn):
+        RgbConverter([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])((self.IMAGES - 0.45) / 0.225)
+        converter = RgbConverter(image_range="0-255")
+        converter(255 * self.IMAGES)
+        converter(self.IMAGES)  # a dark batch after others
+        assert not recwarn.list
