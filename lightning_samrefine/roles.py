@@ -33,6 +33,9 @@ from lightning_samrefine.found import (
 from lightning_samrefine.score_search import ScoresSearch
 from lightning_samrefine.scores import ScoresKind
 
+# Positions of a tuple behind (image, target) that may hold the target instead.
+_LATER = (2, 3, 4)
+
 
 class MissingTargetError(ValueError):
     """A batch with image and scores, but without a target."""
@@ -124,6 +127,12 @@ class RoleSearch:
             return [Found("batch", (), batch)]
         by_name = of("batch", named(batch, names))
         by_position = of("batch", [at_position(batch, position)])
+        if position == 1:
+            # A valid-pixel or weight map may stand before the target.
+            later = [
+                leaf for leaf in leaves(batch) if len(leaf.path) == 1 and leaf.path[0] in _LATER
+            ]
+            by_position += [one for one in of("batch", later) if is_target(one.value)]
         in_outputs = names if position == 0 else TARGET_NAMES_IN_OUTPUTS
         for found in (by_name, by_position, of("outputs", named(outputs, in_outputs))):
             fitting = [one for one in found if fits(one.value)]

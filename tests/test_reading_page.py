@@ -47,6 +47,7 @@ SITUATIONS = [
     lambda: ({"image": IMAGE, "img": IMAGE + 1, "mask": TARGET}, LOGITS),
     lambda: ({"a": SAMPLE, "b": {"image": IMAGE + 1, "mask": VALID}}, LOGITS),
     lambda: ({"image": IMAGE, "label": TARGET, "mask": VALID}, LOGITS),
+    lambda: ((IMAGE, VALID, TARGET), LOGITS),
     lambda: (SAMPLE, {"pred": OTHER, "output": LOGITS}),
     lambda: (SAMPLE, OTHER, LOGITS),
     lambda: (SAMPLE, None, *seen_of(nn.Sequential(nn.Conv2d(3, C, 1)), 2)),

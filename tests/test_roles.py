@@ -412,6 +412,21 @@ class KeysOnly:
         return self._values[key]
 
 
+class TestPositions:
+    @pytest.mark.parametrize("other", [VALID, VALID.float(), torch.zeros_like(TARGET)])
+    def test_two_maps_that_may_be_the_target_are_an_error(self, adapter, other):
+        for batch in ((IMAGE, other, TARGET), (IMAGE, TARGET, other)):
+            with pytest.raises(ValueError, match=r"target_key='1' or target_key='2'"):
+                adapter(batch, LOGITS)
+        inputs = BatchAdapter(C, target_key="2")((IMAGE, other, TARGET), LOGITS)
+        assert torch.equal(inputs.targets, TARGET)
+
+    def test_what_cannot_be_the_target_is_no_candidate(self, adapter):
+        weights = torch.rand(TARGET.shape)
+        for batch in ((IMAGE, weights, TARGET), (IMAGE, TARGET, weights, ["a", "b"])):
+            assert torch.equal(adapter(batch, LOGITS).targets, TARGET)
+
+
 class TestContainers:
     @pytest.mark.parametrize(
         "make",
