@@ -242,8 +242,9 @@ def test_an_unusual_model_takes_its_own_forward_pass(small, difference):
     sam = SamPromptable(small, "small")
     expected = official(small, embedding, prompts)
     logits, pred_iou = sam.decode(embedding, prompts)
-    assert torch.equal(logits, expected[0])
-    assert torch.equal(pred_iou, expected[1])
+    # Not to the bit: coordinates meet the random matrix element by element, not in a product.
+    torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(pred_iou, expected[1], rtol=1e-4, atol=1e-3)
     assert supports(small) == (difference == "gradient")
     assert logits.requires_grad == (difference == "gradient")
     assert len(seen) == (2 if difference == "hook" else 0)
