@@ -183,6 +183,7 @@ def test_a_wrong_label_map_fails_verification(data_root, monkeypatch):
     assert not verify(data_root, "full", max_frames=1).passed
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_the_one_command_reports_raw_and_refined(data_root, tmp_path, monkeypatch):
     monkeypatch.setenv("SAMREFINE_DATA", str(data_root))

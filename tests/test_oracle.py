@@ -457,6 +457,7 @@ CAMVID_THRESHOLDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_refiner_equals_oracle_on_camvid(data_root):
     """ESPNet's label maps, probabilities from a blur of their one-hot code, a real SAM."""

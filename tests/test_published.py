@@ -17,7 +17,7 @@ from lightning_samrefine import RefineConfig, Refiner, load_sam
 CASES = range(8)
 MOST_DIFFERENT = 2e-4  # share of pixels whose label float rounding may decide
 
-pytestmark = pytest.mark.data
+pytestmark = [pytest.mark.data, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
