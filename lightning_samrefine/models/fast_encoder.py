@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
-from segment_anything.modeling.image_encoder import Block, get_rel_pos
+from segment_anything.modeling.image_encoder import Block
 from timm.models.tiny_vit import ConvNorm, MBConv, PatchMerging, TinyVitBlock
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -123,8 +123,8 @@ def _vit_attention(block: Block, x: Tensor) -> Tensor:
     if attn.use_rel_pos:
         sides = (window, window) if window > 0 else (height, width)
         rel_pos = (
-            get_rel_pos(sides[0], sides[0], attn.rel_pos_h),
-            get_rel_pos(sides[1], sides[1], attn.rel_pos_w),
+            _relative_embeddings(sides[0], attn.rel_pos_h),
+            _relative_embeddings(sides[1], attn.rel_pos_w),
         )
     if window == 0:
         return global_attention(qkv, rel_pos)
@@ -138,6 +138,23 @@ def _vit_attention(block: Block, x: Tensor) -> Tensor:
     # The windows are padded with zeros after the norm, and such tokens are keys all the same.
     padding = attn.qkv(x.new_zeros(1, x.shape[-1])).view(3, attn.num_heads, -1)
     return window_attention(qkv, padding, window, bias)
+
+
+def _relative_embeddings(side: int, table: Tensor) -> Tensor:
+    """Return (side, side, d), the embedding of each query's position relative to each key's.
+
+    segment-anything's `get_rel_pos` indexes with a CPU tensor, which makes the CPU wait for a GPU
+    twice a block.
+
+    Args:
+        side: Number of queries and of keys along one axis.
+        table: (L, d), resized to 2 · side - 1 rows if L differs.
+    """
+    rows = 2 * side - 1
+    if len(table) != rows:
+        table = F.interpolate(table.T[None], rows, mode="linear")[0].T
+    position = torch.arange(side, device=table.device)
+    return table[position[:, None] - position + (side - 1)]
 
 
 def _add_mlp(x: Tensor, norm: nn.Module, first: nn.Linear, act: nn.Module, last: nn.Linear) -> None:

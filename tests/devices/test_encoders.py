@@ -1,0 +1,39 @@
+"""Image encoders on a simulated device: no mixed devices, no waits, the embeddings of the CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from simulated_device import SimulatedDevice
+from test_fast_encoder import randomise, vit
+
+from lightning_samrefine.models.fast_encoder import FastImageEncoder
+from lightning_samrefine.models.tiny import TinyImageEncoder
+from lightning_samrefine.models.tiny_vit import TinyVitEncoder
+
+ENCODERS = {
+    "ViT, windows and global": (lambda: vit(window=5), 128),
+    "ViT, global alone": (lambda: vit(window=0), 128),
+    "TinyViT": (lambda: randomise(TinyVitEncoder()), 192),
+    "tiny": (lambda: randomise(TinyImageEncoder()), 128),
+}
+
+
+@pytest.mark.parametrize("device_name", ["cuda", "mps"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_computes_what_it_does_on_the_cpu(name, device_name):
+    make, side = ENCODERS[name]
+    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+    module = make()
+    expected = FastImageEncoder(copy.deepcopy(module))(image)
+    with torch.no_grad(), SimulatedDevice(device_name) as device:
+        encoder = FastImageEncoder(device.to_device(module))
+        on_device = device.to_device(image)
+        encoder(on_device)  # folds its batch norms
+        device.waits.clear()
+        found = encoder(on_device)
+    assert found.device == device.device
+    assert not device.waits
+    torch.testing.assert_close(found.held, expected, rtol=1e-3, atol=1e-3)
