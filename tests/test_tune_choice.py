@@ -161,6 +161,7 @@ def test_where_the_raw_prediction_is_the_truth_nothing_is_refined(tmp_path, caps
     assert OmegaConf.load(tmp_path / "again" / "config.yaml").refine.classes == []
 
 
+@pytest.mark.slow
 def test_a_random_sam_refines_nothing(tmp_path):
     """Its masks have nothing to do with the image."""
     folder = write_folder(tmp_path / "data", count=4)
