@@ -180,9 +180,7 @@ class Attachment:
                 f"{self._owner}: dataloader {dataloader_idx} has no target under a usual name or "
                 f"target_key and is left out; the batch is {describe(batch)}"
             )
-            warnings.warn(
-                rank_prefixed_message(message, rank_zero_only.rank), RuntimeWarning, stacklevel=2
-            )
+            _warn(message)
             return None
         except Exception as error:
             wrong = isinstance(error, WrongValuesError) and dataloader_idx not in self._passed
@@ -231,6 +229,9 @@ class _WarnOnce:
             f"{self._owner}: {reason}. Further failures of this kind are counted in "
             f"{self._counted_in} without a warning."
         )
-        warnings.warn(
-            rank_prefixed_message(message, rank_zero_only.rank), RuntimeWarning, stacklevel=2
-        )
+        _warn(message)
+
+
+def _warn(message: str) -> None:
+    """Warn on whatever process it happens."""
+    warnings.warn(rank_prefixed_message(message, rank_zero_only.rank), RuntimeWarning, stacklevel=3)

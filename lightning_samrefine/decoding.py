@@ -77,24 +77,29 @@ def decode_prompts(
     if not prompts:
         return []
     device = sam.device
+    ends = np.cumsum([len(own) for own in prompts]).tolist()
     logits, ious, masks_extents = [], [], []
     packed: list[list[Tensor]] = [[] for _ in prompts]
 
     def decode(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        parts = list(_parts(embeddings, prompts, start, stop))
+        parts = [
+            (embeddings[k], prompts[k].chunk(first, last))
+            for k, first, last in _of_images(ends, start, stop)
+        ]
         if len(parts) == 1:
             return sam.decode(*parts[0])
         return sam.decode_images(*zip(*parts, strict=True))
 
-    ends = np.cumsum([len(own) for own in prompts]).tolist()
     with autocast(autocast_dtype(precision, device), device):
         for start, stop, (chunk_logits, chunk_iou) in chunks.run(ends[-1], size, decode):
             ious.append(iou_of_numbers(chunk_iou.float(), chunk_logits.float()))
             if packed_hw is not None:
-                for k, own in _of_images(ends, start, stop):
+                parts = list(_of_images(ends, start, stop))
+                of_parts = chunk_logits.split([last - first for _, first, last in parts])
+                for (k, _, _), logits_of_part in zip(parts, of_parts, strict=True):
                     rows, columns = packed_hw[k]
-                    packed[k].append(pack_masks(chunk_logits[own, :rows, :columns]))
-                del chunk_logits
+                    packed[k].append(pack_masks(logits_of_part[:, :rows, :columns]))
+                del chunk_logits, of_parts, logits_of_part  # before the next chunk is decoded
                 continue
             logits.extend(chunk_logits.float())
             if device.type == "cpu":
@@ -115,23 +120,11 @@ def decode_prompts(
     ]
 
 
-def _of_images(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, slice]]:
-    """Yield the images that prompts ``start`` to ``stop`` are of, and their rows among these."""
+def _of_images(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the images that prompts ``start`` to ``stop`` are of, and their range in each image."""
     begin = 0
     for k, end in enumerate(ends):
-        first, last = max(begin, start), min(end, stop)
+        first, last = max(begin, start) - begin, min(end, stop) - begin
         if first < last:
-            yield k, slice(first - start, last - start)
+            yield k, first, last
         begin = end
-
-
-def _parts(
-    embeddings: Sequence[Any], prompts: Sequence[Prompts], start: int, stop: int
-) -> Iterator[tuple[Any, Prompts]]:
-    """Yield what prompts ``start`` to ``stop``, counted through all images, are of each image."""
-    before = 0
-    for embedding, own in zip(embeddings, prompts, strict=True):
-        first, last = max(0, start - before), min(len(own), stop - before)
-        if first < last:
-            yield embedding, own.chunk(first, last)
-        before += len(own)
