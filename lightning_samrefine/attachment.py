@@ -90,7 +90,7 @@ class Attachment:
         # Loaders without targets, which are left out.
         self._without_targets: set[int] = set()
         self._announced: set[int] = set()
-        # Loaders of which every batch was: a wrong value there later is no set-up error either.
+        # Loaders that were read to their end once: a wrong value there later ends no run.
         self._passed: set[int] = set()
 
     def bind(

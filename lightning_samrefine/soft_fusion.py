@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.answers import Answers, refinement, region_table
@@ -18,7 +16,15 @@ from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.inputs import first_argmax
 from lightning_samrefine.refinement import Refinement
 from lightning_samrefine.smoothing import smooth
-from lightning_samrefine.support import Planes, Support, class_probs, masks_at, planes_of, weigh
+from lightning_samrefine.support import (
+    Planes,
+    Support,
+    class_probs,
+    inside_any,
+    masks_at,
+    planes_of,
+    weigh,
+)
 from lightning_samrefine.transfer import upload
 
 # What a class keeps where a second support lacks it, in multiples of the ``soft_floor``: regions
@@ -72,7 +78,7 @@ def fuse_softly(answers: Answers, config: RefineConfig) -> Refinement:
     refined, covered = weigh(evidence, supports, floors[: len(supports)])
     if config.smoothing:
         refined = smooth(refined, answers.image, config.smoothing)
-    reached = _reached(supports, labels.shape)
+    reached = inside_any(supports, labels.shape) > 0
     for part in class_parts(refined):
         torch.where(reached, refined[part], probs[part], out=refined[part])
     best = first_argmax(refined)
@@ -111,14 +117,3 @@ def _with_regions(
     said = Support.of_regions(mask_probs, pred_iou * purity, classes, len(probs))
     together = [support.with_regions(mask_probs, pred_iou, purity, classes) for support in supports]
     return [*together, said]
-
-
-def _reached(supports: Sequence[Support], image_hw: tuple[int, int]) -> Tensor:
-    """Return (H, W) bool, whether a mask lies on a pixel or beside it.
-
-    Args:
-        supports: At least one.
-        image_hw: (H, W).
-    """
-    inside = torch.stack([support.inside for support in supports]).amax(dim=0)[None, None]
-    return F.interpolate(inside, image_hw, mode="bilinear", align_corners=False)[0, 0] > 0

@@ -143,14 +143,19 @@ def weigh(
         for all of them; (H, W) bool, whether some mask lies on the pixel.
     """
     first, *others = supports
-    factors, inside = first.classes + floors[0], first.inside
+    factors = first.classes + floors[0]
     for other, floor in zip(others, floors[1:], strict=True):
         factors *= other.classes + floor
-        inside = torch.maximum(inside, other.inside)
     weighted = torch.empty_like(probs, memory_format=torch.contiguous_format)
     for part in class_parts(probs):
         torch.mul(_resized(factors[part], probs.shape[1:]), probs[part], out=weighted[part])
-    return normalise_(weighted), _resized(inside[None], probs.shape[1:])[0] > 0.5
+    return normalise_(weighted), inside_any(supports, probs.shape[1:]) > 0.5
+
+
+def inside_any(supports: Sequence[Support], image_hw: Sequence[int]) -> Tensor:
+    """Return (H, W) float32 in [0, 1], the largest σ of any mask; above 0 beside a mask, too."""
+    inside = torch.stack([support.inside for support in supports]).amax(dim=0)
+    return _resized(inside[None], image_hw)[0]
 
 
 def masks_at(
