@@ -97,28 +97,50 @@ def entries(container: Any) -> list[tuple[str | int, Any]]:
     return [(key if isinstance(key, int) else str(key), value) for key, value in _items(container)]
 
 
-def snapshot(container: Any, depth: int = MAX_DEPTH) -> dict[Any, tuple[Any, Any]] | None:
-    """Remember what a container holds, without copying a tensor; see `restore`."""
+@dataclass(frozen=True)
+class Kept:
+    """An entry of a container before a step: itself, what it held, and a copy of its values."""
+
+    value: Any
+    held: dict[Any, Kept] | None
+    values: Tensor | None
+
+
+def snapshot(container: Any, depth: int = MAX_DEPTH) -> dict[Any, Kept] | None:
+    """Remember what a container holds, with the values of its maps; see `restore`."""
     if depth == 0:
         return None
-    return {key: (value, snapshot(value, depth - 1)) for key, value in _items(container)} or None
+    return {
+        key: Kept(value, snapshot(value, depth - 1), _values_of_map(value))
+        for key, value in _items(container)
+    } or None
 
 
-def restore(container: Any, kept: dict[Any, tuple[Any, Any]] | None) -> Any:
-    """Undo removals since `snapshot`; what was replaced stays as it is.
+def restore(container: Any, kept: dict[Any, Kept] | None) -> Any:
+    """Undo removals and changes in place since `snapshot`; what was replaced stays as it is.
+
+    On an accelerator the CPU waits once, for all tensors together.
 
     Returns:
-        The container itself where nothing was removed, else a shallow copy with everything.
+        The container itself where nothing was removed or changed, else a shallow copy with
+        everything as it was.
     """
+    return _restored(container, kept, _changed(kept))
+
+
+def _restored(container: Any, kept: dict[Any, Kept] | None, changed: set[int]) -> Any:
     if kept is None:
         return container
     now = dict(_items(container))
     if isinstance(container, list) and len(container) < len(kept):
         now = {}  # what is left has moved up
     missing = {}
-    for key, (value, inner) in kept.items():
-        before = now.get(key, value)
-        whole = restore(before, inner) if before is value else before
+    for key, entry in kept.items():
+        before = now.get(key, entry.value)
+        whole = before
+        if before is entry.value:
+            whole = entry.values if id(entry) in changed else None
+            whole = _restored(before, entry.held, changed) if whole is None else whole
         if key not in now or whole is not before:
             missing[key] = whole
     if not missing:
@@ -132,8 +154,42 @@ def restore(container: Any, kept: dict[Any, tuple[Any, Any]] | None) -> Any:
         if hasattr(copied, "__setitem__"):
             copied[key] = value
         else:
-            setattr(copied, key, value)
+            object.__setattr__(copied, key, value)  # dataclasses may be frozen
     return copied
+
+
+def _values_of_map(value: Any) -> Tensor | None:
+    """Return a copy of a tensor that may be an image or a target."""
+    is_map = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    return value.detach().clone() if is_map and value.ndim >= 2 else None
+
+
+def _changed(kept: dict[Any, Kept] | None) -> set[int]:
+    """Return the ids of the entries whose tensors have other values than before."""
+    entries = list(_with_values(kept))
+    by_device: dict[torch.device, list[Kept]] = {}
+    found = set()
+    for entry in entries:
+        if entry.value.shape != entry.values.shape:
+            found.add(id(entry))
+        else:
+            by_device.setdefault(entry.value.device, []).append(entry)
+    for some in by_device.values():
+        differ = torch.stack([_differs(one.value, one.values) for one in some]).tolist()
+        found.update(id(one) for one, differs in zip(some, differ, strict=True) if differs)
+    return found
+
+
+def _differs(now: Tensor, before: Tensor) -> Tensor:
+    """Whether any value changed, () bool; NaN that stays NaN has not."""
+    return ((now != before) & ~((now != now) & (before != before))).any()
+
+
+def _with_values(kept: dict[Any, Kept] | None) -> Iterator[Kept]:
+    for entry in (kept or {}).values():
+        if entry.values is not None:
+            yield entry
+        yield from _with_values(entry.held)
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:

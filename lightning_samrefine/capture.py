@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 from torch.utils.hooks import RemovableHandle
 
-from lightning_samrefine.batch_search import restore, snapshot
+from lightning_samrefine.batch_search import MAX_DEPTH, restore, snapshot
 from lightning_samrefine.score_search import QUERIES, network_scores, query_masks
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Scores that left a module.
+
+    Attributes:
+        values: A copy, (B, C, h, w).
+        scores: What the step goes on with, and may change in place; gone when the step drops it.
+    """
+
+    values: Tensor
+    scores: ReferenceType[Tensor]
+
+    @classmethod
+    def of(cls, scores: Tensor) -> _Seen:
+        return cls(scores.detach().clone(), ref(scores))
 
 
 class ScoresCapture:
@@ -22,6 +41,8 @@ class ScoresCapture:
     it changes their channels or makes them smaller, as a critic does. Scores from several
     calls that do not follow from one another (windows, flips, auxiliary heads) are refused: which
     of them the step means cannot be known.
+
+    What is remembered is a copy: a loss or a metric may change its input in place.
 
     Under a strategy that sends the step through ``forward`` the module's hook also fires with
     what the step returns, which is no network's output and not taken for one.
@@ -49,14 +70,14 @@ class ScoresCapture:
                 self._without_hooks.append(f"{name!r} ({type(child).__name__})")
 
     def arm(self, batch: Any = None) -> None:
-        """Start remembering: a batch begins, whose entries a step may take out of it."""
+        """Start remembering: a batch begins, which a step may take entries out of or change."""
         self._forget()
-        self._batch = snapshot(batch)
+        self._batch = snapshot([batch], MAX_DEPTH + 1)
         self._armed = True
 
     def whole(self, batch: Any) -> Any:
-        """Return the batch with what the step has taken out of it since `arm`."""
-        return restore(batch, self._batch)
+        """Return the batch with what the step has taken out of it or changed since `arm`."""
+        return restore([batch], self._batch)[0]
 
     def take(self, outputs: Any = None) -> tuple[Tensor | None, str]:
         """Stop remembering.
@@ -69,13 +90,13 @@ class ScoresCapture:
             another number of channels counts as scores only where the module itself returned it
             and nothing fitting came by: it deserves an error of its own.
         """
-        own = [scores for step, scores in self._own if step is None or step is not outputs]
+        own = [seen for step, seen in self._own if step is None or step is not outputs]
         children, misfit, queries = self._children, self._misfit, self._queries
         self._armed = False
         self._forget()
         for who, calls in (("forward", own), ("the module's children", children)):
             if len(calls) == 1:
-                return calls[0], f"scores from {who}"
+                return calls[0].values, f"scores from {who}"
             if calls:
                 return None, f"scores from {len(calls)} calls of {who}, ambiguous"
         if queries:
@@ -94,8 +115,8 @@ class ScoresCapture:
         self.take()
 
     def _forget(self) -> None:
-        self._own: list[tuple[Any, Tensor]] = []
-        self._children: list[Tensor] = []
+        self._own: list[tuple[Any, _Seen]] = []
+        self._children: list[_Seen] = []
         self._misfit: Tensor | None = None
         self._queries = False
         self._batch: Any = None
@@ -107,9 +128,9 @@ class ScoresCapture:
         if scores is not None:
             # Whoever is given a batch's index is the step, sent through forward.
             is_step = any(isinstance(value, int) for value in inputs)
-            self._own.append((output if is_step else None, scores))
+            self._own.append((output if is_step else None, _Seen.of(scores)))
         elif isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
-            self._misfit = output.detach()
+            self._misfit = output.detach().clone()
 
     def _on_child(
         self, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
@@ -118,13 +139,13 @@ class ScoresCapture:
             return
         given = [value for value in (*inputs, *kwargs.values()) if isinstance(value, Tensor)]
         self._children = [one for one in self._children if not _follows(scores, one, given)]
-        self._children.append(scores)
+        self._children.append(_Seen.of(scores))
 
     def _scores_in(self, output: Any) -> Tensor | None:
         found = network_scores(output, self._num_classes)
         if found is None:
             self._queries |= bool(query_masks(output, self._num_classes))
-        return None if found is None else found.detach()
+        return found
 
 
 def _called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -142,11 +163,14 @@ def _is_loss(name: str, child: nn.Module) -> bool:
     return isinstance(child, _Loss) or "loss" in called or "criterion" in called
 
 
-def _follows(scores: Tensor, earlier: Tensor, given: Sequence[Tensor]) -> bool:
+def _follows(scores: Tensor, seen: _Seen, given: Sequence[Tensor]) -> bool:
     """Whether a child that was given earlier scores has made better ones of them.
 
     A loss is given a target as well, and a critic returns one channel of fewer pixels.
     """
+    earlier = seen.scores()
+    if earlier is None:
+        return False
     others = [value for value in given if value.data_ptr() != earlier.data_ptr()]
     return (
         len(others) < len(given)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import UserDict
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightning_samrefine import SAMRefineCallback
 from lightning_samrefine.adapter import BatchAdapter
+from lightning_samrefine.capture import ScoresCapture
 from lightning_samrefine.images import RgbConverter
 from lightning_samrefine.scores import to_probs
 from lightning_samrefine.stems import find_stems
@@ -57,6 +59,21 @@ class Step(Segmenter):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         logits, target = self.logits_and_target(batch)
         return self.make(batch, logits, self.loss(logits, target.reshape(-1, *HW)))
+
+
+@dataclass(frozen=True)
+class Frozen:
+    image: Tensor
+
+
+class Two(NamedTuple):
+    image: Tensor
+    other: int
+
+
+def cloned(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Collate without sharing memory with the data set, so that a step may change the batch."""
+    return {key: torch.stack([one[key] for one in samples]) for key in samples[0]}
 
 
 def raw_miou(module: Segmenter, dataset: Blobs) -> float:
@@ -139,6 +156,53 @@ class TestBesideTheLoss:
             adapter((IMAGE, TARGET), OTHER, LOGITS)
         keyed = BatchAdapter(C, scores_key="forward")
         assert torch.equal(keyed((IMAGE, TARGET), OTHER, LOGITS).labels, LOGITS.argmax(dim=1))
+
+
+class TestChangesInPlace:
+    """What a step does to its tensors after the network does not reach what is measured."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda batch, logits: logits.sigmoid_(),
+            lambda batch, logits: logits.neg_(),
+            lambda batch, logits: logits[:, 0].sub_(100),
+            lambda batch, logits: batch["mask"].masked_fill_(batch["mask"] == IGNORE, 0),
+            lambda batch, logits: batch["image"].zero_(),
+        ],
+        ids=["sigmoid", "sign", "one class", "target", "image"],
+    )
+    @pytest.mark.parametrize("call", ["self", "child"])
+    def test_figures_are_those_of_before(self, random_sam, change, call):
+        def make(batch, logits, loss):
+            change(batch, logits)
+            return loss
+
+        module, dataset = Step(make), DictBlobs(4)
+        module.call = call
+        expected = raw_miou(module, dataset)
+        unchanged = validate(random_sam, Segmenter("loss"), DataLoader(dataset, 2))
+        loader = DataLoader(dataset, 2, collate_fn=cloned)
+        logged = validate(random_sam, module, loader)
+        assert logged["val/miou_raw"] == pytest.approx(expected, abs=1e-6)
+        assert logged["val/miou_refined"] == pytest.approx(unchanged["val/miou_refined"], abs=1e-6)
+
+    def test_a_tensor_alone_a_frozen_dataclass_and_a_tuple(self):
+        for wrap, read in (
+            (lambda image: image, lambda batch: batch),
+            (lambda image: Frozen(image), lambda batch: batch.image),
+            (lambda image: ({"a": {"b": image}}, 1), lambda batch: batch[0]["a"]["b"]),
+            (lambda image: Two(image, 1), lambda batch: batch.image),
+        ):
+            image = torch.rand(2, 3, 4, 4)
+            image[0, 0, 0, 0] = float("nan")
+            before, batch = image.clone(), wrap(image)
+            capture = ScoresCapture(nn.Identity(), C)
+            capture.arm(batch)
+            assert read(capture.whole(batch)) is image
+            image[1:] *= 2
+            assert torch.equal(read(capture.whole(batch))[1], before[1])
+            assert torch.equal(read(batch)[1], 2 * before[1])  # the user's own stays
 
 
 class TestHardPredictions:
