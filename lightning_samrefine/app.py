@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.refine_files import with_refine_files
+from lightning_samrefine.refine_files import check_refine_keys, with_refine_files
 from lightning_samrefine.setup_errors import SetupError, explain
 
 if TYPE_CHECKING:
@@ -140,6 +140,9 @@ def _job(cfg: DictConfig) -> float | None:
         sentence = explain(error)
         if sentence is None:
             raise
+        if sentence.startswith("checkpoint: "):  # of `load_sam`, for which the command has two keys
+            key = "model" if "model" in cfg.sam else "checkpoint"
+            sentence = f"sam.{key}: {sentence.partition(': ')[2]}"
         sys.exit(f"samrefine: {sentence}\n(HYDRA_FULL_ERROR=1 shows where)")
 
 
@@ -149,6 +152,7 @@ _app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name
 def main() -> None:
     """Run the command; ``refine=PATH.yaml`` is allowed beside Hydra's own grammar."""
     try:
+        check_refine_keys(sys.argv[1:])
         sys.argv[1:] = with_refine_files(sys.argv[1:])
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"samrefine: {error}")

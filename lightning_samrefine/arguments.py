@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.models import Promptable
+from lightning_samrefine.config import PRESETS, RefineConfig
+from lightning_samrefine.models import SAM_NAMES, Promptable
 from lightning_samrefine.precision import PRECISIONS
 from lightning_samrefine.refine_files import is_refine_file, read_refine, refine_from_mapping
 
@@ -52,11 +52,15 @@ def check_sam(sam: Any, checkpoint: Any, precision: Any) -> None:
 
     Raises:
         TypeError: Neither a name nor a `Promptable`.
-        ValueError: A checkpoint beside a loaded model, or an unknown precision.
+        ValueError: An unknown name or precision, or a checkpoint beside a loaded model.
     """
     if not isinstance(sam, str | Promptable):
         raise TypeError(
             f"sam: got {type(sam).__name__}, accepted is a name for load_sam or a Promptable"
+        )
+    if isinstance(sam, str) and sam not in SAM_NAMES:
+        raise ValueError(
+            f"sam must be {', '.join(map(repr, SAM_NAMES))} or a Promptable, got {sam!r}"
         )
     if not isinstance(sam, str) and checkpoint is not None:
         raise ValueError("checkpoint: got one beside a loaded model, accepted is None there")
@@ -102,7 +106,14 @@ def parse_refine(refine: RefineConfig | Mapping[str, Any] | str) -> RefineConfig
     if isinstance(refine, RefineConfig):
         return refine
     if isinstance(refine, str):
-        return read_refine(refine) if is_refine_file(refine) else RefineConfig.preset(refine)
+        if is_refine_file(refine):
+            return read_refine(refine)
+        if refine not in PRESETS:
+            raise ValueError(
+                f"refine must be {', '.join(map(repr, sorted(PRESETS)))} or the path of a .yaml "
+                f"file, got {refine!r}"
+            )
+        return RefineConfig.preset(refine)
     if isinstance(refine, Mapping):
         return refine_from_mapping(refine)
     raise TypeError(

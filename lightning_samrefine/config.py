@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -140,11 +141,18 @@ class RefineConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(overrides) - known)
         if unknown:
-            raise TypeError(
-                f"RefineConfig has no field {', '.join(unknown)}; its fields are "
-                f"{', '.join(sorted(known))}"
-            )
+            raise TypeError(unknown_fields(unknown))
         return cls(**{**PRESETS[name], **overrides})
+
+
+def unknown_fields(names: Sequence[str]) -> str:
+    """Return an error's sentence about names that are no fields of `RefineConfig`."""
+    known = sorted(field.name for field in fields(RefineConfig))
+    hinted = []
+    for name in names:
+        near = difflib.get_close_matches(name, known)
+        hinted.append(f"{name} (did you mean {' or '.join(near)}?)" if near else name)
+    return f"RefineConfig has no field {', '.join(hinted)}; its fields are {', '.join(known)}"
 
 
 _FAST = {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.config import RefineConfig, unknown_fields
 
 _OVERRIDE = "refine="
 _SUFFIXES = (".yaml", ".yml")
+# As in refine.stride=2, ++refine.classes=[1] and refine.class_pred_iou_thresh.3=0.7.
+_KEY = re.compile(r"(?:\+{1,2}|~)?refine\.(\w+)")
 
 
 def is_refine_file(name: str) -> bool:
@@ -65,6 +68,22 @@ def with_refine_files(arguments: Sequence[str]) -> list[str]:
         else argument
         for argument in arguments
     ]
+
+
+def check_refine_keys(arguments: Sequence[str]) -> None:
+    """Refuse a threshold that does not exist, for which Hydra would propose to append it.
+
+    Args:
+        arguments: Of the command line.
+
+    Raises:
+        TypeError: An override of ``refine`` names no field of `RefineConfig`.
+    """
+    known = {field.name for field in fields(RefineConfig)}
+    for argument in arguments:
+        key = _KEY.match(argument)
+        if key is not None and key[1] not in known:
+            raise TypeError(f"refine.{key[1]}: {unknown_fields([key[1]])}")
 
 
 def _option(name: str) -> str:

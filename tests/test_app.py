@@ -449,13 +449,27 @@ def test_the_job_refuses_in_one_sentence_or_shows_where(folder, tmp_path, monkey
         _job(cfg)
 
 
+@pytest.mark.parametrize(
+    "values", [["sam=vit_t", "sam.checkpoint=/no/sam"], ["sam=hf", "sam.model=/no/sam"]]
+)
+def test_a_missing_checkpoint_has_the_name_of_the_command_line(folder, tmp_path, values):
+    cfg = composed(tmp_path, *overrides(folder, *values, sam=[]))
+    key = values[1].partition("=")[0]
+    with pytest.raises(SystemExit, match=rf"^samrefine: {key}: got '/no/sam', where there is no f"):
+        _job(cfg)
+
+
 def test_the_command_refuses_typos_and_helps_without_torch(tmp_path):
     block = "raise ImportError('too heavy')\n"
     for name in ("torch", "lightning", "torchvision"):
         (tmp_path / f"{name}.py").write_text(block)
     typo = command(tmp_path, "refine.pred_iou_tresh=0.7")
     assert typo.returncode == 1
-    assert "Key 'pred_iou_tresh' is not in struct" in typo.stderr
+    assert typo.stderr.startswith("samrefine: refine.pred_iou_tresh: ")
+    assert "did you mean pred_iou_thresh" in typo.stderr
+    other = command(tmp_path, "data.nom_classes=3")
+    assert other.returncode == 1
+    assert "Key 'nom_classes' is not in struct" in other.stderr
     missing = command(tmp_path, "sam=hf")
     assert missing.returncode == 1
     assert missing.stderr.startswith("samrefine: No value for sam.model;")

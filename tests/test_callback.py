@@ -435,6 +435,7 @@ class TestArguments:
         ("arguments", "error", "message"),
         [
             ({"sam": 3}, TypeError, "sam: got int"),
+            ({"sam": "vit_q"}, ValueError, r"sam must be 'tiny', .* or a Promptable, got 'vit_q'"),
             ({"checkpoint": "x.pt"}, ValueError, "checkpoint: got one beside a loaded model"),
             ({"num_classes": 1}, MisconfigurationException, "num_classes: got 1"),
             ({"num_classes": 2.0}, TypeError, "num_classes: got 2.0"),
@@ -442,7 +443,7 @@ class TestArguments:
             ({"class_names": "abc"}, TypeError, "class_names: got 'abc'"),
             ({"class_names": ["a", "b", "a"]}, ValueError, "class_names: got a more than once"),
             ({"ignore_index": "255"}, TypeError, "ignore_index: got '255'"),
-            ({"refine": "bets"}, ValueError, "preset: got 'bets'"),
+            ({"refine": "bets"}, ValueError, "refine must be .*, got 'bets'"),
             ({"refine": {"tau": 1}}, TypeError, "RefineConfig has no field tau"),
             ({"refine": 0.5}, TypeError, "refine: got float"),
             ({"precision": "fp8"}, ValueError, "precision: got 'fp8'"),

@@ -79,10 +79,23 @@ def test_unknown_preset_and_field_are_refused():
         RefineConfig.preset("algoritm4")
     with pytest.raises(ValueError, match=r"preset: got \['default'\]"):
         RefineConfig.preset(["default"])
-    with pytest.raises(TypeError, match="no field cls, name"):
+    with pytest.raises(TypeError, match=r"no field cls \(did you mean .*\), name; its"):
         RefineConfig.preset("default", **{"name": None, "cls": 1})
-    with pytest.raises(TypeError, match=r"no field iou_thresh; its fields are .*pred_iou_thresh"):
-        RefineConfig.preset("default", iou_thresh=0.3)
+    with pytest.raises(TypeError, match=r"no field tau; its fields are .*pred_iou_thresh"):
+        RefineConfig.preset("default", tau=0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("soft_flor", r"soft_flor \(did you mean soft_floor\?\)"),
+        ("iou_thresh", r"iou_thresh \(did you mean pred_iou_thresh\b"),
+        ("colors", r"colors \(did you mean colours\?\)"),
+    ],
+)
+def test_a_mistyped_field_names_the_nearest_ones(name, hint):
+    with pytest.raises(TypeError, match=f"no field {hint}.*; its fields are "):
+        RefineConfig.preset("fast", **{name: 0.1})
 
 
 def test_it_is_frozen_and_hashable():

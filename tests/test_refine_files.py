@@ -5,7 +5,7 @@ from hydra.core.config_store import ConfigStore
 
 from lightning_samrefine.arguments import parse_refine
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.refine_files import read_refine, with_refine_files
+from lightning_samrefine.refine_files import check_refine_keys, read_refine, with_refine_files
 
 
 def write(path, text):
@@ -52,3 +52,29 @@ def test_files_become_options_and_other_arguments_stay(tmp_path):
         ConfigStore.instance().load(f"refine/{name}.yaml").node.stride for name in (one, two)
     ]
     assert strides == [3, 5]
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++", "~"])
+def test_a_mistyped_threshold_of_the_command_line_is_named(sign):
+    with pytest.raises(TypeError, match=r"^refine\.soft_flor: .*did you mean soft_floor\?"):
+        check_refine_keys(["-m", f"{sign}refine.soft_flor=0.1,0.2"])
+
+
+def test_thresholds_of_the_command_line_pass():
+    check_refine_keys(
+        [
+            "refine=fast",
+            "refine.soft_floor=0.1",
+            "++refine.class_pred_iou_thresh.3=0.7",
+            "+refine.class_pred_iou_thresh={3: 0.7}",
+            "~refine.smoothing",
+            "other.refine.tau=1",
+            "refiner.tau=1",
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", ["fats", "bets", "fast.yam"])
+def test_an_unknown_preset_names_the_argument(name):
+    with pytest.raises(ValueError, match=f"^refine must be .*'fast'.*\\.yaml.*, got '{name}'"):
+        parse_refine(name)

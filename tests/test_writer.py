@@ -343,7 +343,7 @@ class TestRefusals:
             ({"num_classes": 70_000}, ValueError, "num_classes: got 70000"),
             ({"sam": 3}, TypeError, "sam: got int"),
             ({"checkpoint": "x.pt"}, ValueError, "checkpoint: got one beside"),
-            ({"refine": "bets"}, ValueError, "preset: got 'bets'"),
+            ({"refine": "bets"}, ValueError, "refine must be .*, got 'bets'"),
         ],
     )
     def test_bad_arguments_name_themselves(self, tmp_path, random_sam, arguments, error, message):

@@ -1,7 +1,7 @@
 """Promptable models behind one protocol, and `load_sam` that builds them."""
 
 from lightning_samrefine.models.hf import HfPromptable
-from lightning_samrefine.models.loading import load_sam
+from lightning_samrefine.models.loading import SAM_NAMES, load_sam
 from lightning_samrefine.models.protocol import (
     JointPromptable,
     MultimaskPromptable,
@@ -10,6 +10,7 @@ from lightning_samrefine.models.protocol import (
 )
 
 __all__ = [
+    "SAM_NAMES",
     "HfPromptable",
     "JointPromptable",
     "MultimaskPromptable",

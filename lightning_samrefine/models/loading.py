@@ -89,6 +89,10 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
 }
 
 
+# What `load_sam` takes.
+SAM_NAMES = (*_ARCHITECTURES, HF)
+
+
 def load_sam(
     name: str, checkpoint: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> Promptable:
@@ -126,9 +130,7 @@ def load_sam(
             )
         return load_hf(checkpoint, device)
     if name not in _ARCHITECTURES:
-        raise ValueError(
-            f"name: got {name!r}, accepted are {', '.join(map(repr, (*_ARCHITECTURES, HF)))}"
-        )
+        raise ValueError(f"name: got {name!r}, accepted are {', '.join(map(repr, SAM_NAMES))}")
     architecture = _ARCHITECTURES[name]
     if checkpoint == RANDOM:
         warnings.warn(
