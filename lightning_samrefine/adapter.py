@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_samrefine.batch_search import Samples, describe
-from lightning_samrefine.found import Found, Roles
+from lightning_samrefine.batch_search import Samples, describe, leaves
+from lightning_samrefine.found import Found, Roles, is_image, is_single, of
 from lightning_samrefine.images import RgbConverter
 from lightning_samrefine.roles import MissingTargetError, RoleSearch
 from lightning_samrefine.score_search import QUERIES, query_masks
@@ -229,7 +229,7 @@ class BatchAdapter:
             for role in missing
         )
         queries = "scores" in missing and query_masks(outputs, self._num_classes)
-        hint = f"The step returned {QUERIES}. " if queries else ""
+        hint = f"The step returned {QUERIES}. " if queries else _hint(missing, batch)
         return (
             f"No {wanted} found. {hint}The batch is {describe(batch)}; the step returned "
             f"{describe(outputs)}; forward hooks saw {seen}. Scores are float "
@@ -276,8 +276,13 @@ class BatchAdapter:
             scores.detach(), kind, self._num_classes, (images.shape[-2], images.shape[-1])
         )
         if len(probs) != len(images):
+            copies = (
+                ": copies along the batch, as of test-time augmentation, must be merged into one, "
+                "for example by a step that returns {'logits': merged}"
+            )
             raise ValueError(
-                f"scores: got {len(probs)} samples, accepted is the image's {len(images)}"
+                f"scores must be of the image's {len(images)} samples, got {len(probs)}"
+                + (copies if len(images) and len(probs) % len(images) == 0 else "")
             )
         targets = None if target is None else to_labels(target, labels)
         return RefineInputs(images, probs, labels, targets)
@@ -309,6 +314,21 @@ class BatchAdapter:
             if inputs.targets is None
             else _each(lambda target: whole_numbers(target, "adapter: targets"), inputs.targets),
         )
+
+
+def _hint(missing: Sequence[str], batch: Any) -> str:
+    """Return a sentence about two mistakes that a batch's shapes show."""
+    found = of("batch", leaves(batch))
+    images = [one for one in found if is_image(one.value)]
+    if "image" in missing and len(images) > 1:
+        keys = " or ".join(f"image_key={one.key!r}" for one in images)
+        return f"The batch has {len(images)} images: name the one that SAM sees, with {keys}. "
+    if not images and any(isinstance(one.value, Tensor) and is_single(one.value) for one in found):
+        return (
+            "Tensors must have a batch dimension, got what looks like one sample: a DataLoader "
+            "with batch_size=None yields these, one with batch_size=1 batches of one. "
+        )
+    return ""
 
 
 def _has_one_channel(scores: Samples) -> bool:

@@ -143,6 +143,12 @@ def is_image(value: Samples) -> bool:
     return all(item.ndim == 3 and item.shape[0] in (1, 3) for item in value)
 
 
+def is_single(image: Tensor) -> bool:
+    """Whether a tensor has the shape of one RGB or grey image, its type one that labels lack."""
+    is_typed = image.is_floating_point() or image.dtype == torch.uint8
+    return is_typed and image.ndim == 3 and image.shape[0] in (1, 3) and min(image.shape[1:]) > 3
+
+
 def is_target(value: Samples) -> bool:
     """Whether a value has the shape of label maps."""
     if isinstance(value, Tensor):

@@ -131,6 +131,14 @@ class RgbConverter:
         """
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             hint = "; channels come first" if images.shape[-1:] == (3,) else ""
+            if images.ndim == 3 and images.shape[0] in (1, 3):
+                hint = (
+                    "; the batch dimension is missing, as in samples of a DataLoader with "
+                    "batch_size=None: set it to 1"
+                )
+            elif images.ndim == 4 and images.shape[1] in (2, 6):
+                two = "two gray images" if images.shape[1] == 2 else "two RGB images"
+                hint = f"; of {two} in one tensor SAM sees the one that an adapter returns"
             raise ValueError(
                 f"image: got shape {tuple(images.shape)}, accepted is (B, 3, H, W) RGB or "
                 f"(B, 1, H, W) grey{hint}. For other channels give an adapter that returns RGB."

@@ -1,13 +1,14 @@
 """Predicts on two processes, one of which fails; `test_writer_folder.py` starts it.
 
-    python ddp_writer.py CASE FOLDER
+    python ddp_writer.py FOLDER
 
-Every rank leaves the error that ended it in FOLDER/RANK.txt.
+In every case every rank leaves the error that ended it in FOLDER/CASE/RANK.txt.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,8 +73,10 @@ def predict(case: str, folder: Path, rank: int) -> None:
 
 
 def main() -> None:
-    case, folder = sys.argv[1], Path(sys.argv[2])
-    fork(Layout(2, 4, 1), folder, lambda rank: predict(case, folder, rank))
+    for case in CASES:  # in one script, for its imports take longer than a case
+        folder = Path(sys.argv[1]) / case
+        folder.mkdir()
+        fork(Layout(2, 4, 1), folder, partial(predict, case, folder))
 
 
 if __name__ == "__main__":

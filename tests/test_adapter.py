@@ -198,7 +198,13 @@ def test_a_target_is_optional_where_none_is_needed():
         ((IMAGE, TARGET / 3), LOGITS, r"target: got torch.float32 with fractions"),
         ((IMAGE, TARGET * float("nan")), LOGITS, r"target: got torch.float32 .*NaN or infinity"),
         ((IMAGE, TARGET.float() + float("inf")), LOGITS, r"target: got .*NaN or infinity"),
-        ((IMAGE, TARGET), LOGITS[:1], r"scores: got 1 samples, accepted is the image's 2"),
+        ((IMAGE, TARGET), LOGITS[:1], r"scores must be of the image's 2 samples, got 1$"),
+        (
+            (IMAGE, TARGET),
+            torch.cat([LOGITS, LOGITS.flip(-1)]),
+            r"scores must be of the image's 2 samples, got 4: .*test-time augmentation.*'logits'",
+        ),
+        ((IMAGE[:, :2], TARGET), LOGITS, r"image: got shape \(2, 2, 6, 8\).*two gray images"),
         ((LOGITS, TARGET), LOGITS, r"image: got shape \(2, 4, 6, 8\).*adapter"),
         ((IMAGE / 64 - 2, TARGET), LOGITS, r"image: got values .* set image_mean"),
     ],
@@ -206,6 +212,41 @@ def test_a_target_is_optional_where_none_is_needed():
 def test_what_does_not_fit_is_named(adapter, batch, outputs, message):
     with pytest.raises(ValueError, match=message):
         adapter(batch, outputs)
+
+
+GRAY = IMAGE[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "keys"),
+    [
+        ({"image1": IMAGE, "image2": IMAGE.flip(-1), "mask": TARGET}, ("image1", "image2")),
+        ({"A": GRAY, "B": GRAY.flip(-1), "label": TARGET}, ("A", "B")),
+        ({"before": {"t1": GRAY / 255, "t2": GRAY / 256}, "mask": TARGET}, ("before.t1",)),
+    ],
+)
+def test_two_images_are_named_where_none_has_a_usual_name(adapter, batch, keys):
+    with pytest.raises(ValueError, match=r"^No image found") as info:
+        adapter(batch, LOGITS)
+    for key in keys:
+        assert f"image_key={key!r}" in str(info.value)
+    with pytest.raises(ValueError, match=r"^No image found") as info:
+        adapter({"mask": TARGET}, LOGITS)  # which has the shape of no image
+    assert "image_key=" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (IMAGE[0], TARGET[0]),
+        {"image": IMAGE[0] / 255, "mask": TARGET[0]},
+        {"image": GRAY[0], "mask": TARGET[0], "name": "a"},
+        {"image": IMAGE[0], "mask": TARGET[0][None]},
+    ],
+)
+def test_a_sample_without_its_batch_dimension_is_recognized(adapter, batch):
+    with pytest.raises(ValueError, match=r"batch dimension.*batch_size=None"):
+        adapter(batch, LOGITS[:1])
 
 
 def test_a_misfit_captured_from_the_network_is_named(adapter):

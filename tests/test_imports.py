@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 LOADED = """
 import sys
 {statement}
@@ -23,6 +25,7 @@ def test_the_package_alone_loads_no_backend_nor_torch():
     assert names.isdisjoint(heavy)
 
 
+@pytest.mark.slow
 def test_the_callback_loads_no_model_of_transformers():
     """transformers itself may come with torchmetrics, which uses it where it is installed."""
     names = loaded_by("from lightning_samrefine import SAMRefineCallback")

@@ -268,6 +268,7 @@ class TestSteps:
 
 
 class TestFolders:
+    @pytest.mark.slow
     def test_wandb_runs_keep_their_own_files(self, make, tmp_path, monkeypatch):
         pytest.importorskip("wandb")
         monkeypatch.setenv("WANDB_MODE", "offline")
