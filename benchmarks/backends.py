@@ -20,10 +20,10 @@ import torch
 
 from lightning_samrefine import load_sam
 from lightning_samrefine.models import Promptable, Prompts
+from lightning_samrefine.models.base import accepts_masks
 from lightning_samrefine.models.hf import HfPromptable
-from lightning_samrefine.models.protocol import accepts_masks
-from lightning_samrefine.precision import PRECISIONS, autocast, autocast_dtype
-from lightning_samrefine.refiner import _prompts_per_batch
+from lightning_samrefine.refine.refiner import _prompts_per_batch
+from lightning_samrefine.utils.precision import PRECISIONS, autocast, autocast_dtype
 
 IMAGE_HW = (720, 960)
 REGIONS = 8
@@ -106,7 +106,7 @@ def build(name: str) -> Promptable:
 
 
 def prompts_for(sam: Promptable) -> Prompts:
-    """Return `REGIONS` boxes with their centres, and as many mask prompts of two classes."""
+    """Return `REGIONS` boxes with their centers, and as many mask prompts of two classes."""
     size = torch.tensor(sam.input_hw(IMAGE_HW)[::-1], dtype=torch.float32)
     low = torch.rand(REGIONS, 2) * 0.6
     boxes = torch.cat([low * size, (low + 0.3) * size], dim=1)

@@ -107,7 +107,7 @@ def simulate_coarse(scene: Scene, rng: np.random.Generator, severity: float = 1.
         for _ in range(2):
             maps = F.avg_pool2d(maps, kernel, 1, kernel // 2, count_include_pad=False)
     logits = maps.clamp_min(10.0 ** rng.uniform(-3.0, -1.5)).log()
-    # Segmenters trained with balanced losses favour objects over the background around them.
+    # Segmenters trained with balanced losses favor objects over the background around them.
     logits[:, 1:] += rng.uniform(0.0, 0.9) * severity
     for lattice in (int(rng.integers(4, 9)), min(cells, 32)):
         logits = logits + _smooth_field(rng, CLASSES, lattice, cells) * (

@@ -18,7 +18,7 @@ from hydra.core.plugins import Plugins
 path = ConfigSearchPathImpl()
 Plugins.instance()
 start = time.process_time()
-from lightning_samrefine.hydra_plugin import SAMRefineSearchPath
+from lightning_samrefine.cli.hydra_plugin import SAMRefineSearchPath
 SAMRefineSearchPath().manipulate_search_path(path)
 print(1000 * (time.process_time() - start))
 """

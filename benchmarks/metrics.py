@@ -19,7 +19,6 @@ import torch
 from torch.nn import functional as F
 
 from lightning_samrefine import load_sam
-from lightning_samrefine.comparison import SIDES, RefinementComparison
 from lightning_samrefine.metrics import (
     BandedConfusion,
     BorderCounts,
@@ -29,11 +28,12 @@ from lightning_samrefine.metrics import (
     RegionCalibration,
     valid_pixels,
 )
-from lightning_samrefine.metrics.borders import Borders, border_distances
+from lightning_samrefine.metrics.boundary import Borders, border_distances
 from lightning_samrefine.metrics.calibration import score_regions
 from lightning_samrefine.metrics.changes import ChangedPixels
-from lightning_samrefine.precision import autocast, autocast_dtype
-from lightning_samrefine.refinement import Regions
+from lightning_samrefine.metrics.comparison import SIDES, RefinementComparison
+from lightning_samrefine.refine.results import Regions
+from lightning_samrefine.utils.precision import autocast, autocast_dtype
 
 HW = (720, 960)
 NUM_CLASSES = 19

@@ -34,7 +34,7 @@ def main() -> None:
         photograph(args.run, REPORT_PICTURE)
         return
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "lightning_samrefine.app", f"hydra.run.dir={folder}"]
+        command = [sys.executable, "-m", "lightning_samrefine.cli.main", f"hydra.run.dir={folder}"]
         subprocess.run(command, check=True)
         compose(Path(folder), PICTURE)
         photograph(Path(folder), REPORT_PICTURE)
@@ -58,7 +58,7 @@ def compose(run: Path, out: Path) -> None:
     for part in parts:
         page.paste(part, (0, top))
         top += part.height
-    # 256 colours are plenty for flat class colours, and a fifth of the bytes.
+    # 256 colors are plenty for flat class colors, and a fifth of the bytes.
     page.quantize(256).save(out, optimize=True)
 
 
@@ -87,7 +87,7 @@ def photograph(run: Path, out: Path) -> None:
             browser.save_screenshot(str(out))
         finally:
             browser.quit()
-    with Image.open(out) as picture:  # without fewer colours: swatches would change theirs
+    with Image.open(out) as picture:  # without fewer colors: swatches would change theirs
         picture.convert("RGB").save(out, optimize=True)
 
 

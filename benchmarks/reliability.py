@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-TESTS = HERE.parent / "tests"
+HELPERS = HERE.parent / "tests" / "helpers"
 RESULTS, PAGE, PLOT = (
     HERE / name for name in ("reliability.json", "RELIABILITY.md", "reliability_memory.png")
 )
@@ -83,7 +83,7 @@ def fuzz(args: argparse.Namespace, folder: Path) -> Figures:
 
 def bad_inputs(args: argparse.Namespace, folder: Path) -> Figures:
     """The tests of faults and bad inputs, counted."""
-    files = [str(TESTS / name) for name in BAD_INPUTS]
+    files = [str(HELPERS / name) for name in BAD_INPUTS]
     output = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files])
     passed = re.search(r"(\d+) passed", output)
     return {"passed": int(passed[1]) if passed else 0, "files": len(files)}
@@ -121,7 +121,7 @@ def predict_many(images: int, folder: str, every: int = 50) -> Figures:
         `memory_mib`), and ``growth``: how far, after the first `SETTLED` images (or the first
         half), private memory strays from its figure there, or resident memory rises above it.
     """
-    sys.path.append(str(TESTS))
+    sys.path.append(str(HELPERS))
     import torch
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback
@@ -305,7 +305,7 @@ ROWS: dict[str, Callable[[Figures], list[Row]]] = {
 
 def script(name: str, *arguments: str) -> Any:
     """Run a script of the tests, and read the JSON object that it ends with."""
-    return json.loads(run([sys.executable, str(TESTS / name), *arguments]).splitlines()[-1])
+    return json.loads(run([sys.executable, str(HELPERS / name), *arguments]).splitlines()[-1])
 
 
 def run(command: list[str]) -> str:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 from report_cases import add_image
 
-from lightning_samrefine.comparison import RefinementComparison
-from lightning_samrefine.panels import PanelPicker
-from lightning_samrefine.report import Gallery, ReportSection, write_report
+from lightning_samrefine.metrics.comparison import RefinementComparison
+from lightning_samrefine.reporting.panels import PanelPicker
+from lightning_samrefine.reporting.report import Gallery, ReportSection, write_report
 
 
 def main() -> None:

@@ -36,12 +36,13 @@ from benchmarks.literal_algorithm4 import SAMREFINER_DIR, SamRefiner, refine_by_
 from benchmarks.speed_clock import now, peak_bytes, seconds
 from benchmarks.speed_encoders import UNIT, Costs, measure_encoders
 from benchmarks.speed_report import RESULTS, agreement, page, stored, write_page
-from lightning_samrefine import RefineConfig, Refiner, load_sam, refiner, region_prompts
-from lightning_samrefine.cache import EmbeddingCache
+from lightning_samrefine import RefineConfig, Refiner, load_sam
 from lightning_samrefine.models.sam import SamPromptable
-from lightning_samrefine.precision import autocast, autocast_dtype
-from lightning_samrefine.prompts import build_prompts
-from lightning_samrefine.regions import PendingSplit, split_regions
+from lightning_samrefine.refine import refiner, region_prompts
+from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
+from lightning_samrefine.refine.prompts import build_prompts
+from lightning_samrefine.refine.regions import PendingSplit, split_regions
+from lightning_samrefine.utils.precision import autocast, autocast_dtype
 
 CLASSES = 12
 SIZE = (720, 960)
@@ -52,7 +53,7 @@ CONFIG = RefineConfig(pred_iou_thresh=0.0, min_region_area=16)
 
 
 def scene(regions: int, hw: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw an image with so many regions: the cells of a wavy grid, neighbours of other classes.
+    """Draw an image with so many regions: the cells of a wavy grid, neighbors of other classes.
 
     Returns:
         Image (3, H, W) uint8, labels (H, W) int64, probs (C, H, W) float32.
@@ -66,9 +67,9 @@ def scene(regions: int, hw: tuple[int, int], device: torch.device) -> tuple[Tens
     column = ((x + wave * torch.cos(y / (2 * wave))) * columns / width).long()
     labels = (2 * row + 5 * column.clamp(0, columns - 1)) % CLASSES
     generator = torch.Generator().manual_seed(0)
-    colours = torch.randint(40, 216, (CLASSES, 3), generator=generator)
+    colors = torch.randint(40, 216, (CLASSES, 3), generator=generator)
     noise = torch.randint(-30, 30, (height, width, 3), generator=generator)
-    image = (colours[labels] + noise).clamp(0, 255).to(torch.uint8).permute(2, 0, 1)
+    image = (colors[labels] + noise).clamp(0, 255).to(torch.uint8).permute(2, 0, 1)
     logits = torch.randn(CLASSES, height // 8, width // 8, generator=generator)
     logits = nn.functional.interpolate(logits[None], hw, mode="bilinear")[0]
     logits.scatter_add_(0, labels[None], torch.full((1, height, width), 4.0))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed_clock import seconds
 from lightning_samrefine.models.sam import SamPromptable
-from lightning_samrefine.precision import autocast, autocast_dtype
+from lightning_samrefine.utils.precision import autocast, autocast_dtype
 
 Costs = dict[str, list[float]]
 UNIT = "segment-anything, float32"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.speed_bars import bars
 from lightning_samrefine import RefineConfig, Refiner, load_sam
-from lightning_samrefine.models.protocol import Prompts
+from lightning_samrefine.models.base import Prompts
 
 RESULTS, PAGE, NOTES = (
     Path(__file__).with_name(name) for name in ("speed.json", "SPEED.md", "speed_notes.md")

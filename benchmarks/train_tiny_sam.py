@@ -58,7 +58,7 @@ PROMPT_KINDS: dict[str, tuple[bool, bool, bool]] = {
 FULL_PROMPT = "box+point+mask"
 KIND_WEIGHTS = (0.66, 0.12, 0.08, 0.05, 0.09)
 
-# Neighbours (dy, dx) on the mask grid which the auxiliary head compares each pixel with.
+# Neighbors (dy, dx) on the mask grid which the auxiliary head compares each pixel with.
 OFFSETS = ((0, 1), (1, 0), (0, 4), (4, 0), (0, 12), (12, 0), (8, 8), (8, -8))
 
 
@@ -71,7 +71,7 @@ class AffinityHead(nn.Module):
     """Auxiliary head, dropped on export: foreground and affinities read off the embedding.
 
     It says for every mask pixel whether it belongs to an object and to the same object as each of
-    its neighbours in `OFFSETS`. That grounds the encoder in borders from the first step on, while
+    its neighbors in `OFFSETS`. That grounds the encoder in borders from the first step on, while
     prompts alone reach it through the whole decoder. No class is told.
     """
 
@@ -221,7 +221,7 @@ def region_tables(
     return {kind: torch.cat(tables) for kind, tables in rows.items()}
 
 
-def summarise(table: Tensor) -> dict[str, float]:
+def summarize(table: Tensor) -> dict[str, float]:
     """Means over a table of regions.
 
     Args:
@@ -248,7 +248,7 @@ def print_test_table(sam: Sam) -> None:
     """Print what the model card reports: test scenes by prompt, class, size and severity."""
 
     def line(name: str, table: Tensor) -> None:
-        r = summarise(table)
+        r = summarize(table)
         print(
             f"{name:24} {r['regions']:7.0f} {r['coarse']:7.3f} {r['refined']:7.3f} "
             f"{r['iou_error']:7.3f} {r['false_positives']:6.0f} {r['iou_error_all']:7.3f}",
@@ -288,7 +288,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 150) -> floa
 
 @torch.no_grad()
 def update_average(average: Sam, sam: Sam, step: int, decay: float = 0.998) -> None:
-    """Move the averaged weights (and normalisation statistics) towards the current ones."""
+    """Move the averaged weights (and normalization statistics) towards the current ones."""
     rate = 1.0 - min(decay, (1 + step) / (10 + step))
     source = sam.state_dict()
     for name, value in average.state_dict().items():
@@ -381,7 +381,7 @@ def train(args: argparse.Namespace) -> Sam:
             names = ("mask_loss", "iou_loss", "affinity_loss")
             row |= dict(zip(names, (sums / seen).tolist(), strict=True))
             tables = region_tables(average, VALIDATION_FAMILY, VALIDATION_SCENES)
-            result = summarise(tables[FULL_PROMPT])
+            result = summarize(tables[FULL_PROMPT])
             row |= {key: result[key] for key in ("coarse", "refined", "iou_error", "iou_error_all")}
             sums, seen = torch.zeros(3), 0
             fresh = not curve.exists()
@@ -404,7 +404,7 @@ def train(args: argparse.Namespace) -> Sam:
 def main() -> None:
     """Command line: see the module's own documentation."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps in all")
     parser.add_argument("--batch", type=int, default=3, help="scenes a step")
     parser.add_argument("--prompts", type=int, default=5, help="prompts a scene at most")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")

@@ -21,9 +21,9 @@ from torch import Tensor
 from benchmarks.camvid.data import ESPNET_WEIGHTS, SAM_WEIGHTS, VOID, camvid, data_root
 from benchmarks.camvid.espnet import ESPNetSegmenter
 from lightning_samrefine import RefineConfig, Refiner, load_sam
-from lightning_samrefine.adapter import RefineInputs
-from lightning_samrefine.cache import EmbeddingCache
-from lightning_samrefine.refiner import Answers
+from lightning_samrefine.adapters.batch_adapter import RefineInputs
+from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
+from lightning_samrefine.refine.refiner import MaskPredictions
 from lightning_samrefine.tune.counts import Scoring
 from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.sweep import Sweep
@@ -99,7 +99,7 @@ def val_samples(count: int) -> list[RefineInputs]:
     return samples
 
 
-def decode(refiner: Refiner, inputs: RefineInputs) -> list[Answers]:
+def decode(refiner: Refiner, inputs: RefineInputs) -> list[MaskPredictions]:
     """Ask SAM about an image whose embedding is kept."""
     return list(refiner.ask(inputs.images, inputs.probs, inputs.labels))
 

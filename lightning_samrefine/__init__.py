@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from lightning_samrefine.callback import SAMRefineCallback
+    from lightning_samrefine.callbacks.refine_callback import SAMRefineCallback
+    from lightning_samrefine.callbacks.writer import SAMRefineWriter
     from lightning_samrefine.config import RefineConfig
     from lightning_samrefine.models import load_sam
-    from lightning_samrefine.refinement import Refinement
-    from lightning_samrefine.refiner import Refiner
+    from lightning_samrefine.refine.refiner import Refiner
+    from lightning_samrefine.refine.results import Refinement
     from lightning_samrefine.self_check import check
-    from lightning_samrefine.writer import SAMRefineWriter
 
 __all__ = [
     "RefineConfig",
@@ -29,11 +29,11 @@ __all__ = [
 ]
 
 _HOME = {
-    "SAMRefineCallback": "callback",
-    "SAMRefineWriter": "writer",
+    "SAMRefineCallback": "callbacks.refine_callback",
+    "SAMRefineWriter": "callbacks.writer",
     "RefineConfig": "config",
-    "Refinement": "refinement",
-    "Refiner": "refiner",
+    "Refinement": "refine.results",
+    "Refiner": "refine.refiner",
     "check": "self_check",
     "load_sam": "models",
 }

@@ -12,51 +12,47 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Every number that decides what SAM is asked and what is done with its answer.
+    """Thresholds and weights of a refinement.
 
     The defaults are Algorithm 4 with every region prompted; the preset ``algorithm4`` has its
-    published thresholds. What it does not have (``points_per_side``, ``soft_floor``, ``colours``,
-    ``smoothing``) is off, and on in ``default`` and ``fast``.
+    published thresholds. ``points_per_side``, ``unsupported_weight``, ``color_weight`` and
+    ``crf_weight`` are not part of it: 0 here, above 0 in ``default`` and ``fast``.
 
     Attributes:
-        score_thresh: τ_c in [0, 1). Pixels whose largest probability is below it belong to no
+        score_thresh: τ_c in [0, 1). A pixel whose largest probability is below it belongs to no
             region, and a class whose largest probability in the image is below it is skipped. 0
-            turns both off.
-        mask_prompt_scale: τ_m > 0. Turns a probability into the logit of SAM's mask prompt.
-        pred_iou_thresh: τ_iou in [0, 1]. A region is accepted where SAM's predicted IoU is
-            strictly greater.
+            disables both.
+        mask_prompt_scale: τ_m > 0. Scales probabilities to the logits of SAM's mask prompt.
+        pred_iou_thresh: τ_iou in [0, 1]. A region is accepted if SAM's predicted IoU is strictly
+            greater.
         stride: r ≥ 1. Regions are found on the ⌊H/r⌋ × ⌊W/r⌋ grid.
-        min_region_area: Regions of fewer pixels **of that grid** are not prompted. 1 keeps all.
-        max_regions: So many regions of an image are prompted at most, those of the largest area;
-            a bound on the time that a speckled prediction costs. The others keep the raw
-            prediction. None prompts all.
-        max_prompts_per_batch: Upper bound on the prompts that SAM decodes at once, a bound on
-            memory that does not change the result. ``None`` takes 32 on CUDA and 4
-            elsewhere, and half as many wherever memory runs out.
-        prompt_regions: Whether SAM is asked about the regions.
-        mask_prompts: Whether regions are prompted with a mask besides box and point.
-        points_per_side: SAM is asked about a grid of this many points along the image's longer
-            side. These masks depend on the image alone, so a cache keeps them whole, and where no
-            regions are prompted an image costs SAM nothing from the second time on. 0 is none.
-        soft_floor: In [0, 1). What a class keeps of its probability where no mask supports it; with
-            ``points_per_side``, ten times as much where no region's mask does. 0 is Algorithm 4's
-            hard rule: nothing.
-        colours: Weight in [0, 8] of how usual a pixel's colour is in each class of the image; 0
-            leaves it out.
-        smoothing: Weight, at least 0, of neighbouring pixels of similar colour in a last step; 0
-            leaves it out.
-        classes: The classes that are refined, as indices in [0, C); ``None`` for all, empty for
-            none. The map of every other class stays as the segmenter drew it: its regions are not
-            prompted, and a pixel changes its label only from one of these classes to another.
-        class_pred_iou_thresh: τ_iou of single classes in place of ``pred_iou_thresh``, by their
-            indices.
-        class_names: The C classes that the thresholds were tuned for, in the order of their
-            indices; a run with other classes is refused. ``None`` for any.
+        min_region_area: Minimum area of a prompted region, in pixels of that grid. 1 keeps all.
+        max_regions: Maximum number of regions prompted per image (largest first); the others keep
+            their raw prediction. Bounds the time of a speckled prediction. None for no limit.
+        max_prompts_per_batch: Number of prompts decoded together. None for 32 on CUDA, 4
+            elsewhere, and fewer once memory has run out.
+        prompt_regions: Whether SAM is prompted with the regions.
+        mask_prompts: Whether a region is prompted with a mask besides box and point.
+        points_per_side: Number of points along the image's longer side in a grid of point prompts,
+            whose masks depend on the image alone and are cached. 0 for no grid.
+        unsupported_weight: In [0, 1). Factor of a class's probability where no mask supports it;
+            ten times as much for the masks of regions beside a point grid. 0 is Algorithm 4's hard
+            rule.
+        color_weight: In [0, 8]. Exponent of p(class | color) / p(class), estimated from the image;
+            0 ignores colors.
+        crf_weight: At least 0. Weight of neighboring pixels of similar color in a final step of
+            smoothing; 0 for none.
+        classes: Indices of the refined classes in [0, C); None for all, empty for none. Regions of
+            the other, frozen classes are not prompted, and a pixel changes its label only from one
+            refined class to another.
+        class_pred_iou_thresh: τ_iou of single classes, by index, in place of ``pred_iou_thresh``.
+        class_names: Names of the C classes that the values were tuned for, by index; a run with
+            other classes is refused. None for any.
 
     Raises:
         TypeError: A value of the wrong type.
-        ValueError: A value outside its range, ``points_per_side``, ``colours`` or ``smoothing``
-            without ``soft_floor``, or neither regions nor points to ask about.
+        ValueError: A value outside its range; ``points_per_side``, ``color_weight`` or
+            ``crf_weight`` without ``unsupported_weight``; neither region nor point prompts.
     """
 
     score_thresh: float = 0.0
@@ -69,9 +65,9 @@ class RefineConfig:
     prompt_regions: bool = True
     mask_prompts: bool = True
     points_per_side: int = 0
-    soft_floor: float = 0.0
-    colours: float = 0.0
-    smoothing: float = 0.0
+    unsupported_weight: float = 0.0
+    color_weight: float = 0.0
+    crf_weight: float = 0.0
     classes: tuple[int, ...] | None = None
     class_pred_iou_thresh: Mapping[int, float] | None = field(default=None, hash=False)
     class_names: tuple[str, ...] | None = None
@@ -98,15 +94,22 @@ class RefineConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, accepted is a bool")
         _check_count("points_per_side", self.points_per_side, least=0)
-        _check_float("soft_floor", self.soft_floor, 0 <= _num(self.soft_floor) < 1, "[0, 1)")
+        _check_float(
+            "unsupported_weight",
+            self.unsupported_weight,
+            0 <= _num(self.unsupported_weight) < 1,
+            "[0, 1)",
+        )
         # Beyond it the product of a float32 probability and its factor may overflow.
-        _check_float("colours", self.colours, 0 <= _num(self.colours) <= 8, "[0, 8]")
-        _check_float("smoothing", self.smoothing, 0 <= _num(self.smoothing) < math.inf, "[0, inf)")
-        for name in ("points_per_side", "colours", "smoothing"):
-            if getattr(self, name) and not self.soft_floor:
+        _check_float("color_weight", self.color_weight, 0 <= _num(self.color_weight) <= 8, "[0, 8]")
+        _check_float(
+            "crf_weight", self.crf_weight, 0 <= _num(self.crf_weight) < math.inf, "[0, inf)"
+        )
+        for name in ("points_per_side", "color_weight", "crf_weight"):
+            if getattr(self, name) and not self.unsupported_weight:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with soft_floor 0, accepted is 0, or a "
-                    "soft_floor above 0"
+                    f"{name}: got {getattr(self, name)!r} with unsupported_weight 0, "
+                    "accepted is 0, or an unsupported_weight above 0"
                 )
         if not self.prompt_regions and not self.points_per_side:
             raise ValueError(
@@ -126,8 +129,8 @@ class RefineConfig:
 
         Args:
             name: ``"algorithm4"`` (the published algorithm with its published thresholds, see
-                docs/algorithm4.md); ``"fast"`` (at most one prompt for each region, soft fusion,
-                smoothing); ``"default"`` (the same with image-driven masks besides).
+                docs/algorithm4.md); ``"fast"`` (one prompt per region, soft fusion); ``"default"``
+                (``"fast"`` and the masks of a point grid).
             **overrides: Fields of `RefineConfig`.
 
         Raises:
@@ -159,9 +162,9 @@ _FAST = {
     "min_region_area": 16,
     "max_regions": 500,
     "mask_prompts": False,
-    "soft_floor": 0.02,
-    "colours": 1.3,
-    "smoothing": 4.0,
+    "unsupported_weight": 0.02,
+    "color_weight": 1.3,
+    "crf_weight": 4.0,
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_samrefine.arguments import check_sam, parse_refine
+from lightning_samrefine.callbacks.arguments import check_sam, parse_refine
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.demo.scenes import CLASS_NAMES, make_scene
-from lightning_samrefine.machine import default_device, describe_machine, describe_versions
 from lightning_samrefine.models import Promptable, load_sam
-from lightning_samrefine.precision import choose_precision
-from lightning_samrefine.refinement import Refinement
-from lightning_samrefine.refiner import Refiner
-from lightning_samrefine.transfer import synchronize
+from lightning_samrefine.refine.refiner import Refiner
+from lightning_samrefine.refine.results import Refinement
+from lightning_samrefine.utils.device import synchronize
+from lightning_samrefine.utils.machine import default_device, describe_machine, describe_versions
+from lightning_samrefine.utils.precision import choose_precision
 
 AGREEMENT = 0.999  # the least share of pixels with equal labels
 IMAGES = 6

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from lightning_samrefine.models.protocol import Promptable, Prompts, accepts_masks
-from lightning_samrefine.precision import autocast
+from lightning_samrefine.models.base import Promptable, Prompts, accepts_masks
+from lightning_samrefine.utils.precision import autocast
 
 # Square, wide, tall, and one that a padding model resizes to a single row.
 _IMAGE_SIZES = ((48, 48), (40, 60), (70, 30), (2, 700))
@@ -100,7 +100,7 @@ def check_embed(sam: Promptable) -> None:
 
 
 def check_decode(sam: Promptable) -> None:
-    """Answers have the right shape and type, are finite, and do not depend on the batch."""
+    """MaskPredictions have the right shape and type, are finite, and do not depend on the batch."""
     image_hw = _IMAGE_SIZES[1]
     (embedding,) = _embed(sam, [_image(sam, image_hw)])
     prompts = _prompts(sam, image_hw)
@@ -169,13 +169,13 @@ def check_upscale(sam: Promptable) -> None:
     for image_hw in _IMAGE_SIZES[:3]:
         height, width = sam.mask_hw(image_hw)
         ramps = torch.zeros(2, sam.mask_size, sam.mask_size, device=sam.device)
-        ramps[0] = _centred(sam.mask_size, height, sam.device)[:, None]
-        ramps[1] = _centred(sam.mask_size, width, sam.device)
+        ramps[0] = _centered(sam.mask_size, height, sam.device)[:, None]
+        ramps[1] = _centered(sam.mask_size, width, sam.device)
         upscaled = sam.upscale(ramps, image_hw)
         _shaped(upscaled, (2, *image_hw), f"upscale to {image_hw}")
         expected = torch.zeros(2, *image_hw, device=sam.device)
-        expected[0] = _centred(image_hw[0], image_hw[0], sam.device)[:, None]
-        expected[1] = _centred(image_hw[1], image_hw[1], sam.device)
+        expected[0] = _centered(image_hw[0], image_hw[0], sam.device)[:, None]
+        expected[1] = _centered(image_hw[1], image_hw[1], sam.device)
         off = (upscaled - expected).abs().amax().item()
         # A pixel of the mask may be several of the image, and bilinear edges are flat.
         allowed = 1.5 / min(height, width)
@@ -257,8 +257,8 @@ def _decode(sam: Promptable, embedding: object, prompts: Prompts) -> tuple[Tenso
         return sam.decode(embedding, prompts)
 
 
-def _centred(length: int, extent: int, device: torch.device) -> Tensor:
-    """Return (length,) positions of pixel centres, from 0 to 1 over the first ``extent``."""
+def _centered(length: int, extent: int, device: torch.device) -> Tensor:
+    """Return (length,) positions of pixel centers, from 0 to 1 over the first ``extent``."""
     return (torch.arange(length, device=device) + 0.5) / extent
 
 

@@ -31,3 +31,11 @@ def data_root() -> Path:
     if not (root / "camvid").is_dir():
         pytest.skip(f"no real data: SAMREFINE_DATA names {root}, which has no folder camvid")
     return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Images, labels and stored predictions in a folder, for the command."""
+    from command_runs import write_folder  # loads Lightning and Hydra
+
+    return write_folder(tmp_path_factory.mktemp("data"))

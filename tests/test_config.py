@@ -46,13 +46,13 @@ def test_algorithm4_has_the_published_thresholds_and_overrides_replace_fields():
         ("prompt_regions", 1, TypeError),
         ("mask_prompts", None, TypeError),
         ("points_per_side", -1, ValueError),
-        ("points_per_side", 24, ValueError),  # without soft_floor
-        ("soft_floor", 1.0, ValueError),
-        ("smoothing", -1.0, ValueError),
-        ("smoothing", 4.0, ValueError),  # without soft_floor
-        ("colours", -1.0, ValueError),
-        ("colours", 8.5, ValueError),
-        ("colours", 1.3, ValueError),  # without soft_floor
+        ("points_per_side", 24, ValueError),  # without unsupported_weight
+        ("unsupported_weight", 1.0, ValueError),
+        ("crf_weight", -1.0, ValueError),
+        ("crf_weight", 4.0, ValueError),  # without unsupported_weight
+        ("color_weight", -1.0, ValueError),
+        ("color_weight", 8.5, ValueError),
+        ("color_weight", 1.3, ValueError),  # without unsupported_weight
         ("prompt_regions", False, ValueError),  # without points
     ],
 )
@@ -88,13 +88,13 @@ def test_unknown_preset_and_field_are_refused():
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("soft_flor", r"soft_flor \(did you mean soft_floor\?\)"),
+        ("unsuported_weight", r"unsuported_weight \(did you mean unsupported_weight\b"),
         ("iou_thresh", r"iou_thresh \(did you mean pred_iou_thresh\b"),
-        ("colors", r"colors \(did you mean colours\?\)"),
+        ("color_weight", r"color_weight \(did you mean color_weight\b"),
     ],
 )
 def test_a_mistyped_field_names_the_nearest_ones(name, hint):
-    with pytest.raises(TypeError, match=f"no field {hint}.*; its fields are "):
+    with pytest.raises(TypeError, match=rf"no field {hint}.*; its fields are "):
         RefineConfig.preset("fast", **{name: 0.1})
 
 

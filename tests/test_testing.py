@@ -7,10 +7,11 @@ from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Segmenter, loader
 from tiny_hf import FAMILIES, build_tiny_hf
 from tiny_random_sam import build_random_sam
 
-from lightning_samrefine import RefineConfig, Refiner, SAMRefineCallback, attachment, load_sam
-from lightning_samrefine.models.frames import SquashedFrame
-from lightning_samrefine.models.protocol import Prompts
+from lightning_samrefine import RefineConfig, Refiner, SAMRefineCallback, load_sam
+from lightning_samrefine.callbacks import run_state
+from lightning_samrefine.models.base import Prompts
 from lightning_samrefine.models.sam import SamPromptable
+from lightning_samrefine.models.transforms import SquashedFrame
 from lightning_samrefine.testing import CHECKS, check_promptable
 
 
@@ -77,7 +78,7 @@ class TooLarge(SamPromptable):
 
 
 class Mixing(SamPromptable):
-    """Centres embeddings over the batch."""
+    """Centers embeddings over the batch."""
 
     def embed(self, images):
         embeddings = super().embed(images)
@@ -103,7 +104,7 @@ class NoPoints(SamPromptable):
 
 
 class FirstPrompt(SamPromptable):
-    """Answers all prompts of a batch as the first."""
+    """MaskPredictions all prompts of a batch as the first."""
 
     def decode(self, embedding, prompts):
         logits, iou = super().decode(embedding, prompts.chunk(0, 1))
@@ -181,7 +182,7 @@ def test_a_model_without_masks_refines_by_boxes_and_points():
 @pytest.mark.parametrize("cls", [SamPromptable, BoxesOnly])
 def test_the_log_says_once_what_a_model_does_not_take(cls, monkeypatch):
     said = []
-    monkeypatch.setattr(attachment, "rank_zero_info", said.append)
+    monkeypatch.setattr(run_state, "rank_zero_info", said.append)
     callback = SAMRefineCallback(small(cls), num_classes=NUM_CLASSES, refine=REFINE)
     Trainer(**SILENT, callbacks=[callback]).validate(Segmenter(), loader(), verbose=False)
     assert callback.history[0]["refine_failed_images"] == 0

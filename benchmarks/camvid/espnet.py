@@ -49,7 +49,7 @@ class Conv(nn.Module):
 
 
 class NormAct(nn.Module):
-    """Batch normalisation, then a PReLU with one slope a channel; the shape stays."""
+    """Batch normalization, then a PReLU with one slope a channel; the shape stays."""
 
     def __init__(self, channels: int, eps: float = BN_EPS) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Pyramid(nn.Module):
             self.add_module(f"d{dilation}", branch)
 
     def pyramid(self, x: Tensor) -> Tensor:
-        """Map (B, inputs, H, W) to (B, outputs, ⌈H/stride⌉, ⌈W/stride⌉), not normalised."""
+        """Map (B, inputs, H, W) to (B, outputs, ⌈H/stride⌉, ⌈W/stride⌉), not normalized."""
         reduced = self.c1(x)
         first, *rest = (self.get_submodule(f"d{d}")(reduced) for d in DILATIONS)
         sums = [rest[0]]
@@ -185,7 +185,7 @@ class ESPNet(nn.Module):
         """Compute logits.
 
         Args:
-            x: (B, 3, H, W) float, B, G, R order, normalised; H and W multiples of 8.
+            x: (B, 3, H, W) float, B, G, R order, normalized; H and W multiples of 8.
 
         Returns:
             (B, outputs, H, W) float logits.
@@ -272,7 +272,7 @@ class ESPNetSegmenter(LightningModule):
         if self.resolution == "half":
             small = [side // 2 // SIDE_MULTIPLE * SIDE_MULTIPLE for side in image.shape[-2:]]
             x = F.interpolate(x, small, mode="bilinear", align_corners=False, antialias=True)
-        # The division by 255 comes after the normalisation: the weights were trained so.
+        # The division by 255 comes after the normalization: the weights were trained so.
         logits = self.network((x - self.mean) / self.std / 255).float()
         if self.drop_void:
             logits = logits[:, :-1]

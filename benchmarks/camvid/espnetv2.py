@@ -2,7 +2,7 @@
 
 Mehta et al., "ESPNetv2: A Light-Weight, Power Efficient, and General Purpose Convolutional Neural
 Network", CVPR 2019. Module names follow the checkpoint's keys, which load strictly. The network
-takes R, G, B images in [0, 1], normalised by ImageNet's statistics.
+takes R, G, B images in [0, 1], normalized by ImageNet's statistics.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _WIDE, _NARROW = (1, 2, 3, 4), (1, 1, 2, 3)  # dilations of the branches
 _DECODER_WIDTHS = (64, 48, 32)  # at strides 16, 8 and 4
 _POOLING_SCALES = (2.0, 1.5, 1.0, 0.5, 0.1)
 _SMALLEST_SIDE = 5  # of a pooled map
-_EPS = 1e-5  # of batch normalisation, as torch has it
+_EPS = 1e-5  # of batch normalization, as torch has it
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias that keeps the size apart from the stride, then normalisation."""
+    """Convolution without bias that keeps the size apart from the stride, then normalization."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1
@@ -196,7 +196,7 @@ class ESPNetv2(nn.Module):
         """Compute logits.
 
         Args:
-            image: (B, 3, H, W) float, normalised; H and W multiples of 16.
+            image: (B, 3, H, W) float, normalized; H and W multiples of 16.
 
         Returns:
             (B, classes, H, W) float logits.

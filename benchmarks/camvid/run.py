@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from benchmarks.camvid.data import REPOSITORY, RESOLUTIONS, data_root, missing_files
 from benchmarks.camvid.report import results_page
 from benchmarks.camvid.verify import Verification, verify
-from lightning_samrefine import RefineConfig, app
+from lightning_samrefine import RefineConfig
+from lightning_samrefine.cli import main as app
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs"

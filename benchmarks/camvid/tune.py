@@ -32,10 +32,10 @@ from benchmarks.camvid.data import (
 )
 from benchmarks.camvid.espnet import ESPNetSegmenter
 from lightning_samrefine import RefineConfig, Refiner, load_sam
-from lightning_samrefine.cache import EmbeddingCache
+from lightning_samrefine.config_files import read_refine
 from lightning_samrefine.data import FolderDataModule
 from lightning_samrefine.models import Promptable
-from lightning_samrefine.refine_files import read_refine
+from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 from lightning_samrefine.tune.callback import TuneCallback
 from lightning_samrefine.tune.choice import class_ious, gain
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth

@@ -22,8 +22,8 @@ from benchmarks.domains.page import RAW, page
 from benchmarks.domains.pairs import CAMVID, DOMAINS, JUDGED, class_names, examples
 from benchmarks.quality.methods import BEST_ON_VAL, Refine, dense_crf, mode_filter, without_sam
 from lightning_samrefine import RefineConfig, Refiner, load_sam
-from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.models import Promptable
+from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 
 PAGE = REPOSITORY / "benchmarks" / "DOMAINS.md"
 

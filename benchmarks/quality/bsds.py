@@ -19,7 +19,7 @@ def bsds_images(root: Path, every: int, multiple: int) -> list[tuple[Tensor, Ten
     """Read every n-th image with what its first annotator drew.
 
     The segments have no classes. They get `VOID` of them, by their rank in area, so that large
-    neighbours differ; small neighbours of one class count as one region.
+    neighbors differ; small neighbors of one class count as one region.
 
     Args:
         root: The data folder.

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_samrefine import RefineConfig, Refiner
-from lightning_samrefine.cache import EmbeddingCache
-from lightning_samrefine.colours import weigh_by_colours
 from lightning_samrefine.models import Promptable
-from lightning_samrefine.smoothing import smooth
+from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
+from lightning_samrefine.refine.fusion.color_model import weigh_by_color
+from lightning_samrefine.refine.fusion.crf import smooth
 
 Refine = Callable[[Tensor, Tensor], Tensor]
 
@@ -77,10 +77,12 @@ def build_methods(sam: Promptable, cache: EmbeddingCache, device: torch.device) 
             cached=True,
         ),
         Method(
-            "`default` without smoothing", preset("default", smoothing=0.0), every=9, cached=True
+            "`default` without smoothing", preset("default", crf_weight=0.0), every=9, cached=True
         ),
-        Method("`default` without colours", preset("default", colours=0.0), every=9, cached=True),
-        Method("its colours and smoothing without SAM", without_sam),
+        Method(
+            "`default` without colors", preset("default", color_weight=0.0), every=9, cached=True
+        ),
+        Method("its colors and smoothing without SAM", without_sam),
         Method("guided filter, radius 4", guided_filter, every=9),
     ]
     try:
@@ -107,7 +109,7 @@ def dense_crf(
 
     Args:
         gaussian: Standard deviation in pixels and weight of the smoothness kernel.
-        bilateral: Standard deviations in pixels and in colour, and weight of the appearance kernel.
+        bilateral: Standard deviations in pixels and in color, and weight of the appearance kernel.
         rounds: Of mean-field inference.
     """
 
@@ -132,8 +134,8 @@ def dense_crf(
 def without_sam(image: Tensor, probs: Tensor) -> Tensor:
     """Do what `default` does besides asking SAM: what remains of its gain is SAM's."""
     config = RefineConfig.preset("default")
-    weighted = weigh_by_colours(probs, image, config.colours, config.stride)
-    return smooth(weighted, image, config.smoothing).argmax(dim=0)
+    weighted = weigh_by_color(probs, image, config.color_weight, config.stride)
+    return smooth(weighted, image, config.crf_weight).argmax(dim=0)
 
 
 def mode_filter(image: Tensor, probs: Tensor, side: int = 5) -> Tensor:
@@ -144,7 +146,7 @@ def mode_filter(image: Tensor, probs: Tensor, side: int = 5) -> Tensor:
 
 
 def guided_filter(image: Tensor, probs: Tensor, radius: int = 4, eps: float = 1e-3) -> Tensor:
-    """Filter each class's probability with the grey image as guide (He et al., ECCV 2010)."""
+    """Filter each class's probability with the gray image as guide (He et al., ECCV 2010)."""
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     guide = (image.float() / 255 * weights).sum(dim=0)[None, None]
 

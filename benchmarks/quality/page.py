@@ -39,7 +39,7 @@ def quality_page(counts: Mapping[str, Mapping[str, Frames]], names: Sequence[str
         "All methods get the same probabilities, and SAM's all the same `vit_t`. mIoU in % of one "
         "confusion matrix of all frames, void ground truth ignored; trimap: pixels within 3 px of "
         "a border. Gains are over raw on the same frames, in points, with the 95% interval of a "
-        "paired bootstrap over frames (neighbouring frames look alike, so the true interval is "
+        "paired bootstrap over frames (neighboring frames look alike, so the true interval is "
         "wider). Seconds are CPU time on one core, the median of the frames, without the image "
         "encoder, whose own time stands in the row of raw; the presets that ask without mask "
         "prompts are timed when they see a prediction again, and a cache answers in SAM's place.",

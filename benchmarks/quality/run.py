@@ -35,10 +35,10 @@ from benchmarks.quality.counts import FrameCounts, count
 from benchmarks.quality.methods import Method, build_methods
 from benchmarks.quality.page import RAW, quality_page
 from lightning_samrefine import load_sam
-from lightning_samrefine.cache import EmbeddingCache
 from lightning_samrefine.demo.scenes import CLASS_NAMES as SCENE_CLASSES
 from lightning_samrefine.demo.scenes import make_scene
-from lightning_samrefine.precision import autocast, autocast_dtype
+from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
+from lightning_samrefine.utils.precision import autocast, autocast_dtype
 
 PAGE = REPOSITORY / "benchmarks" / "QUALITY.md"
 CITYSCAPES_EVERY = 3  # the second segmenter sees every third frame

@@ -10,6 +10,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_samrefine.adapters.sample_names import Stem
+from lightning_samrefine.adapters.targets import IgnoreIndex, settle_ignore_index
 from lightning_samrefine.data.folder_files import (
     FolderSplit,
     SampleFiles,
@@ -30,8 +32,6 @@ from lightning_samrefine.data.samples import (
     read_probs,
     stored_array,
 )
-from lightning_samrefine.stems import Stem
-from lightning_samrefine.targets import IgnoreIndex, settle_ignore_index
 
 SPLITS = ("train", "val", "test", "predict")
 # The first split of a stage is the one that it cannot do without.

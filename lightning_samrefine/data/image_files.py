@@ -21,8 +21,8 @@ READ_ERRORS = (
     Image.DecompressionBombError,
 )
 _TIFF_BITS = 258
-# Pillow widens the grey levels of such PNGs to 0 to 255.
-_GREY_STEPS = {"L;2": 85, "L;4": 17}
+# Pillow widens the gray levels of such PNGs to 0 to 255.
+_GRAY_STEPS = {"L;2": 85, "L;4": 17}
 
 
 @contextmanager
@@ -93,13 +93,13 @@ def check_depth(image: Image.Image, name: str) -> None:
         )
 
 
-def grey_step(image: Image.Image) -> int:
-    """Return by how much Pillow multiplies the values of a grey PNG of 2 or 4 bits, else 1.
+def gray_step(image: Image.Image) -> int:
+    """Return by how much Pillow multiplies the values of a gray PNG of 2 or 4 bits, else 1.
 
     Args:
         image: Opened, not yet decoded.
     """
-    return _GREY_STEPS.get(_raw_mode(image), 1) if image.format == "PNG" else 1
+    return _GRAY_STEPS.get(_raw_mode(image), 1) if image.format == "PNG" else 1
 
 
 def _raw_mode(image: Image.Image) -> str:

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_samrefine.data.image_files import check_depth, grey_step, opened
-from lightning_samrefine.targets import describe_others, holds_others
+from lightning_samrefine.adapters.targets import describe_others, holds_others
+from lightning_samrefine.data.image_files import check_depth, gray_step, opened
 
 Sample = dict[str, Any]
 
@@ -36,7 +36,7 @@ def image_to_tensor(image: Image.Image, name: str, turn: bool = False) -> Tensor
     """Convert a picture to uint8 (3, H, W) RGB.
 
     Args:
-        image: Any 8-bit mode; palettes, grey and CMYK are converted, an alpha channel is dropped.
+        image: Any 8-bit mode; palettes, gray and CMYK are converted, an alpha channel is dropped.
         name: What an error calls it.
         turn: Whether its EXIF orientation is applied.
 
@@ -57,19 +57,19 @@ def label_map_to_tensor(image: Image.Image, name: str) -> Tensor:
     """Convert a label map to int64 (H, W) of class indices.
 
     Args:
-        image: One channel: values of 1, 2, 4, 8 or 16 bits, or palette indices (the colours are
+        image: One channel: values of 1, 2, 4, 8 or 16 bits, or palette indices (the colors are
             ignored). Opened, not yet decoded.
         name: What an error calls it.
 
     Raises:
-        ValueError: More than one channel, as in a colour-coded map.
+        ValueError: More than one channel, as in a color-coded map.
     """
     if image.mode not in _INDEX_MODES:
         raise ValueError(
             f"{name}: got a label map of Pillow's mode {image.mode!r}, accepted is one channel of "
-            "class indices (uint8, uint16 or a palette); convert colours to indices first"
+            "class indices (uint8, uint16 or a palette); convert colors to indices first"
         )
-    step = grey_step(image)  # gone once the pixels are decoded
+    step = gray_step(image)  # gone once the pixels are decoded
     return torch.from_numpy(np.array(image).astype(np.int64)) // step
 
 
@@ -205,7 +205,7 @@ def read_probs(path: Path) -> Tensor:
     if low < 0 or high > 1:
         raise ValueError(
             f"{path}: the array 'probs' holds values from {low:.4g} to {high:.4g}, accepted are "
-            "0 to 1; store unnormalised scores as 'logits'"
+            "0 to 1; store unnormalized scores as 'logits'"
         )
     total = values.sum(dim=0)
     lost = (total - 1).abs().max().item()
@@ -213,7 +213,7 @@ def read_probs(path: Path) -> Tensor:
     if lost > (len(values) / 510 + 1e-6 if is_uint8 else _SUM_TOLERANCE):
         raise ValueError(
             f"{path}: the array 'probs' sums to {total.min():.4g} up to {total.max():.4g} over the "
-            "classes, accepted is 1, as after a softmax; store unnormalised scores as 'logits'"
+            "classes, accepted is 1, as after a softmax; store unnormalized scores as 'logits'"
         )
     return values / total if lost > _EXACT_SUM else values
 

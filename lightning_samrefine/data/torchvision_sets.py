@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import OxfordIIITPet, VOCSegmentation
 
+from lightning_samrefine.adapters.sample_names import Stem
 from lightning_samrefine.data.image_files import READ_ERRORS
 from lightning_samrefine.data.samples import (
     Sample,
@@ -21,7 +22,6 @@ from lightning_samrefine.data.samples import (
     image_to_tensor,
     label_map_to_tensor,
 )
-from lightning_samrefine.stems import Stem
 
 IGNORE_INDEX = 255
 

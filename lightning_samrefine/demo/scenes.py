@@ -2,8 +2,8 @@
 
 A scene shows textured objects of five shape classes over a textured, shaded background, with
 occlusion, thin parts, soft borders, shadows, blur and noise. Label and instance maps are exact.
-Objects differ from what lies behind them in colour, so that a careful human could trace them, but
-colour only hints at the class: shape decides it.
+Objects differ from what lies behind them in color, so that a careful human could trace them, but
+color only hints at the class: shape decides it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIN_OBJECTS, MAX_OBJECTS = 3, 8
 _SUPERSAMPLE = 4
 _MIN_VISIBLE = 0.45
 _CLASS_HUE_PROBABILITY = 0.5
-_MIN_COLOUR_DISTANCE = 75.0
+_MIN_COLOR_DISTANCE = 75.0
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
@@ -113,7 +113,7 @@ def _tree(rng: np.random.Generator) -> Shape:
 _SHAPES: tuple[Callable[[np.random.Generator], Shape], ...] = (_blob, _box, _star, _ring, _tree)
 
 
-def _rasterise(
+def _rasterize(
     shape: Shape, radius: float, turn: float, cx: float, cy: float
 ) -> tuple[Floats, int, int]:
     """Coverage (h, w) in [0, 1] of a placed shape, and its crop's left and top in the image."""
@@ -144,7 +144,7 @@ def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int)
 def _texture(
     rng: np.random.Generator, height: int, width: int, first: Floats, second: Floats
 ) -> Floats:
-    """(height, width, 3) float32 pattern that runs between two colours."""
+    """(height, width, 3) float32 pattern that runs between two colors."""
     kind = int(rng.integers(5))
     if kind in (0, 1):
         turn, period = rng.uniform(0.0, np.pi), rng.uniform(6.0, 20.0)
@@ -168,27 +168,27 @@ def _texture(
     return pattern
 
 
-def _colour(rng: np.random.Generator, avoid: list[Floats], hue: float | None = None) -> Floats:
-    """RGB (3,) float32 in [0, 255], at a clear distance from every colour in `avoid`."""
+def _color(rng: np.random.Generator, avoid: list[Floats], hue: float | None = None) -> Floats:
+    """RGB (3,) float32 in [0, 255], at a clear distance from every color in `avoid`."""
     best, best_distance = np.zeros(3, np.float32), -1.0
     for attempt in range(24):
         # A class's hue is a wish: where the surroundings already have it, any other will do.
         wished = hue is not None and attempt < 10
         h = (hue + rng.normal(0.0, 0.04)) % 1.0 if wished and hue is not None else rng.random()
         rgb = colorsys.hsv_to_rgb(h, rng.uniform(0.15, 0.9), rng.uniform(0.25, 0.95))
-        colour = np.array(rgb, np.float32) * 255
-        distance = min((float(np.linalg.norm(colour - other)) for other in avoid), default=1e9)
+        color = np.array(rgb, np.float32) * 255
+        distance = min((float(np.linalg.norm(color - other)) for other in avoid), default=1e9)
         if distance > best_distance:
-            best, best_distance = colour, distance
-        if best_distance >= _MIN_COLOUR_DISTANCE:
+            best, best_distance = color, distance
+        if best_distance >= _MIN_COLOR_DISTANCE:
             break
     return best
 
 
-def _variant(rng: np.random.Generator, colour: Floats, strength: float) -> Floats:
-    """A second colour for a texture, `strength` away from the first one in RGB."""
+def _variant(rng: np.random.Generator, color: Floats, strength: float) -> Floats:
+    """A second color for a texture, `strength` away from the first one in RGB."""
     direction = rng.standard_normal(3).astype(np.float32)
-    return np.clip(colour + strength * direction / np.linalg.norm(direction), 0.0, 255.0)
+    return np.clip(color + strength * direction / np.linalg.norm(direction), 0.0, 255.0)
 
 
 def _paste(
@@ -208,7 +208,7 @@ def _paste(
     for _ in range(8):
         radius = size * rng.uniform(0.095, 0.2)
         cx, cy = rng.uniform(0.06 * size, 0.94 * size, 2)
-        coverage, left, top = _rasterise(shape, radius, turn, cx, cy)
+        coverage, left, top = _rasterize(shape, radius, turn, cx, cy)
         x0, y0 = max(left, 0), max(top, 0)
         x1, y1 = min(left + coverage.shape[1], size), min(top + coverage.shape[0], size)
         coverage = coverage[y0 - top : y1 - top, x0 - left : x1 - left]
@@ -223,12 +223,12 @@ def _paste(
             break
     else:
         return
-    # Only what the object can touch needs a different colour: the background and neighbours.
+    # Only what the object can touch needs a different color: the background and neighbors.
     touched = np.flatnonzero(np.bincount(instances[window].ravel()))
     avoid = palette[:3] + [palette[2 + k] for k in touched if k > 0]
     hue = label / 5.5 if rng.random() < _CLASS_HUE_PROBABILITY else None
-    colour = _colour(rng, avoid, hue)
-    skin = _texture(rng, y1 - y0, x1 - x0, colour, _variant(rng, colour, rng.uniform(0.0, 45.0)))
+    color = _color(rng, avoid, hue)
+    skin = _texture(rng, y1 - y0, x1 - x0, color, _variant(rng, color, rng.uniform(0.0, 45.0)))
     skin *= rng.uniform(0.85, 1.0) + 0.25 * _smooth_noise(rng, y1 - y0, x1 - x0, 2)[..., None]
     alpha = coverage
     if rng.random() < 0.5:
@@ -241,7 +241,7 @@ def _paste(
     labels[window][solid] = label
     instances[window][solid] = len(areas) + 1
     areas.append(area)
-    palette.append(colour)
+    palette.append(color)
 
 
 def _cast_shadow(
@@ -278,7 +278,7 @@ def make_scene(seed: int, index: int, size: int = 256) -> Scene:
     if size < MIN_SIZE:
         raise ValueError(f"size must be >= {MIN_SIZE} pixels, got {size}")
     rng = np.random.default_rng((seed, index))
-    first = _colour(rng, [])
+    first = _color(rng, [])
     second = _variant(rng, first, rng.uniform(10.0, 50.0))
     palette = [first, second, (first + second) / 2]
     canvas = _texture(rng, size, size, first, second)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_samrefine.refinement import Regions
-from lightning_samrefine.transfer import Download, upload
+from lightning_samrefine.refine.results import Regions
+from lightning_samrefine.utils.device import Download, upload
 
 BINS = 10
 # Ranks of predicted IoU that AUROC tells apart.

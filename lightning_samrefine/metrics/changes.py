@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_samrefine.metrics.confusion import count_values
-from lightning_samrefine.transfer import Download
+from lightning_samrefine.utils.device import Download
 
 # A changed pixel was wrong and is right, was right and is wrong, or is wrong in another way.
 KINDS = ("fixed", "broken", "swapped")

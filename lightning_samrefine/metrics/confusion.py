@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_samrefine.metrics.bands import KnownLabels, valid_pixels
+from lightning_samrefine.metrics.trimap import KnownLabels, valid_pixels
 
 # Of `count_values` on a GPU, for all values together.
 _COUNTERS = 2**16

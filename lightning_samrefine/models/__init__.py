@@ -1,13 +1,13 @@
 """Promptable models behind one protocol, and `load_sam` that builds them."""
 
-from lightning_samrefine.models.hf import HfPromptable
-from lightning_samrefine.models.loading import SAM_NAMES, load_sam
-from lightning_samrefine.models.protocol import (
+from lightning_samrefine.models.base import (
     JointPromptable,
     MultimaskPromptable,
     Promptable,
     Prompts,
 )
+from lightning_samrefine.models.hf import HfPromptable
+from lightning_samrefine.models.registry import SAM_NAMES, load_sam
 
 __all__ = [
     "SAM_NAMES",

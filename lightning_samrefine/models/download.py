@@ -19,7 +19,7 @@ from typing import Any
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 
-from lightning_samrefine.home import home
+from lightning_samrefine.utils.cache_dir import home
 
 _log = logging.getLogger(__name__)
 

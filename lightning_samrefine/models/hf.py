@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_samrefine.models.frames import PaddedFrame, SquashedFrame, resize_and_pad
-from lightning_samrefine.models.point_encoding import exact_coordinates
-from lightning_samrefine.models.protocol import Prompts
+from lightning_samrefine.models.base import Prompts
+from lightning_samrefine.models.fast.point_encoding import exact_coordinates
+from lightning_samrefine.models.transforms import PaddedFrame, SquashedFrame, resize_and_pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ _PADDED = ("SamModel", "SamHQModel")
 _SQUASHED = ("Sam2Model", "EdgeTamModel", "Sam3TrackerModel")
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CENTRED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_CENTERED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 _FAMILIES = (
     "SAM (MedSAM and others in its layout too), SAM-HQ, SAM 2 and 2.1, EdgeTAM and SAM 3's tracker"
@@ -67,7 +67,7 @@ class HfPromptable:
         self.mask_size = 4 * (self.image_size // int(prompts.patch_size))
         frame = PaddedFrame if self._family in _PADDED else SquashedFrame
         self._frame = frame(self.image_size, self.mask_size)
-        mean, std = _CENTRED if self._family == "Sam3TrackerModel" else _IMAGENET
+        mean, std = _CENTERED if self._family == "Sam3TrackerModel" else _IMAGENET
         for key, given, own in (("pixel_mean", pixel_mean, mean), ("pixel_std", pixel_std, std)):
             values = [255 * value for value in own] if given is None else list(given)
             # Buffers, as segment-anything has them: they move with the module, and an embedding
@@ -218,7 +218,7 @@ def load_hf(model: str | Path, device: str | torch.device = "cpu") -> HfPromptab
             f"({_first_line(error)}); accepted are {_FAMILIES}"
         ) from error
     _check_complete(report, model)
-    mean, std = _normalisation(source)
+    mean, std = _normalization(source)
     name = Path(source).name if Path(source).is_dir() else source
     return HfPromptable(module.to(device), name, mean, std)
 
@@ -268,7 +268,7 @@ def _check_complete(report: dict[str, Any], model: str | Path) -> None:
             )
 
 
-def _normalisation(source: str) -> tuple[list[float] | None, list[float] | None]:
+def _normalization(source: str) -> tuple[list[float] | None, list[float] | None]:
     """Return mean and deviation of pixel values in [0, 255], None where no file says."""
     from transformers import AutoImageProcessor
 
@@ -276,7 +276,7 @@ def _normalisation(source: str) -> tuple[list[float] | None, list[float] | None]
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"SAM hf: {source} says nothing of how images are normalised "
+            f"SAM hf: {source} says nothing of how images are normalized "
             f"({_first_line(error)}); the values that its family was trained with are used",
             stacklevel=4,
         )

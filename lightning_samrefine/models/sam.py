@@ -8,13 +8,13 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from lightning_samrefine.geometry import get_preprocess_shape
-from lightning_samrefine.models.fast_decoder import FastMaskDecoder, supports
-from lightning_samrefine.models.fast_encoder import FastImageEncoder
-from lightning_samrefine.models.frames import resize
-from lightning_samrefine.models.multimask_decoder import FastMultimaskDecoder
-from lightning_samrefine.models.point_encoding import exact_coordinates
-from lightning_samrefine.models.protocol import Prompts
+from lightning_samrefine.models.base import Prompts
+from lightning_samrefine.models.fast.decoder import FastMaskDecoder, supports
+from lightning_samrefine.models.fast.encoder import FastImageEncoder
+from lightning_samrefine.models.fast.multimask_decoder import FastMultimaskDecoder
+from lightning_samrefine.models.fast.point_encoding import exact_coordinates
+from lightning_samrefine.models.transforms import resize
+from lightning_samrefine.utils.geometry import get_preprocess_shape
 
 # One image at a time keeps ViT's attention matrices from piling up; a GPU is busy with one.
 _IMAGES_PER_BATCH = 1
@@ -26,14 +26,14 @@ class SamPromptable:
     Args:
         module: The model; its image encoder has ``img_size``, as all of this family do.
         name: Short name for logs.
-        answers_points: Whether a single point gets masks worth having. False for a model that was
+        accepts_points: Whether a single point gets masks worth having. False for a model that was
             trained for whole regions, box, point and mask together.
     """
 
-    def __init__(self, module: Sam, name: str, answers_points: bool = True) -> None:
+    def __init__(self, module: Sam, name: str, accepts_points: bool = True) -> None:
         self.module = module.eval().requires_grad_(False)
         self.name = name
-        self.answers_points = answers_points
+        self.accepts_points = accepts_points
         self._encode = FastImageEncoder(self.module.image_encoder)
         self.image_size = int(module.image_encoder.img_size)
         self.mask_size = int(module.prompt_encoder.mask_input_size[0])

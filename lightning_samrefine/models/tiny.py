@@ -8,7 +8,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_samrefine.models.layout import build_sam
+from lightning_samrefine.models.build import build_sam
 
 IMAGE_SIZE = 256
 EMBED_STRIDE = 8
@@ -100,7 +100,7 @@ class TinyImageEncoder(nn.Module):
         """Embed images.
 
         Args:
-            x: (B, 3, img_size, img_size) float, normalised and padded by `Sam.preprocess`.
+            x: (B, 3, img_size, img_size) float, normalized and padded by `Sam.preprocess`.
 
         Returns:
             (B, embed_dim, img_size / 8, img_size / 8) embedding.
@@ -126,7 +126,7 @@ def build_tiny_sam() -> Sam:
 
     Returns:
         The model, in training mode as every new module is: call `.eval()` before predicting,
-        because the encoder has batch normalisation.
+        because the encoder has batch normalization.
     """
     return build_sam(
         TinyImageEncoder(),

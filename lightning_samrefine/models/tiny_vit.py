@@ -9,7 +9,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from timm.models.tiny_vit import TinyVit
 from torch import Tensor, nn
 
-from lightning_samrefine.models.layout import build_sam
+from lightning_samrefine.models.build import build_sam
 
 _WIDTHS = (64, 128, 160, 320)
 _EMBED_DIM = 256
@@ -45,7 +45,7 @@ class TinyVitEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed (B, 3, 1024, 1024) float, normalised and padded, as (B, 256, 64, 64)."""
+        """Embed (B, 3, 1024, 1024) float, normalized and padded, as (B, 256, 64, 64)."""
         return self.neck(self.backbone.stages(self.backbone.patch_embed(x)))
 
 

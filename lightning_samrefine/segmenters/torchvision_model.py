@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torchvision.models import get_model, list_models, segmentation
 
-from lightning_samrefine.targets import IgnoreIndex, settle_ignore_index
+from lightning_samrefine.adapters.targets import IgnoreIndex, settle_ignore_index
 
 # torchvision's segmentation weights were all trained with these.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -23,7 +23,7 @@ AUX_LOSS_WEIGHT = 0.5
 
 
 class TorchvisionSegmenter(LightningModule):
-    """A segmentation network of torchvision that takes uint8 images and normalises them itself.
+    """A segmentation network of torchvision that takes uint8 images and normalizes them itself.
 
     Steps read the batches of `lightning_samrefine.data`, log ``train/loss``, ``val/loss`` and
     ``test/loss``, and return ``"logits"`` (B, C, H, W) and ``"loss"``.

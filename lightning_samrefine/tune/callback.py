@@ -10,11 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_samrefine.adapter import RefineInputs
-from lightning_samrefine.callback import SAMRefineCallback
+from lightning_samrefine.adapters.batch_adapter import RefineInputs
+from lightning_samrefine.callbacks.evaluation import LoaderEvaluation
+from lightning_samrefine.callbacks.refine_callback import SAMRefineCallback
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.evaluation import LoaderEvaluation
-from lightning_samrefine.refiner import Refiner
+from lightning_samrefine.refine.refiner import Refiner
 from lightning_samrefine.tune.counts import Scoring
 
 Visitor = Callable[[Refiner, RefineInputs], None]
@@ -34,7 +34,7 @@ class TuneCallback(SAMRefineCallback):
     @property
     def acting_config(self) -> RefineConfig:
         """What refines: ``refine_config``, or what stands in for it with SAM as it is."""
-        return self._attachment.refiner.refiner.config
+        return self._run_state.refiner.refiner.config
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -55,12 +55,12 @@ class TuneCallback(SAMRefineCallback):
         dataloader_idx: int,
     ) -> None:
         if inputs is not None:
-            self._visit(self._attachment.refiner.refiner, inputs)
+            self._visit(self._run_state.refiner.refiner, inputs)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
-        adapter = self._attachment.bind(self.adapter, self.num_classes, pl_module, self.class_names)
+        adapter = self._run_state.bind(self.adapter, self.num_classes, pl_module, self.class_names)
         scoring = Scoring(adapter.num_classes, self.ignore_index, self.trimap_width)
         if self.visitor is None:
             raise MisconfigurationException("TuneCallback: got no visitor to hand samples to")

@@ -101,7 +101,7 @@ def class_ious(totals: np.ndarray) -> np.ndarray:
 
 
 def folds(images: int, count: int) -> list[np.ndarray]:
-    """Split images into neighbours: frames of one drive must not be on both sides.
+    """Split images into neighbors: frames of one drive must not be on both sides.
 
     Args:
         images: N.

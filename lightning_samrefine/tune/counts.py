@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_samrefine.metrics.bands import trimap_band, valid_pixels
+from lightning_samrefine.metrics.trimap import trimap_band, valid_pixels
 from lightning_samrefine.tune.rule import OBJECTIVES, Objective
 
 

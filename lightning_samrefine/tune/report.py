@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.metrics.bootstrap import BootstrapInterval
-from lightning_samrefine.panels import save_figure
+from lightning_samrefine.reporting.panels import save_figure
 from lightning_samrefine.tune.choice import class_ious, gain
 from lightning_samrefine.tune.rule import OBJECTIVES
 from lightning_samrefine.tune.task import Tuning

@@ -14,7 +14,7 @@ class Rule:
     """When something is certain enough to be chosen.
 
     Attributes:
-        objective: What is maximised: mIoU of the whole images or of the trimap bands.
+        objective: What is maximized: mIoU of the whole images or of the trimap bands.
         margin: A class is refined where the lower bound of its gain in IoU is above it. 0 asks
             for certainty; -0.01 lets a class in that may lose a point.
         confidence: Of the bounds' two-sided intervals, in (0, 1).

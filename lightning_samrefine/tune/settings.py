@@ -72,7 +72,7 @@ class TuneSettings:
             mIoU of the validation set, refined with what was chosen; None where no pixel of it is
             scored.
         """
-        from lightning_samrefine.summary import write_metrics
+        from lightning_samrefine.reporting.summary import write_metrics
         from lightning_samrefine.tune.report import print_tuning, tuning_metrics, write_tuning
         from lightning_samrefine.tune.task import tune
 

@@ -6,18 +6,18 @@ import copy
 
 import pytest
 import torch
+from encoder_cases import randomize, vit
 from simulated_device import SimulatedDevice
-from test_fast_encoder import randomise, vit
 
-from lightning_samrefine.models.fast_encoder import FastImageEncoder
+from lightning_samrefine.models.fast.encoder import FastImageEncoder
 from lightning_samrefine.models.tiny import TinyImageEncoder
 from lightning_samrefine.models.tiny_vit import TinyVitEncoder
 
 ENCODERS = {
     "ViT, windows and global": (lambda: vit(window=5), 128),
     "ViT, global alone": (lambda: vit(window=0), 128),
-    "TinyViT": (lambda: randomise(TinyVitEncoder()), 192),
-    "tiny": (lambda: randomise(TinyImageEncoder()), 128),
+    "TinyViT": (lambda: randomize(TinyVitEncoder()), 192),
+    "tiny": (lambda: randomize(TinyImageEncoder()), 128),
 }
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_predictions import blobs
 from simulated_device import SimulatedDevice
-from test_refiner import blobs
 from tiny_random_sam import build_random_sam
 from torch.torch_version import TorchVersion
 
 from lightning_samrefine import RefineConfig, Refiner
-from lightning_samrefine import memory as memory_module
-from lightning_samrefine.adapter import RefineInputs
-from lightning_samrefine.memory import ChunkSize, is_out_of_memory, prompts_at_once
-from lightning_samrefine.models import frames
+from lightning_samrefine.adapters.batch_adapter import RefineInputs
+from lightning_samrefine.callbacks.safe_refiner import SafeRefiner
+from lightning_samrefine.models import transforms as frames
 from lightning_samrefine.models.sam import SamPromptable
-from lightning_samrefine.precision import autocast_dtype
-from lightning_samrefine.safety import SafeRefiner
+from lightning_samrefine.utils import memory as memory_module
+from lightning_samrefine.utils.memory import ChunkSize, is_out_of_memory, prompts_at_once
+from lightning_samrefine.utils.precision import autocast_dtype
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_the_clock_waits_for_mps():
         image, probs = simulated.to_device(image), simulated.to_device(probs)
         inputs = RefineInputs([image], [probs], [probs.argmax(dim=0)], None)
         SafeRefiner(Refiner(sam, RefineConfig()), lambda kind, reason: None)(inputs)
-        assert simulated.waits["synchronize", "safety.py __call__"] == 2
+        assert simulated.waits["synchronize", "callbacks/safe_refiner.py __call__"] == 2
 
 
 def test_bf16_is_decided_by_the_device_given(monkeypatch):

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_predictions import blobs
 from simulated_device import MixedDevicesError, SimulatedDevice
-from test_refiner import blobs
 from tiny_random_sam import build_random_sam
 
 from lightning_samrefine import RefineConfig, Refiner
-from lightning_samrefine.adapter import BatchAdapter, RefineInputs
-from lightning_samrefine.comparison import RefinementComparison
+from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs
+from lightning_samrefine.callbacks.safe_refiner import SafeRefiner
+from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.models.sam import SamPromptable
-from lightning_samrefine.safety import SafeRefiner
 
 # Waits an image on CUDA, by kind and function.
-SPLIT = ("event", "regions.py finish")  # the working grid, the range of values, the image
-PREDICTED = ("download", "decoding.py decode_prompts")  # SAM's predicted IoUs
-GOOD = ("download", "image_masks.py _best")  # the number of good masks of the point grid
-DUPLICATES = ("download", "image_masks.py _first_of_duplicates")
-KEPT = ("event", "cache.py _pack")  # an embedding or masks on their way into the cache
+SPLIT = ("event", "refine/regions.py finish")  # the working grid, the range of values, the image
+PREDICTED = ("download", "refine/decode.py decode_prompts")  # SAM's predicted IoUs
+GOOD = ("download", "refine/mask_proposals.py _best")  # the number of good masks of the point grid
+DUPLICATES = ("download", "refine/mask_proposals.py _first_of_duplicates")
+KEPT = (
+    "event",
+    "refine/cache/embedding_cache.py _pack",
+)  # an embedding or masks on their way into the cache
 CHANGED = ("nonzero", "metrics/changes.py __init__")  # the changed pixels
 BY_REGION = ("event", "metrics/changes.py by_region")
 SCORED = ("event", "metrics/calibration.py score_regions")
-FINITE = ("download", "safety.py __call__")  # once a batch, as are the two ends of its clock
-CLOCK = ("synchronize", "safety.py __call__")
+FINITE = (
+    "download",
+    "callbacks/safe_refiner.py __call__",
+)  # once a batch, as are the two ends of its clock
+CLOCK = ("synchronize", "callbacks/safe_refiner.py __call__")
 
 ALLOWED = {
     ("algorithm4", "no cache"): {SPLIT: 1, PREDICTED: 1},
@@ -45,10 +51,10 @@ METRICS = {CHANGED: 1, BY_REGION: 1, SCORED: 1}
 MOST = 6
 # A batch, whatever its size: are the images within the range, and what kind are the scores?
 READING = {
-    ("download", "images.py _bounds"): 1,
-    ("download", "scores.py to_probs"): 1,
-    ("item", "scores.py _is_binary"): 1,
-    ("download", "scores.py _warn_of_sums"): 1,
+    ("download", "adapters/denormalize.py _bounds"): 1,
+    ("download", "adapters/scores.py to_probs"): 1,
+    ("item", "adapters/scores.py _is_binary"): 1,
+    ("download", "adapters/scores.py _warn_of_sums"): 1,
 }
 
 CONFIGS = {

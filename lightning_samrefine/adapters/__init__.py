@@ -1,0 +1,1 @@
+"""From a user's batch, step output and forward hooks to images, targets and scores."""

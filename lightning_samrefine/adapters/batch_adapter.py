@@ -1,0 +1,380 @@
+"""From a user's batch and step output to what the refiner and the comparison need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_samrefine.adapters.candidates import Found, Roles, is_image, is_single, of
+from lightning_samrefine.adapters.denormalize import Denormalize
+from lightning_samrefine.adapters.nested import Samples, describe, leaves
+from lightning_samrefine.adapters.roles import MissingTargetError, RoleSearch
+from lightning_samrefine.adapters.score_search import QUERIES, query_masks
+from lightning_samrefine.adapters.scores import SCORES_KINDS, BinaryKind, ScoresKind, to_probs
+from lightning_samrefine.adapters.targets import to_labels, whole_numbers
+
+# Rounding of a softmax in half precision.
+PROBS_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class RefineInputs:
+    """B samples in the refiner's terms, all on one device.
+
+    Each field is a batched tensor, or a list of B tensors without the batch dimension where
+    images differ in size.
+
+    Attributes:
+        images: (B, 3, H, W) uint8 RGB.
+        probs: (B, C, H, W) float32 in [0, 1], the raw probabilities.
+        labels: (B, H, W) int64, the raw prediction; values outside [0, C) mean "unknown".
+        targets: (B, H, W) int64, or None where there is none.
+    """
+
+    images: Samples
+    probs: Samples
+    labels: Samples
+    targets: Samples | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def first(self, count: int) -> RefineInputs:
+        """Return the first ``count`` samples."""
+        targets = None if self.targets is None else self.targets[:count]
+        return RefineInputs(self.images[:count], self.probs[:count], self.labels[:count], targets)
+
+    def take(self, indices: Sequence[int]) -> RefineInputs:
+        """Return the samples of these indices, in their order, as lists."""
+        return RefineInputs(
+            *([samples[i] for i in indices] for samples in (self.images, self.probs, self.labels)),
+            None if self.targets is None else [self.targets[i] for i in indices],
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A converted batch and where it came from.
+
+    Attributes:
+        inputs: In the refiner's terms.
+        roles: Where image, target and scores were; None where an adapter returned `RefineInputs`.
+        kind: What the scores were said to be.
+    """
+
+    inputs: RefineInputs
+    roles: Roles | None
+    kind: ScoresKind
+
+
+AdapterFunction = Callable[[Any, Any, Tensor | None], RefineInputs | Mapping[str, Any]]
+"""``adapter(batch, outputs, captured)``: the batch, what the step returned, and the scores that a
+forward hook saw (or None). Returns `RefineInputs`, or a mapping with ``image``, ``target`` and one
+of ``logits``, ``probs`` and ``labels``, which are then treated like any others."""
+
+
+@dataclass(frozen=True)
+class BatchAdapter:
+    """Finds image, target and scores, and converts them.
+
+    The image and the target are looked for in the batch, then in what the step returned: by the
+    usual names (up to three containers deep), then by position, a tuple batch being (image,
+    target, …); both come from one container where several hold them. Scores are what has a usual
+    name in the step's output, else what a forward hook saw, else a single tensor in the output or
+    one with a usual name in the batch. See docs/reading.md, and `RoleSearch`.
+
+    Args:
+        num_classes: C ≥ 2. None until it is known; needed to convert.
+        image_key: Where the image is, such as ``"image"``, ``"data.image"`` or ``"0"``.
+        target_key: Where the target is.
+        scores_key: Where the scores are; ``"forward"`` is what the forward hook saw.
+        scores_kind: What the scores are, see `to_probs`.
+        rgb: Undoes the image's normalization.
+        binary: Settles what scores of one channel are.
+        function: Replaces the search, see `AdapterFunction`.
+        needs_target: Whether targets are wanted, and a batch without one is an error; otherwise
+            none is looked for.
+        device: Where to convert, for steps that return CPU tensors from a GPU run; None leaves
+            everything where it is.
+
+    Raises:
+        TypeError: ``function`` is not callable, or a key no string.
+        ValueError: An unknown ``scores_kind``.
+    """
+
+    num_classes: int | None = None
+    _: KW_ONLY
+    image_key: str | None = None
+    target_key: str | None = None
+    scores_key: str | None = None
+    scores_kind: ScoresKind = "auto"
+    rgb: Denormalize = field(default_factory=Denormalize)
+    binary: BinaryKind = field(default_factory=BinaryKind)
+    function: AdapterFunction | None = None
+    needs_target: bool = True
+    device: torch.device | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_key", "target_key", "scores_key"):
+            key = getattr(self, name)
+            if key is not None and not isinstance(key, str):
+                raise TypeError(
+                    f"{name}: got {key!r} of type {type(key).__name__}, accepted is a string such "
+                    "as 'image', 'data.image' or, for a position, '0'"
+                )
+        if self.scores_kind not in SCORES_KINDS:
+            raise ValueError(
+                f"scores_kind: got {self.scores_kind!r}, accepted are "
+                f"{', '.join(map(repr, SCORES_KINDS))}"
+            )
+        if self.function is not None and not callable(self.function):
+            raise TypeError(
+                f"adapter: got {type(self.function).__name__}, accepted is a callable "
+                "(batch, outputs, captured) -> RefineInputs or mapping"
+            )
+
+    def __call__(
+        self, batch: Any, outputs: Any, captured: Tensor | None = None, seen: str = "nothing"
+    ) -> RefineInputs:
+        """Convert one batch.
+
+        Args:
+            batch: As the dataloader yields it, on its device.
+            outputs: What the step returned, None included.
+            captured: Scores that a forward hook saw during the step.
+            seen: What the hook saw in words, for the error.
+
+        Raises:
+            ValueError: Something was not found (the message lists what was there), or does not
+                fit: shapes, number of classes, value ranges.
+            TypeError: A custom adapter returned something else.
+        """
+        return self.read(batch, outputs, captured, seen).inputs
+
+    def read(
+        self,
+        batch: Any,
+        outputs: Any,
+        captured: Tensor | None = None,
+        seen: str = "nothing",
+        settled: Roles | None = None,
+    ) -> Reading:
+        """Convert one batch, and say what was read.
+
+        Args:
+            batch: As in a call.
+            outputs: As in a call.
+            captured: As in a call.
+            seen: As in a call.
+            settled: What an earlier batch was read from: this one is read from the same places.
+
+        Raises:
+            MissingTargetError: Nothing but the target is missing.
+            ValueError: As in a call.
+            TypeError: As in a call.
+        """
+        kind = self.scores_kind
+        if self.function is not None:
+            found = self.function(batch, outputs, captured)
+            if isinstance(found, RefineInputs):
+                return Reading(self._checked(found), None, kind)
+            roles, kind = _unpack(found)
+            roles = roles if self.needs_target else replace(roles, target=None)
+        else:
+            search = RoleSearch(
+                self._num_classes,
+                self.image_key,
+                self.target_key,
+                self.scores_key,
+                kind,
+                self.needs_target,
+            )
+            if settled is None:
+                roles = search(batch, outputs, captured)
+            else:
+                roles = search.again(settled, batch, outputs, captured)
+        image, target, scores = roles.image, roles.target, roles.scores
+        missing = [
+            role
+            for role, value in (("image", image), ("target", target), ("scores", scores))
+            if value is None and (role != "target" or self.needs_target)
+        ]
+        if image is None or scores is None or missing:
+            error = MissingTargetError if missing == ["target"] else ValueError
+            raise error(self._not_found(missing, batch, outputs, seen))
+        if kind == "auto" and self._num_classes == 2 and _has_one_channel(scores.value):
+            kind = self.binary(scores.value, str(scores.path[-1]) if scores.path else "")
+        inputs = self._convert(
+            self._move(image.value),
+            None if target is None else self._move(target.value),
+            self._move(scores.value),
+            kind,
+        )
+        return Reading(inputs, roles, kind)
+
+    @property
+    def _num_classes(self) -> int:
+        if self.num_classes is None:
+            raise ValueError("num_classes: got None, accepted is the number of classes")
+        return self.num_classes
+
+    def _not_found(self, missing: Sequence[str], batch: Any, outputs: Any, seen: str) -> str:
+        keys = {"image": self.image_key, "target": self.target_key, "scores": self.scores_key}
+        wanted = " and ".join(
+            role if keys[role] is None else f"{role} under {role}_key={keys[role]!r}"
+            for role in missing
+        )
+        queries = "scores" in missing and query_masks(outputs, self._num_classes)
+        hint = f"The step returned {QUERIES}. " if queries else _hint(missing, batch)
+        return (
+            f"No {wanted} found. {hint}The batch is {describe(batch)}; the step returned "
+            f"{describe(outputs)}; forward hooks saw {seen}. Scores are float "
+            f"(B, {self.num_classes}, H, W), or integer (B, H, W) under a usual name. "
+            "Return the scores from the step (such as {'logits': logits}), name what is there "
+            "(image_key, target_key, scores_key), or give an adapter."
+        )
+
+    def _move(self, value: Any) -> Any:
+        """Move a tensor or a list of them, where a device is set."""
+        if self.device is None or value is None:
+            return value
+        return value.to(self.device) if isinstance(value, Tensor) else list(map(self._move, value))
+
+    def _convert(
+        self, image: Samples, target: Samples | None, scores: Samples, kind: ScoresKind
+    ) -> RefineInputs:
+        batched = isinstance(image, Tensor) and isinstance(scores, Tensor)
+        if batched and (target is None or isinstance(target, Tensor)):
+            return self._convert_batch(image, target, scores, kind)
+        targets = [None] * len(image) if target is None else target
+        if not len(image) == len(scores) == len(targets):
+            raise ValueError(
+                f"image, scores, target: got {len(image)}, {len(scores)} and {len(targets)} "
+                "samples, accepted are equal numbers"
+            )
+        self.rgb.settle(image)
+        parts = [
+            self._convert_batch(i[None], None if t is None else t[None], s[None], kind)
+            for i, t, s in zip(image, targets, scores, strict=True)
+        ]
+        return RefineInputs(
+            images=[part.images[0] for part in parts],
+            probs=[part.probs[0] for part in parts],
+            labels=[part.labels[0] for part in parts],
+            targets=None if target is None else [part.targets[0] for part in parts],
+        )
+
+    def _convert_batch(
+        self, image: Tensor, target: Tensor | None, scores: Tensor, kind: ScoresKind
+    ) -> RefineInputs:
+        images = self.rgb(image)
+        probs, labels = to_probs(
+            scores.detach(), kind, self._num_classes, (images.shape[-2], images.shape[-1])
+        )
+        if len(probs) != len(images):
+            copies = (
+                ": copies along the batch, as of test-time augmentation, must be merged into one, "
+                "for example by a step that returns {'logits': merged}"
+            )
+            raise ValueError(
+                f"scores must be of the image's {len(images)} samples, got {len(probs)}"
+                + (copies if len(images) and len(probs) % len(images) == 0 else "")
+            )
+        targets = None if target is None else to_labels(target, labels)
+        return RefineInputs(images, probs, labels, targets)
+
+    def _checked(self, inputs: RefineInputs) -> RefineInputs:
+        if inputs.targets is None and self.needs_target:
+            raise ValueError("adapter: got RefineInputs without targets, which are needed here")
+        inputs = RefineInputs(
+            *map(self._move, (inputs.images, inputs.probs, inputs.labels, inputs.targets))
+        )
+        for index in range(len(inputs)):
+            probs, labels = inputs.probs[index], inputs.labels[index]
+            expected = (self._num_classes, *inputs.images[index].shape[-2:])
+            if tuple(probs.shape) != expected or tuple(labels.shape) != expected[1:]:
+                raise ValueError(
+                    f"adapter: got probs {tuple(probs.shape)} and labels {tuple(labels.shape)} for "
+                    f"sample {index}, accepted are {expected} and {expected[1:]}"
+                )
+            if inputs.targets is not None and inputs.targets[index].shape != labels.shape:
+                raise ValueError(
+                    f"adapter: got a target of shape {tuple(inputs.targets[index].shape)} for "
+                    f"sample {index}, accepted is {expected[1:]}"
+                )
+        return RefineInputs(
+            images=_each(_checked_image, inputs.images),
+            probs=_each(_checked_probs, inputs.probs),
+            labels=_each(lambda labels: whole_numbers(labels, "adapter: labels"), inputs.labels),
+            targets=None
+            if inputs.targets is None
+            else _each(lambda target: whole_numbers(target, "adapter: targets"), inputs.targets),
+        )
+
+
+def _hint(missing: Sequence[str], batch: Any) -> str:
+    """Return a sentence about two mistakes that a batch's shapes show."""
+    found = of("batch", leaves(batch))
+    images = [one for one in found if is_image(one.value)]
+    if "image" in missing and len(images) > 1:
+        keys = " or ".join(f"image_key={one.key!r}" for one in images)
+        return f"The batch has {len(images)} images: name the one that SAM sees, with {keys}. "
+    if not images and any(isinstance(one.value, Tensor) and is_single(one.value) for one in found):
+        return (
+            "Tensors must have a batch dimension, got what looks like one sample: a DataLoader "
+            "with batch_size=None yields these, one with batch_size=1 batches of one. "
+        )
+    return ""
+
+
+def _has_one_channel(scores: Samples) -> bool:
+    """Whether scores are (B, 1, h, w) or (B, h, w), or a list of these without B."""
+    return all(one.ndim == 2 or (one.ndim == 3 and len(one) == 1) for one in scores)
+
+
+def _each(function: Callable[[Tensor], Tensor], samples: Samples) -> Samples:
+    return function(samples) if isinstance(samples, Tensor) else [function(one) for one in samples]
+
+
+def _checked_image(image: Tensor) -> Tensor:
+    if image.dtype != torch.uint8 or image.shape[-3] != 3:
+        raise ValueError(
+            f"adapter: images must be uint8 RGB (3, H, W), 0 to 255, got {image.dtype} "
+            f"{tuple(image.shape)}; an adapter that returns a mapping with 'image' has it converted"
+        )
+    return image
+
+
+def _checked_probs(probs: Tensor) -> Tensor:
+    if not probs.is_floating_point():
+        raise ValueError(f"adapter: probs must be floats in [0, 1], got {probs.dtype}")
+    probs = probs.float()
+    # NaN and infinity are a matter of single images, which keep their raw prediction.
+    low, high = torch.stack(torch.aminmax(probs.nan_to_num(0, 0, 0))).tolist()
+    if low < -PROBS_TOLERANCE or high > 1 + PROBS_TOLERANCE:
+        raise ValueError(
+            f"adapter: probs must be in [0, 1], got {low:.4g} to {high:.4g}; an adapter that "
+            "returns a mapping with 'logits' has them converted"
+        )
+    return probs.clamp(0, 1)
+
+
+def _unpack(found: Any) -> tuple[Roles, ScoresKind]:
+    """Read a custom adapter's mapping."""
+    kinds: tuple[Literal["logits", "probs", "labels"], ...] = ("logits", "probs", "labels")
+    given = [kind for kind in kinds if isinstance(found, Mapping) and found.get(kind) is not None]
+    if len(given) != 1 or "image" not in found:
+        raise TypeError(
+            f"adapter: got {describe(found)}, accepted is RefineInputs or a mapping with image, "
+            "target and one of logits, probs and labels"
+        )
+
+    def at(key: str) -> Found | None:
+        value = found.get(key)
+        return None if value is None else Found("adapter", (key,), value)
+
+    return Roles(at("image"), at("target"), at(given[0])), given[0]

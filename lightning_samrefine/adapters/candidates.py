@@ -1,0 +1,166 @@
+"""Tensors with the places where they were found, and what can be told from shapes and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from lightning_samrefine.adapters.nested import Leaf, Samples, describe
+
+HOOK_KEY = "forward"
+IMAGE_NAMES = (
+    "image", "images", "img", "imgs", "pixel_values", "input", "inputs", "x",
+)  # fmt: skip
+TARGET_NAMES = (
+    "mask", "masks", "target", "targets", "label", "labels", "gt", "ground_truth", "seg",
+    "segmentation", "semantic", "semantic_mask", "semantic_seg", "seg_mask", "annotation", "y",
+)  # fmt: skip
+# In a step's output the other names are as likely to hold a prediction.
+TARGET_NAMES_IN_OUTPUTS = ("target", "targets", "gt", "ground_truth", "y", "y_true")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tensor, or a list of them, and where it was.
+
+    Attributes:
+        source: ``"batch"``, ``"outputs"`` (what the step returned), ``"forward"`` (a hook) or
+            ``"adapter"``.
+        path: Keys and indices that lead to it.
+        value: What is there.
+    """
+
+    source: str
+    path: tuple[str | int, ...]
+    value: Samples
+
+    @property
+    def place(self) -> str:
+        """Where it was, such as ``batch['image']``."""
+        if self.source == "forward":
+            return "forward hook"
+        return self.source + "".join(f"[{part!r}]" for part in self.path)
+
+    @property
+    def key(self) -> str:
+        """The constructor argument that names it."""
+        return HOOK_KEY if self.source == "forward" else ".".join(map(str, self.path))
+
+    def __str__(self) -> str:
+        return f"{self.place} {describe(self.value)}"
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What was found, None where nothing was."""
+
+    image: Found | None
+    target: Found | None
+    scores: Found | None
+
+    def places(self) -> Roles:
+        """Return where everything was, without the tensors."""
+        found = (self.image, self.target, self.scores)
+        return Roles(*(one and replace(one, value=[]) for one in found))
+
+
+def of(source: str, found: Iterable[Leaf | None]) -> list[Found]:
+    """Note where tensors come from."""
+    return [Found(source, leaf.path, leaf.value) for leaf in found if leaf is not None]
+
+
+def ambiguous(role: str, candidates: Sequence[Found]) -> NoReturn:
+    """Raise the error that lists candidates and what decides between them."""
+    listed = "; ".join(map(str, candidates))
+    keys = " or ".join(f"{role}_key={one.key!r}" for one in candidates if one.key)
+    different = " that give different labels" if role == "scores" else ""
+    bare = any(not one.key for one in candidates)
+    raise ValueError(
+        f"{role} must be one tensor, got {len(candidates)}{different}: {listed}. Name the right "
+        f"one with {keys}" + (", or return it under a name, such as {'logits': …}" if bare else "")
+    )
+
+
+def distinct(candidates: Iterable[Found]) -> list[Found]:
+    """Leave out what holds the same values as an earlier one."""
+    kept: list[Found] = []
+    for one in candidates:
+        if not any(equal(one.value, other.value) for other in kept):
+            kept.append(one)
+    return kept
+
+
+def equal(one: Samples, other: Samples) -> bool:
+    """Whether shapes, types and values are equal."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (
+            one.shape == other.shape
+            and one.dtype == other.dtype
+            and one.device == other.device
+            and torch.equal(one, other)
+        )
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return False
+    return len(one) == len(other) and all(map(equal, one, other))
+
+
+def is_copy(value: Samples, original: Samples) -> bool:
+    """Whether values are those of another tensor, whatever the type or a channel of one."""
+    if not isinstance(value, Tensor) or not isinstance(original, Tensor):
+        return equal(value, original)
+    flat = [item.squeeze(1) if item.ndim == 4 else item for item in (value, original)]
+    if flat[0].shape != flat[1].shape:
+        return False
+    return torch.equal(flat[0].detach().float(), flat[1].detach().to(value.device).float())
+
+
+def shares_memory(one: Samples, other: Samples) -> bool:
+    """Whether tensors begin at the same place in memory."""
+    return any(
+        first.numel() > 0
+        and first.device == second.device
+        and first.data_ptr() == second.data_ptr()
+        for first, second in zip(items(one), items(other), strict=False)
+    )
+
+
+def same_size(one: Found, other: Found) -> bool:
+    """Whether numbers of samples, heights and widths are equal."""
+    if len(one.value) != len(other.value):
+        return False
+    pairs = zip(one.value, other.value, strict=True)
+    return all(first.shape[-2:] == second.shape[-2:] for first, second in pairs)
+
+
+def is_image(value: Samples) -> bool:
+    """Whether a value has the shape of RGB or gray images."""
+    if isinstance(value, Tensor):
+        return value.ndim == 4 and value.shape[1] in (1, 3)
+    return all(item.ndim == 3 and item.shape[0] in (1, 3) for item in value)
+
+
+def is_single(image: Tensor) -> bool:
+    """Whether a tensor has the shape of one RGB or gray image, its type one that labels lack."""
+    is_typed = image.is_floating_point() or image.dtype == torch.uint8
+    return is_typed and image.ndim == 3 and image.shape[0] in (1, 3) and min(image.shape[1:]) > 3
+
+
+def is_target(value: Samples) -> bool:
+    """Whether a value has the shape of label maps."""
+    if isinstance(value, Tensor):
+        return value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1)
+    return all(item.ndim == 2 or item.shape[0] == 1 for item in value)
+
+
+def has_pixels(value: Samples) -> bool:
+    """Whether a value can be a batch of maps at all."""
+    return not isinstance(value, Tensor) or value.ndim >= 3
+
+
+def items(value: Samples) -> list[Tensor]:
+    """Return batches: the tensor, or one of each list entry."""
+    return [value] if isinstance(value, Tensor) else [item[None] for item in value]

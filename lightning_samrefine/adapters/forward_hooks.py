@@ -1,0 +1,184 @@
+"""Scores of a step that does not return them, caught on their way out of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType, ref
+
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+from torch.utils.hooks import RemovableHandle
+
+from lightning_samrefine.adapters.nested import MAX_DEPTH, restore, snapshot
+from lightning_samrefine.adapters.score_search import QUERIES, network_scores, query_masks
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Scores that left a module.
+
+    Attributes:
+        values: A copy, (B, C, h, w).
+        scores: What the step goes on with, and may change in place; gone when the step drops it.
+    """
+
+    values: Tensor
+    scores: ReferenceType[Tensor]
+
+    @classmethod
+    def of(cls, scores: Tensor) -> _Seen:
+        return cls(scores.detach().clone(), ref(scores))
+
+
+class ScoresCapture:
+    """Remembers the scores that a LightningModule or one of its children returned in a step.
+
+    Hooks are on the module itself, for steps that call ``self(x)``, and on its children, for
+    those that call ``self.model(x)``; what the module itself returned wins. A child that was
+    given another's scores and no target (such as an upsampling after a head) replaces them, unless
+    it changes their channels or makes them smaller, as a critic does. Scores from several
+    calls that do not follow from one another (windows, flips, auxiliary heads) are refused: which
+    of them the step means cannot be known.
+
+    What is remembered is a copy: a loss or a metric may change its input in place.
+
+    Under a strategy that sends the step through ``forward`` the module's hook also fires with
+    what the step returns, which is no network's output and not taken for one.
+
+    Losses are not listened to: those of pixels have the shape of binary scores. Children that take
+    no hooks, as scripted ones do, are named where nothing was seen.
+
+    Args:
+        module: The LightningModule.
+        num_classes: C; scores are float (B, C, H, W), or (B, 1, H, W) where C is 2.
+    """
+
+    def __init__(self, module: nn.Module, num_classes: int) -> None:
+        self._num_classes = num_classes
+        self._armed = False
+        self._forget()
+        self._handles: list[RemovableHandle] = [module.register_forward_hook(self._on_own)]
+        self._without_hooks: list[str] = []
+        for name, child in _called_children(module):
+            if _is_loss(name, child):
+                continue
+            try:
+                self._handles.append(child.register_forward_hook(self._on_child, with_kwargs=True))
+            except Exception:  # whatever a kind of module of its own raises
+                self._without_hooks.append(f"{name!r} ({type(child).__name__})")
+
+    def arm(self, batch: Any = None) -> None:
+        """Start remembering: a batch begins, which a step may take entries out of or change."""
+        self._forget()
+        self._batch = snapshot([batch], MAX_DEPTH + 1)
+        self._armed = True
+
+    def whole(self, batch: Any) -> Any:
+        """Return the batch with what the step has taken out of it or changed since `arm`."""
+        return restore([batch], self._batch)[0]
+
+    def take(self, outputs: Any = None) -> tuple[Tensor | None, str]:
+        """Stop remembering.
+
+        Args:
+            outputs: What the step returned.
+
+        Returns:
+            The scores of this batch or None, and what was seen, for an error. A 4-D tensor of
+            another number of channels counts as scores only where the module itself returned it
+            and nothing fitting came by: it deserves an error of its own.
+        """
+        own = [seen for step, seen in self._own if step is None or step is not outputs]
+        children, misfit, queries = self._children, self._misfit, self._queries
+        self._armed = False
+        self._forget()
+        for who, calls in (("forward", own), ("the module's children", children)):
+            if len(calls) == 1:
+                return calls[0].values, f"scores from {who}"
+            if calls:
+                return None, f"scores from {len(calls)} calls of {who}, ambiguous"
+        if queries:
+            return None, QUERIES
+        if misfit is not None:
+            return misfit, "a tensor from forward"
+        if self._without_hooks:
+            return None, f"nothing; {', '.join(self._without_hooks)} takes no forward hooks"
+        return None, "nothing"
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.take()
+
+    def _forget(self) -> None:
+        self._own: list[tuple[Any, _Seen]] = []
+        self._children: list[_Seen] = []
+        self._misfit: Tensor | None = None
+        self._queries = False
+        self._batch: Any = None
+
+    def _on_own(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self._armed:
+            return
+        scores = self._scores_in(output)
+        if scores is not None:
+            # Whoever is given a batch's index is the step, sent through forward.
+            is_step = any(isinstance(value, int) for value in inputs)
+            self._own.append((output if is_step else None, _Seen.of(scores)))
+        elif isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
+            self._misfit = output.detach().clone()
+
+    def _on_child(
+        self, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        if not self._armed or (scores := self._scores_in(output)) is None:
+            return
+        given = [value for value in (*inputs, *kwargs.values()) if isinstance(value, Tensor)]
+        self._children = [one for one in self._children if not _follows(scores, one, given)]
+        self._children.append(_Seen.of(scores))
+
+    def _scores_in(self, output: Any) -> Tensor | None:
+        found = network_scores(output, self._num_classes)
+        if found is None:
+            self._queries |= bool(query_masks(output, self._num_classes))
+        return found
+
+
+def _called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        # Containers are indexed, not called.
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from ((f"{name}.{inner}", one) for inner, one in _called_children(child))
+        else:
+            yield name, child
+
+
+def _is_loss(name: str, child: nn.Module) -> bool:
+    """Whether a child is a loss: by its base class, or by what its class or it itself is called."""
+    called = f"{name} {type(child).__name__}".lower()
+    return isinstance(child, _Loss) or "loss" in called or "criterion" in called
+
+
+def _follows(scores: Tensor, seen: _Seen, given: Sequence[Tensor]) -> bool:
+    """Whether a child that was given earlier scores has made better ones of them.
+
+    A loss is given a target as well, and a critic returns one channel of fewer pixels.
+    """
+    earlier = seen.scores()
+    if earlier is None:
+        return False
+    others = [value for value in given if value.data_ptr() != earlier.data_ptr()]
+    return (
+        len(others) < len(given)
+        and scores.shape[1] == earlier.shape[1]
+        and scores.shape[-2] >= earlier.shape[-2]
+        and scores.shape[-1] >= earlier.shape[-1]
+        and not any(
+            value.ndim == 3 or value.shape == earlier.shape or not value.is_floating_point()
+            for value in others
+        )
+    )

@@ -1,0 +1,50 @@
+"""One line on what is read from a batch, for the log."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_samrefine.adapters.batch_adapter import Reading
+from lightning_samrefine.adapters.candidates import items
+from lightning_samrefine.adapters.nested import Samples
+from lightning_samrefine.adapters.scores import kind_of
+
+
+def summarize(reading: Reading, ignore_index: int | None = None) -> str:
+    """Say where image, target and scores were, what they are, and what share is not scored.
+
+    Args:
+        reading: A batch.
+        ignore_index: Target value that is not counted.
+
+    Returns:
+        One sentence without a full stop. The image's range is that of its values as given.
+    """
+    inputs, roles = reading.inputs, reading.roles
+    pairs = zip(inputs.labels, inputs.probs, strict=True)
+    unknown = _share([(labels < 0) | (labels >= len(probs)) for labels, probs in pairs])
+    shares = [f"{unknown:.1%} of the predicted pixels unknown"]
+    if inputs.targets is not None and ignore_index is not None:
+        ignored = _share([target == ignore_index for target in inputs.targets])
+        shares.insert(0, f"{ignored:.1%} of the target's pixels ignored")
+    if roles is None:
+        parts = [f"RefineInputs of {len(inputs)} samples from the adapter"]
+    else:
+        parts = [f"image {roles.image} with values {_range(roles.image.value)}"]
+        if roles.target is not None:
+            parts.append(f"target {roles.target}")
+        kind = kind_of(items(roles.scores.value)[0], reading.kind)
+        parts.append(f"scores {roles.scores}, {kind}")
+    return f"reads {'; '.join([*parts, *shares])}"
+
+
+def _range(value: Samples) -> str:
+    bounds = [torch.stack(torch.aminmax(item.float())) for item in items(value)]
+    low, high = torch.stack(bounds).aminmax()
+    return f"{float(low):.4g} to {float(high):.4g}"
+
+
+def _share(masks: list[Tensor]) -> float:
+    total = sum(mask.numel() for mask in masks)
+    return sum(int(mask.sum()) for mask in masks) / max(total, 1)

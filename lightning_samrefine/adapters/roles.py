@@ -1,0 +1,219 @@
+"""Which tensors of a batch, a step's output and a forward hook are image, target and scores.
+
+Evidence comes in this order: what the user named, what has a usual name, what left the network
+(for scores), and last a single tensor without such a name. Where two tensors are equally likely
+nothing is guessed: the error lists them and the argument that decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_samrefine.adapters.candidates import (
+    IMAGE_NAMES,
+    TARGET_NAMES,
+    TARGET_NAMES_IN_OUTPUTS,
+    Found,
+    Roles,
+    ambiguous,
+    distinct,
+    has_pixels,
+    is_image,
+    is_target,
+    items,
+    of,
+    same_size,
+)
+from lightning_samrefine.adapters.nested import Samples, at_key, at_position, leaves, named
+from lightning_samrefine.adapters.score_search import ScoresSearch
+from lightning_samrefine.adapters.scores import ScoresKind
+
+# Positions of a tuple behind (image, target) that may hold the target instead.
+_LATER = (2, 3, 4)
+
+
+class MissingTargetError(ValueError):
+    """A batch with image and scores, but without a target."""
+
+
+@dataclass(frozen=True)
+class RoleSearch:
+    """Finds image, target and scores.
+
+    Args:
+        num_classes: C ≥ 2.
+        image_key: Where the user says that the image is, None to search.
+        target_key: Where the target is.
+        scores_key: Where the scores are.
+        scores_kind: What the scores are.
+        needs_target: Whether to look for a target.
+    """
+
+    num_classes: int
+    image_key: str | None = None
+    target_key: str | None = None
+    scores_key: str | None = None
+    scores_kind: ScoresKind = "auto"
+    needs_target: bool = True
+
+    def __call__(self, batch: Any, outputs: Any, captured: Tensor | None) -> Roles:
+        """Search one batch.
+
+        Args:
+            batch: As the dataloader yields it.
+            outputs: What the step returned.
+            captured: What a forward hook saw.
+
+        Raises:
+            ValueError: Two tensors are equally likely, or the only one cannot be scores.
+        """
+        image, target = self._image_and_target(batch, outputs)
+        search = ScoresSearch(self.num_classes, self.scores_key, self.scores_kind)
+        scores = search(batch, outputs, captured, image, target)
+        if scores is not None and scores.source == "outputs" and self.scores_key is None:
+            self._check_crop(outputs, image, scores)
+        return Roles(image, target, scores)
+
+    def again(self, settled: Roles, batch: Any, outputs: Any, captured: Tensor | None) -> Roles:
+        """Return what lies where a search found the roles in an earlier batch."""
+        sources = {"batch": batch, "outputs": outputs}
+
+        def at(found: Found | None) -> Found | None:
+            if found is None:
+                return None
+            if found.source == "forward":
+                return None if captured is None else Found("forward", (), captured)
+            held = of(found.source, leaves(sources[found.source]))
+            return next((one for one in held if one.path == found.path), None)
+
+        return Roles(at(settled.image), at(settled.target), at(settled.scores))
+
+    def _image_and_target(self, batch: Any, outputs: Any) -> tuple[Found | None, Found | None]:
+        images = self._candidates(batch, outputs, self.image_key, 0, IMAGE_NAMES, is_image)
+        if not self.needs_target:
+            return self._one_image(images), None
+        targets = self._candidates(batch, outputs, self.target_key, 1, TARGET_NAMES, is_target)
+        if self.image_key is None and self.target_key is None:
+            returned = self._returned_sample(outputs, images)
+            if returned is not None:
+                return returned
+        if not images or not targets:
+            return self._one_image(images), self._one_target(targets)
+        return self._pair(images, targets)
+
+    def _candidates(
+        self,
+        batch: Any,
+        outputs: Any,
+        key: str | None,
+        position: int,
+        names: Sequence[str],
+        fits: Callable[[Samples], bool],
+    ) -> list[Found]:
+        """Return what the strongest evidence points at: by key, name, or place in the batch.
+
+        What only its shape speaks against comes last: it gets an error about its shape where it
+        is converted, which says more than "not found".
+        """
+        if key is not None:
+            by_key = [*of("batch", [at_key(batch, key)]), *of("outputs", [at_key(outputs, key)])]
+            return by_key[:1]
+        if position == 0 and isinstance(batch, Tensor):
+            return [Found("batch", (), batch)]
+        by_name = of("batch", named(batch, names))
+        by_position = of("batch", [at_position(batch, position)])
+        if position == 1:
+            # A valid-pixel or weight map may stand before the target.
+            later = [
+                leaf for leaf in leaves(batch) if len(leaf.path) == 1 and leaf.path[0] in _LATER
+            ]
+            by_position += [one for one in of("batch", later) if is_target(one.value)]
+        in_outputs = names if position == 0 else TARGET_NAMES_IN_OUTPUTS
+        for found in (by_name, by_position, of("outputs", named(outputs, in_outputs))):
+            fitting = [one for one in found if fits(one.value)]
+            if fitting:
+                return distinct(fitting)
+        return [one for one in (*by_name, *by_position) if has_pixels(one.value)][:1]
+
+    def _pair(self, images: list[Found], targets: list[Found]) -> tuple[Found, Found]:
+        """Choose image and target of one sample: neighbors, as shallow as possible, that fit."""
+        pairs = [(image, target) for image in images for target in targets]
+        if self.target_key is None:
+            pairs = [pair for pair in pairs if same_size(*pair)] or pairs
+        best = min(_distance(*pair) for pair in pairs)
+        pairs = [pair for pair in pairs if _distance(*pair) == best]
+        images = distinct(pair[0] for pair in pairs)
+        targets = distinct(pair[1] for pair in pairs)
+        if len(images) > 1:
+            ambiguous("image", images)
+        return images[0], self._one_target(targets)
+
+    def _one_image(self, images: list[Found]) -> Found | None:
+        shallow = [one for one in images if len(one.path) == min(len(i.path) for i in images)]
+        if len(shallow) > 1:
+            ambiguous("image", shallow)
+        return shallow[0] if shallow else None
+
+    def _one_target(self, targets: list[Found]) -> Found | None:
+        if len(targets) > 1:
+            targets = [one for one in targets if self._may_be_target(one.value)] or targets
+        if len(targets) > 1:
+            ambiguous("target", targets)
+        return targets[0] if targets else None
+
+    def _may_be_target(self, value: Samples) -> bool:
+        """Whether values can be class indices: whole numbers, and bool for two classes alone."""
+        for item in items(value):
+            if item.dtype == torch.bool and self.num_classes > 2:
+                return False
+            if item.is_floating_point() and not bool((item == item.round()).all()):
+                return False
+        return True
+
+    def _returned_sample(
+        self, outputs: Any, images: list[Found]
+    ) -> tuple[Found | None, Found | None] | None:
+        """Return image and target that a step returned beside scores, of another size.
+
+        Such a step has cropped or resized them, and its scores belong to what it returned.
+        """
+        returned = [o for o in of("outputs", named(outputs, IMAGE_NAMES)) if is_image(o.value)]
+        truths = [
+            one
+            for one in of("outputs", named(outputs, TARGET_NAMES_IN_OUTPUTS))
+            if is_target(one.value)
+        ]
+        if not returned or not truths or not images or same_size(returned[0], images[0]):
+            return None
+        return self._pair(distinct(returned), distinct(truths))
+
+    def _check_crop(self, outputs: Any, image: Found | None, scores: Found) -> None:
+        """Refuse scores that belong to another target than the batch's."""
+        for truth in of("outputs", named(outputs, TARGET_NAMES_IN_OUTPUTS)):
+            if (
+                image is not None
+                and image.source == "batch"
+                and is_target(truth.value)
+                and not same_size(truth, image)
+                and same_size(truth, scores)
+            ):
+                raise ValueError(
+                    f"image must have the size of the target beside the scores, got {image} and "
+                    f"{truth} beside {scores}. Return the image as well if the step crops it; "
+                    f"scores_key={scores.key!r} takes the scores for those of the whole image"
+                )
+
+
+def _distance(image: Found, target: Found) -> tuple[bool, int, int]:
+    """Rank a pair: neighbors first, then by depth, then by how much of the path they share."""
+    one, other = image.path[:-1], target.path[:-1]
+    shared = 0
+    while shared < min(len(one), len(other)) and one[shared] == other[shared]:
+        shared += 1
+    neighbors = image.source == target.source and one == other
+    return not neighbors, len(one) + len(other), -shared

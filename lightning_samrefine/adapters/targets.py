@@ -1,0 +1,272 @@
+"""A run's targets: class indices and the ignored value alone, or an error that names the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_samrefine.adapters.nested import Samples
+from lightning_samrefine.utils.validation import WrongValuesError, as_integer
+
+DEFAULT_IGNORE_INDEX = 255
+
+IgnoreIndex: TypeAlias = int | Literal["auto"] | None
+"""A target value that is not counted, None for none, or ``"auto"``: 255 where no class is."""
+
+_SHOWN_VALUES = 5
+_CITYSCAPES_IDS = range(-1, 34)
+_CITYSCAPES_CLASSES = 19
+
+
+def parse_ignore_index(value: Any) -> IgnoreIndex:
+    """Return an integer, ``"auto"`` or None.
+
+    Raises:
+        TypeError: Anything else.
+    """
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value
+    number = as_integer(value)
+    if number is None:
+        raise TypeError(f"ignore_index: got {value!r}, accepted is an integer, 'auto' or None")
+    return number
+
+
+def settle_ignore_index(value: IgnoreIndex, num_classes: int) -> int | None:
+    """Return the ignored value that applies to a number of classes.
+
+    Raises:
+        TypeError: No integer, ``"auto"`` or None.
+        ValueError: ``"auto"`` where 255 is a class, which would vanish from every figure.
+    """
+    value = parse_ignore_index(value)
+    if value != "auto":
+        return value
+    if num_classes > DEFAULT_IGNORE_INDEX:
+        raise ValueError(
+            f"ignore_index must be set where num_classes={num_classes}, got its default "
+            f"{DEFAULT_IGNORE_INDEX}, which is one of the classes: set ignore_index=None if every "
+            "pixel is annotated, or to the value of pixels without annotation"
+        )
+    return DEFAULT_IGNORE_INDEX
+
+
+class TargetCheck:
+    """Refuses targets that hold anything but class indices and the ignored value.
+
+    A metric would leave such pixels out or crash on them. The message names a few of the values,
+    their share of the batch's pixels, and the likely mend.
+
+    With two classes and the ignored value 255 by default, masks of 0 and 255 have no foreground
+    left. They are refused as well, until a loader has shown a pixel of class 1: from then on 255
+    can only mean "not annotated".
+
+    Args:
+        num_classes: C.
+        ignore_index: See `IgnoreIndex`.
+
+    Attributes:
+        ignore_index: The value that applies.
+
+    Raises:
+        ValueError: The default ignored value is one of the classes.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: IgnoreIndex) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = settle_ignore_index(ignore_index, num_classes)
+        self._in_doubt = ignore_index == "auto" and num_classes == 2
+        self._with_foreground: set[int] = set()
+        self._predicted_foreground: set[int] = set()
+
+    def __call__(self, targets: Samples, loader: int = 0) -> None:
+        """Check the targets of a batch.
+
+        Args:
+            targets: B × (H, W) int64.
+            loader: The number of the loader that they come from.
+
+        Raises:
+            WrongValuesError: As described.
+        """
+        maps = [targets] if isinstance(targets, Tensor) else targets
+        doubtful = self._in_doubt and loader not in self._with_foreground
+        if doubtful and any(bool((one == 1).any()) for one in maps):
+            self._with_foreground.add(loader)
+            doubtful = False
+        ignore_index = None if doubtful else self.ignore_index
+        if any(holds_others(one, self.num_classes, ignore_index) for one in maps):
+            values = torch.cat([one.flatten() for one in maps])
+            raise WrongValuesError(describe_others(values, self.num_classes, ignore_index))
+
+    def predictions(self, labels: Samples, loader: int = 0) -> None:
+        """Check predicted labels of two classes, which may be masks of 0 and 255.
+
+        Labels outside the classes are unknown pixels, so that such a prediction would never have
+        the foreground right. Once a loader has shown a 1, 255 can only mean "unknown".
+
+        Args:
+            labels: B × (H, W) int64.
+            loader: The number of the loader that they come from.
+
+        Raises:
+            WrongValuesError: 255 occurs, and 1 has not so far.
+        """
+        if self.num_classes != 2 or loader in self._predicted_foreground:
+            return
+        maps = [labels] if isinstance(labels, Tensor) else labels
+        if any(bool((one == 1).any()) for one in maps):
+            self._predicted_foreground.add(loader)
+        elif any(bool((one == 255).any()) for one in maps):
+            raise WrongValuesError(
+                "scores must be 0 and 1 where they are label maps of two classes, got 255 and no "
+                "pixel of 1: divide masks of 0 and 255 by 255, or call unknown pixels -1"
+            )
+
+
+def holds_others(labels: Tensor, num_classes: int, ignore_index: int | None) -> bool:
+    """Whether an integer label map holds more than class indices and the ignored value."""
+    if labels.numel() == 0:
+        return False
+    low, high = torch.stack(torch.aminmax(labels)).tolist()
+    if low >= 0 and high < num_classes:
+        return False
+    return bool(_others(labels, num_classes, ignore_index).any())
+
+
+def describe_others(
+    labels: Tensor, num_classes: int, ignore_index: int | None, name: str = "target"
+) -> str:
+    """Describe the values that are neither classes nor ignored, and how to mend them.
+
+    Args:
+        labels: Integer tensor of any shape.
+        num_classes: C.
+        ignore_index: The ignored value, or None.
+        name: What the sentence begins with.
+    """
+    others = _others(labels, num_classes, ignore_index)
+    share = float(others.double().mean())
+    ignored = "" if ignore_index is None else f" and ignore_index={ignore_index}"
+    found = labels.unique()
+    if ignore_index is not None:
+        found = found[found != ignore_index]
+    values = found.tolist()
+    outside = [value for value in values if not 0 <= value < num_classes]
+    return (
+        f"{name} must hold class indices 0 to {num_classes - 1}{ignored}, got {_some(outside)} in "
+        f"{100 * share:.3g}% of the pixels. {mend(values, num_classes)}"
+    )
+
+
+def mend(values: Sequence[int], num_classes: int) -> str:
+    """Name the likely mend for label values of which some are no class.
+
+    Args:
+        values: The distinct values, ascending, without the ignored one.
+        num_classes: C ≥ 2.
+    """
+    low, high = values[0], values[-1]
+    outside = [value for value in values if not 0 <= value < num_classes]
+    step = 255 // (num_classes - 1)
+    if step > 1 and all(value in range(0, 256, step) for value in values):
+        what = "masks of 0 and 255" if num_classes == 2 else f"gray levels {step} apart"
+        return (
+            f"These look like {what}: divide them by {step}, or set ignore_index={outside[0]} if "
+            "that marks pixels without annotation"
+        )
+    if low == 1 and high == num_classes:
+        return (
+            f"These look like labels 1 to {num_classes}: subtract 1 (reduce_labels in "
+            "transformers and MMSegmentation)"
+        )
+    if low == 0 and high == num_classes:
+        return (
+            f"0 to {num_classes} are {num_classes + 1} values: set num_classes={num_classes + 1}, "
+            f"or ignore_index={num_classes} if that marks pixels without annotation, or subtract 1 "
+            "and ignore what was 0 (reduce_labels)"
+        )
+    if num_classes == _CITYSCAPES_CLASSES and low in _CITYSCAPES_IDS and high in _CITYSCAPES_IDS:
+        return (
+            "These look like the raw ids of Cityscapes: use the labelTrainIds files, or map "
+            "labelIds to train ids"
+        )
+    if len(outside) == 1:
+        return (
+            f"Set ignore_index={outside[0]} if that marks pixels without annotation; otherwise map "
+            "the labels to class indices, or set num_classes to their number"
+        )
+    return (
+        "Map the labels to class indices; set ignore_index to the value of pixels without "
+        "annotation, and num_classes to the number of classes"
+    )
+
+
+def to_labels(target: Tensor, labels: Tensor) -> Tensor:
+    """Convert a target to (B, H, W) int64.
+
+    Args:
+        target: (B, H, W) or (B, 1, H, W): integer, bool, or float that holds whole numbers.
+        labels: (B, H, W), the prediction that it must fit.
+
+    Raises:
+        ValueError: Another shape, fractions, NaN or infinity.
+    """
+    maps = target[:, 0] if target.ndim == 4 and target.shape[1] == 1 else target
+    if maps.shape != labels.shape:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, accepted is (B, H, W) or (B, 1, H, W) with "
+            f"the image's {tuple(labels.shape)}; targets of another size or one-hot targets need "
+            "an adapter"
+        )
+    return whole_numbers(maps, "target")
+
+
+def whole_numbers(labels: Tensor, name: str) -> Tensor:
+    """Convert a label map of any type to int64, where that is exact.
+
+    Args:
+        labels: Integer, bool, or float that holds whole numbers, of any shape.
+        name: What the error begins with.
+
+    Raises:
+        ValueError: Fractions, NaN or infinity, or complex numbers.
+    """
+    if labels.is_complex():
+        raise ValueError(f"{name}: got dtype {labels.dtype}, accepted are integers")
+    if not labels.is_floating_point():
+        return labels.to(torch.int64)
+    # Infinity equals itself rounded, and as an integer would be whatever the machine makes of it.
+    if not bool(((labels == labels.round()) & labels.isfinite()).all()):
+        low, high = torch.stack(torch.aminmax(labels.float())).tolist()
+        raise ValueError(
+            f"{name}: got {labels.dtype} with fractions, NaN or infinity ({low:.4g} to "
+            f"{high:.4g}), accepted are whole numbers: class indices{_hint(labels.float())}"
+        )
+    return labels.to(torch.int64)
+
+
+def _hint(labels: Tensor) -> str:
+    """Return what may have become of the class indices."""
+    scaled = labels * 255
+    if bool(((scaled - scaled.round()).abs() < 1e-3).all()) and bool((labels.abs() <= 1).all()):
+        return (
+            ". These look like indices divided by 255, as ToTensor does: multiply by 255 and "
+            "round, or use PILToTensor for masks"
+        )
+    return " (a mask that was resized bilinearly or scaled to [0, 1] has lost them)"
+
+
+def _others(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
+    others = (labels < 0) | (labels >= num_classes)
+    if ignore_index is not None:
+        others &= labels != ignore_index
+    return others
+
+
+def _some(values: Sequence[int]) -> str:
+    more = len(values) - _SHOWN_VALUES
+    return ", ".join(map(str, values[:_SHOWN_VALUES])) + (f" and {more} more" if more > 0 else "")

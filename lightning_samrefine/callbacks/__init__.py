@@ -1,0 +1,1 @@
+"""The Lightning callbacks and what they are made of."""

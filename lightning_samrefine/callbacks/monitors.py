@@ -1,0 +1,88 @@
+"""Warnings, in time, of figures that cannot come: nothing is scored, or a class has no pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_samrefine.metrics.comparison import SIDES, ComparisonResult
+
+_CLASS_FIGURES = tuple(f"iou_{side}/" for side in SIDES)
+_MEANS = ("miou_", "trimap_miou_", "boundary_", "mdice_", "pixel_acc_", "class_acc_", "fwiou_")
+
+
+def warn_unscored(result: ComparisonResult, where: str) -> None:
+    """Warn if images were seen and none of their pixels is scored.
+
+    Args:
+        result: Of one dataloader.
+        where: What to call the images, such as ``"of the sanity check"``.
+    """
+    images = result.counts[0]
+    if images == 0 or int(result.matrices["raw"].sum()) > 0:
+        return
+    rank_zero_warn(
+        f"SAMRefineCallback: no pixel of the {images} images {where} is scored, for every target "
+        f"there is ignore_index={result.ignore_index}; without scored pixels no IoU is logged"
+    )
+
+
+def warn_monitors(trainer: Trainer, prefix: str, results: Sequence[ComparisonResult]) -> None:
+    """Warn, in the sanity check, of monitored figures that may never be logged.
+
+    A `ModelCheckpoint` ends the run where its figure is absent, and does so after the first epoch.
+
+    Args:
+        trainer: With the callbacks and schedulers that monitor.
+        prefix: What the figures' names begin with, ``"val"`` or ``"val/fast"``.
+        results: Of the targets of the sanity check, one a dataloader.
+    """
+    for owner, monitor in _monitors(trainer):
+        if not monitor.startswith(f"{prefix}/"):
+            continue
+        figure, _, number = monitor.removeprefix(f"{prefix}/").partition("/dataloader_idx_")
+        if not figure.startswith((*_CLASS_FIGURES, *_MEANS)):
+            continue
+        if (len(results) > 1) != (number != ""):
+            several = f"{len(results)} dataloaders" if len(results) > 1 else "one dataloader"
+            end = "in /dataloader_idx_0 and so on" if len(results) > 1 else "without a number"
+            _warn(owner, monitor, f"the figures of {several} end {end}")
+            continue
+        index = int(number) if number.isdecimal() else 0
+        if figure.startswith(_CLASS_FIGURES) and index < len(results):
+            reason = _why_absent(figure.partition("/")[2], results[index])
+            if reason is not None:
+                _warn(owner, monitor, reason)
+
+
+def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    """Yield who monitors, and what."""
+    for callback in trainer.callbacks:
+        if isinstance(monitor := getattr(callback, "monitor", None), str):
+            yield type(callback).__name__, monitor
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and isinstance(config.monitor, str):
+            yield type(config.scheduler).__name__, config.monitor
+
+
+def _why_absent(name: str, result: ComparisonResult) -> str | None:
+    if name not in result.class_names:
+        return f"the classes are {', '.join(result.class_names)}"
+    index = result.class_names.index(name)
+    if index == result.ignore_index:
+        return f"class {name} is ignore_index and never scored"
+    images, pixels = result.counts[0], result.matrices["raw"][-1].sum(dim=1)
+    if images == 0 or int(pixels[index]) > 0:
+        return None
+    return (
+        f"no target of the {images} images of the sanity check holds class {name}; where the whole "
+        "validation set has none, the figure may be absent (num_sanity_val_steps=-1 looks at all)"
+    )
+
+
+def _warn(owner: str, monitor: str, reason: str) -> None:
+    rank_zero_warn(
+        f"SAMRefineCallback: {owner} monitors {monitor!r}, which may never be logged: {reason}"
+    )

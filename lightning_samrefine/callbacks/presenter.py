@@ -1,0 +1,320 @@
+"""What an evaluation is shown as: panels and charts for loggers and disk, and the report."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import distributed
+
+from lightning_samrefine.callbacks.evaluation import LoaderEvaluation
+from lightning_samrefine.metrics.comparison import ComparisonResult
+from lightning_samrefine.reporting.charts import draw_class_bars, draw_reliability
+from lightning_samrefine.reporting.curves import curve_unit
+from lightning_samrefine.reporting.loggers import rasterize, show_pictures
+from lightning_samrefine.reporting.panels import draw_panels
+from lightning_samrefine.reporting.report import Gallery, ReportSection, write_report
+from lightning_samrefine.utils.validation import check_count
+
+REPORT_NAME = "report.html"
+_PACKAGES = ("lightning-samrefine", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One dataloader's finished evaluation.
+
+    Attributes:
+        stage: ``"val"`` or ``"test"``.
+        index: The loader's number.
+        suffix: ``"/dataloader_idx_<i>"`` where loaders are several, else empty.
+        loader: What was collected.
+        result: Its figures, the classes named as the user does.
+    """
+
+    stage: str
+    index: int
+    suffix: str
+    loader: LoaderEvaluation
+    result: ComparisonResult
+
+
+class Presenter:
+    """Shows evaluations, each to every logger that can, and all of them in one report.
+
+    Every process calls it: what the others saw is gathered on rank zero, which alone writes. What
+    cannot be drawn or written costs a warning, and never the run.
+
+    Args:
+        panels: How many images to draw, half that gained and half that lost the most.
+        panels_every_n_epochs: Inside ``fit``, draw panels and charts for every n-th epoch.
+        panels_width: Their width in pixels.
+        report: Where the report goes: a path, True for ``report.html`` in the Trainer's log folder,
+            False for none.
+        name: What pictures and files are told apart by where a Trainer has several callbacks.
+
+    Raises:
+        TypeError: An argument of a wrong type.
+        ValueError: A number that is too small.
+    """
+
+    def __init__(
+        self,
+        panels: int,
+        panels_every_n_epochs: int,
+        panels_width: int,
+        report: bool | str | Path,
+        name: str | None = None,
+    ) -> None:
+        check_count("panels", panels, least=0)
+        check_count("panels_every_n_epochs", panels_every_n_epochs)
+        check_count("panels_width", panels_width, least=200)
+        if not isinstance(report, bool | str | Path):
+            raise TypeError(f"report: got {report!r}, accepted is True, False or a path")
+        self.panels = panels
+        self.panels_every_n_epochs = panels_every_n_epochs
+        self.panels_width = panels_width
+        self.report = Path(report) if isinstance(report, str) else report
+        self.name = name
+        self._sections: dict[tuple[str, str], ReportSection] = {}
+        self._drawn: set[Path] = set()
+        self._report_paths: dict[Path, Path] = {}
+
+    def emptied(self) -> Presenter:
+        """Return one with the same settings and no evaluation, which can be pickled."""
+        return Presenter(
+            self.panels, self.panels_every_n_epochs, self.panels_width, self.report, self.name
+        )
+
+    def gallery(
+        self, trainer: Trainer, num_classes: int, ignore_index: int | None
+    ) -> Gallery | None:
+        """Return a new gallery for one loader, None where there is no report to fill."""
+        if self.report is False or trainer.fast_dev_run:
+            return None
+        return Gallery(num_classes, ignore_index, folder=_log_folder(trainer))
+
+    def draws(self, trainer: Trainer, validations: int) -> bool:
+        """Whether panels are drawn after ``validations`` earlier ones of a fit."""
+        due = not _fitting(trainer) or validations % self.panels_every_n_epochs == 0
+        return self.panels > 0 and due and not trainer.fast_dev_run
+
+    def present(
+        self,
+        trainer: Trainer,
+        evaluations: Sequence[Evaluated],
+        draws: bool,
+        history: Sequence[Mapping[str, Any]],
+        thresholds: Any,
+        about: Mapping[str, str],
+    ) -> None:
+        """Show what a pass over all loaders gave. A collective call.
+
+        Args:
+            trainer: For loggers, log folder and epoch.
+            evaluations: One a loader.
+            draws: Whether panels and charts are due, see `draws`.
+            history: The running fit's, these evaluations included.
+            thresholds: A dataclass of the refinement's settings.
+            about: What else the report says of the run, by name.
+        """
+        folder = _log_folder(trainer)
+        for evaluated in evaluations:
+            if draws:
+                picker = evaluated.loader.picker
+                for panels in _gather(picker.panels()):
+                    picker.merge(panels)
+            gallery = evaluated.loader.gallery
+            if gallery is not None:
+                for exported in _gather(gallery.export() if _is_distributed() else {}):
+                    gallery.absorb(exported)
+            if not trainer.is_global_zero and gallery is not None:
+                gallery.close()
+        if not trainer.is_global_zero:
+            return
+        try:
+            for evaluated in evaluations:
+                if draws:
+                    self._draw(trainer, folder / "panels", evaluated)
+                if evaluated.loader.gallery is not None:
+                    self._add_section(trainer, evaluated, history)
+            if self._sections:
+                path = self._report_path(folder)
+                facts = {
+                    "Command": {"": _command()},
+                    "Thresholds": {key: str(value) for key, value in asdict(thresholds).items()},
+                    "Set-up": dict(about),
+                    "Versions": _versions(),
+                }
+                # By stage: the test set first.
+                write_report(path, [part for _, part in sorted(self._sections.items())], facts)
+        except Exception as error:  # a full disk, a font, a plugin: none is worth the run
+            rank_zero_warn(
+                f"SAMRefineCallback: panels or report were not written to {folder} "
+                f"({type(error).__name__}: {error})"
+            )
+
+    def _draw(self, trainer: Trainer, folder: Path, evaluated: Evaluated) -> None:
+        stage, result, step = evaluated.stage, evaluated.result, logged_step(trainer)
+        epoch = f"_epoch_{trainer.current_epoch:03d}" if stage == "val" else ""
+        stem = self._named(f"{stage}{epoch}{evaluated.suffix.replace('/', '_')}")
+        path = folder / f"{stem}.png"
+        if path in self._drawn and stage == "val":  # several validations an epoch
+            path = path.with_stem(f"{stem}_step_{step:06d}")
+        self._drawn.add(path)
+        headline = path.stem.replace("_", " ")
+        pictures = {
+            "class_iou": rasterize(draw_class_bars(result, f"IoU by class, {headline}")),
+            "reliability": rasterize(draw_reliability(result.calibration)),
+        }
+        panels = evaluated.loader.picker.panels()
+        if panels:
+            figure = draw_panels(panels, result.class_names, headline)
+            pictures["panels"] = rasterize(figure, self.panels_width)
+        prefix = stage if self.name is None else f"{stage}/{self.name}"
+        named = {f"{prefix}/{key}{evaluated.suffix}": value for key, value in pictures.items()}
+        show_pictures(trainer.loggers, named, step)
+        if panels:
+            folder.mkdir(parents=True, exist_ok=True)
+            pictures["panels"].save(_free(path))
+
+    def _named(self, file: str) -> str:
+        return file if self.name is None else f"{self.name}_{file}"
+
+    def _report_path(self, folder: Path) -> Path:
+        """Return where the report goes: in a log folder always the same file for this callback."""
+        if isinstance(self.report, Path):
+            return self.report
+        path = folder / self._named(REPORT_NAME)
+        if path not in self._report_paths:
+            self._report_paths[path] = _free(path)
+        return self._report_paths[path]
+
+    def _add_section(
+        self, trainer: Trainer, evaluated: Evaluated, history: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Take a loader's evaluation into the report, in place of its last one."""
+        stage, index = evaluated.stage, evaluated.index
+        key = (stage, evaluated.suffix)
+        if key in self._sections:
+            self._sections[key].gallery.close()
+        in_epochs = stage == "val" and _fitting(trainer)
+        title = stage if self.name is None else f"{self.name}, {stage}"
+        same = [h for h in history if (h["stage"], h["dataloader_idx"]) == (stage, index)]
+        self._sections[key] = ReportSection(
+            title=title + (f", dataloader {index}" if evaluated.suffix else ""),
+            epoch=trainer.current_epoch if in_epochs else None,
+            step=logged_step(trainer) if in_epochs and curve_unit(same) == "step" else None,
+            result=evaluated.result,
+            gallery=evaluated.loader.gallery,
+            curve=same if in_epochs else (),
+        )
+
+
+def sample_names(batch: Any, count: int, fallback: str) -> list[str]:
+    """Name the samples of a batch: by its own names where it has some, else by position.
+
+    Args:
+        batch: As the dataloader yields it; a mapping may hold strings under a usual key.
+        count: B.
+        fallback: Such as ``"batch 3"``.
+    """
+    if isinstance(batch, Mapping):
+        for key in ("name", "names", "filename", "file_name", "image_path", "path", "id"):
+            names = batch.get(key)
+            listed = isinstance(names, list | tuple) and len(names) >= count
+            if listed and all(isinstance(name, str) for name in names):
+                return list(names[:count])
+    return [f"{fallback}, image {index}" for index in range(count)]
+
+
+def batch_label(trainer: Trainer, batch_idx: int) -> str:
+    """Return what to call a batch, the process included where there are several."""
+    rank = f"rank {trainer.global_rank}, " if trainer.world_size > 1 else ""
+    return f"{rank}batch {batch_idx}"
+
+
+def _fitting(trainer: Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Return the step that Lightning files the running evaluation's figures under.
+
+    Not ``global_step``, which counts the steps of every optimizer.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _log_folder(trainer: Trainer) -> Path:
+    """Return a folder of this run where its loggers have one. A collective call."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # reading log_dir is collective
+    logger = trainer.logger
+    shared = not isinstance(logger, CSVLogger | TensorBoardLogger)
+    if logger is None or logger.save_dir is None or not shared:
+        return folder
+    # All runs of other loggers share their folder; ModelCheckpoint tells them apart like this.
+    name, version = logger.name, logger.version
+    version = version if version is None or isinstance(version, str) else f"version_{version}"
+    parts = [str(part).strip("/") for part in (name, version) if part is not None]
+    return trainer.strategy.broadcast(folder.joinpath(*parts))
+
+
+def _free(path: Path) -> Path:
+    """Return the path, with a version where a file is there already, as `ModelCheckpoint` does."""
+    free, version = path, 0
+    while free.exists():
+        version += 1
+        free = path.with_stem(f"{path.stem}-v{version}")
+    return free
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _gather(value: Any) -> list[Any]:
+    """Return the other processes' values on rank zero, nothing on the others."""
+    if not _is_distributed() or distributed.get_world_size() == 1:
+        return []
+    zero = distributed.get_rank() == 0
+    values = [None] * distributed.get_world_size() if zero else None
+    distributed.gather_object(value, values)
+    return values[1:] if values is not None else []
+
+
+def _command() -> str:
+    """Return the command line that started this process, ready to be pasted."""
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    program = Path(sys.argv[0]).name or "python"
+    if spec is not None and spec.name == "lightning_samrefine.cli.main":
+        program = "samrefine"
+    elif spec is not None and spec.name:
+        program = f"python -m {spec.name.removesuffix('.__main__')}"
+    elif program.endswith(".py"):
+        program = f"python {shlex.quote(sys.argv[0])}"
+    return " ".join([program, *map(shlex.quote, sys.argv[1:])])
+
+
+def _versions() -> dict[str, str]:
+    versions = {"Python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # a source tree on the path
+            continue
+    if torch.cuda.is_available():
+        versions["CUDA"] = str(torch.version.cuda)
+    return versions

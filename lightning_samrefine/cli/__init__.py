@@ -1,0 +1,1 @@
+"""The `samrefine` command and its Hydra configs."""

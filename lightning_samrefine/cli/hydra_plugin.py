@@ -1,0 +1,28 @@
+"""Makes Hydra find the config group ``samrefine`` in anybody's app.
+
+The wheel holds this module as ``hydra_plugins/lightning_samrefine_searchpath.py``. Hydra imports it
+at the start of every app of the environment, so it must load fast and never fail.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+
+class SAMRefineSearchPath(SearchPathPlugin):
+    """Appends the package's folder, after whatever the app itself has."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Add the YAML files of the group, and the typed presets of its thresholds."""
+        package = find_spec("lightning_samrefine")
+        if package is None or package.origin is None:
+            return
+        # A path: looking into the package with pkg:// would import what its modules import.
+        folder = Path(package.origin).parent / "searchpath"
+        search_path.append("lightning-samrefine", f"file://{folder}")
+
+        from lightning_samrefine.cli.hydra_presets import register
+
+        register()

@@ -1,0 +1,372 @@
+"""Raw against refined: everything that one evaluation counts, and the figures read from it.
+
+Pixels and regions are counted in int64, image by image, so the figures are those of the whole
+data set and do not depend on batch sizes, on the order of images or on the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_samrefine.metrics.bootstrap import (
+    BootstrapInterval,
+    bootstrap_totals,
+    image_gains,
+)
+from lightning_samrefine.metrics.boundary import (
+    BorderCounts,
+    Borders,
+    border_distances,
+    boundary_f1,
+    boundary_iou,
+)
+from lightning_samrefine.metrics.calibration import (
+    Calibration,
+    RegionCalibration,
+    RegionScores,
+    score_regions,
+)
+from lightning_samrefine.metrics.changes import KINDS, ChangeCounts, ChangedPixels
+from lightning_samrefine.metrics.confusion import (
+    BandedConfusion,
+    ConfusionMatrix,
+    check_shape,
+    class_iou,
+    matrix_scores,
+)
+from lightning_samrefine.metrics.per_image import ImageTotals
+from lightning_samrefine.metrics.trimap import KnownLabels, trimap_band, valid_pixels
+from lightning_samrefine.refine.results import Regions
+from lightning_samrefine.utils.device import upload
+
+__all__ = [
+    "SIDES",
+    "ComparisonResult",
+    "ConfusionMatrix",
+    "ImageComparison",
+    "RefinementComparison",
+    "RefinementCounts",
+    "class_iou",
+    "trimap_band",
+    "valid_pixels",
+]
+
+SIDES = ("raw", "refined")
+TRIMAP_WIDTHS = (1, 3, 5, 10)
+# What is logged of `matrix_scores` beside mIoU, which has a gain and classes of its own.
+_SCALARS = ("mdice", "pixel_acc", "class_acc", "fwiou")
+
+
+class RefinementCounts(Metric):
+    """Counts what the refinement did: integers, so that no order of addition changes them.
+
+    Attributes:
+        counts: (5,) int64: images, failed images, prompted regions, accepted regions, and
+            microseconds spent refining.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(5, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        images: int = 0,
+        failed: int = 0,
+        regions: int = 0,
+        accepted: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        """Add the figures of some images."""
+        new = [images, failed, regions, accepted, round(seconds * 1e6)]
+        self.counts += upload(torch.tensor(new), self.counts.device)
+
+    def compute(self) -> Tensor:
+        """Return the (5,) int64 counts, summed over all processes."""
+        return self.counts
+
+
+@dataclass(frozen=True)
+class ImageComparison:
+    """What one image adds to a comparison.
+
+    Attributes:
+        matrices: (C, C + 1) int64 confusion matrices, raw and refined.
+        changes: The changed pixels.
+        valid: (H, W) bool, the pixels that are scored.
+        scores: The regions' IoUs, None where regions were not given or have no masks.
+        region_changes: (N, 3) int64, see `ChangedPixels.by_region`, None as above.
+    """
+
+    matrices: tuple[Tensor, Tensor]
+    changes: ChangedPixels
+    valid: Tensor
+    scores: RegionScores | None
+    region_changes: Tensor | None
+
+
+class RefinementComparison(nn.Module):
+    """Everything that one evaluation says about raw against refined.
+
+    Args:
+        num_classes: C.
+        ignore_index: Target value that is not counted, or None.
+        class_names: C names for the per-class figures; "0", "1", … where None.
+        trimap_width: Half-width in pixels of the band around borders that ``trimap_miou_*`` means,
+            see `trimap_band`. Bands of 1, 3, 5 and 10 px are counted beside it.
+
+    Raises:
+        ValueError: Another number of names, or a width below 1.
+
+    Attributes:
+        counts: A `RefinementCounts`; feed it with ``comparison.counts.update(images=…)``.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int | None = None,
+        class_names: Sequence[str] | None = None,
+        trimap_width: int = 3,
+    ) -> None:
+        super().__init__()
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(
+                f"class_names: got {len(class_names)} names, accepted are {num_classes}"
+            )
+        if trimap_width < 1:
+            raise ValueError(f"trimap_width: got {trimap_width}, accepted is at least 1")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.class_names = list(class_names or map(str, range(num_classes)))
+        self.trimap_width = trimap_width
+        self.widths = sorted({*TRIMAP_WIDTHS, trimap_width})
+        self.pixels = nn.ModuleDict(
+            {side: BandedConfusion(num_classes, self.widths) for side in SIDES}
+        )
+        self.borders = nn.ModuleDict({side: BorderCounts(num_classes) for side in SIDES})
+        self.changes = ChangeCounts(num_classes)
+        self.images = ImageTotals(num_classes)
+        self.calibration = RegionCalibration()
+        self.counts = RefinementCounts()
+
+    def update(
+        self, raw: Tensor, refined: Tensor, target: Tensor, regions: Regions | None = None
+    ) -> list[ImageComparison]:
+        """Add one image or a batch.
+
+        Args:
+            raw: (…, H, W) integer, the raw prediction.
+            refined: (…, H, W) integer, the refined one.
+            target: (…, H, W) integer.
+            regions: What SAM was asked about a single image, to be measured too.
+
+        Returns:
+            One entry an image.
+
+        Raises:
+            ValueError: Shapes that differ.
+        """
+        for name, labels in (("raw", raw), ("refined", refined)):
+            check_shape(name, labels, target)
+        height, width = target.shape[-2:]
+        maps = (labels.reshape(-1, height, width) for labels in (raw, refined, target))
+        return [self._add(*image, regions) for image in zip(*maps, strict=True)]
+
+    def _add(
+        self, raw: Tensor, refined: Tensor, target: Tensor, regions: Regions | None
+    ) -> ImageComparison:
+        valid = valid_pixels(target, self.num_classes, self.ignore_index)
+        distances = border_distances(*target.shape)
+        true_labels = KnownLabels(target, valid, self.num_classes)
+        true_borders = Borders(true_labels, *distances)
+        rings = true_labels.rings(self.widths)
+        matrices = []
+        for side, prediction in zip(SIDES, (raw, refined), strict=True):
+            known = KnownLabels(prediction, valid, self.num_classes)
+            counts = self.pixels[side].count(known, true_labels, rings)
+            self.pixels[side].update(counts)
+            matrices.append(counts.sum(dim=0))
+            self.borders[side].update(Borders(known, *distances), true_borders)
+        self.images.update(*matrices)
+        changes = ChangedPixels(raw, refined, target, valid)
+        self.changes.update(changes)
+        scores = region_changes = None
+        pred_iou = true_iou = torch.empty(0)
+        better = torch.empty(0, dtype=torch.bool)
+        if regions is not None and regions.masks is not None:
+            scores = score_regions(regions, raw, target, valid)
+            kept = scores.measured
+            pred_iou, true_iou = regions.pred_iou[kept], scores.mask_iou[kept]
+            better = true_iou > scores.raw_iou[kept]
+            region_changes = changes.by_region(scores.windows, regions.classes)
+            region_changes[~regions.accepted] = 0
+        # Without a region, too: torchmetrics warns of a metric that was never updated.
+        self.calibration.update(pred_iou, true_iou, better)
+        return ImageComparison((matrices[0], matrices[1]), changes, valid, scores, region_changes)
+
+    def reset(self) -> None:
+        """Forget everything. Do so where an epoch starts, not where it ends.
+
+        A state made under ``inference_mode`` cannot be updated outside it.
+        """
+        for metric in self._metrics():
+            metric.reset()
+
+    def _metrics(self) -> Iterator[Metric]:
+        return (module for module in self.modules() if isinstance(module, Metric))
+
+    def result(self) -> ComparisonResult:
+        """Sum over all processes. A collective call: every process must make it."""
+        return ComparisonResult(
+            class_names=tuple(self.class_names),
+            ignore_index=self.ignore_index,
+            trimap_width=self.trimap_width,
+            widths=tuple(self.widths),
+            matrices={side: self.pixels[side].compute().cpu() for side in SIDES},
+            borders={side: self.borders[side].compute().cpu() for side in SIDES},
+            changes=self.changes.compute().cpu(),
+            totals=self.images.compute(),
+            calibration=Calibration.of(**self.calibration.compute()),
+            counts=tuple(self.counts.compute().tolist()),
+        )
+
+    def compute(self) -> dict[str, float]:
+        """Return `ComparisonResult.figures`. A collective call: every process must make it."""
+        return self.result().figures()
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """The counts of a whole evaluation, on the CPU, and what they say.
+
+    Attributes:
+        class_names: C names.
+        ignore_index: As given to `RefinementComparison`.
+        trimap_width: As given.
+        widths: W widths of bands in pixels, ascending.
+        matrices: By side, (W + 1, C, C + 1) int64: one a band, the whole image last.
+        borders: By side, (7, C) int64, see `BorderCounts`.
+        changes: (3, C) int64: fixed, broken and swapped pixels by true class.
+        totals: (N, 5, C) int64, each image's own, see `ImageTotals`.
+        calibration: Predicted against true IoU of regions.
+        counts: Images, failed images, regions, accepted regions, microseconds.
+    """
+
+    class_names: tuple[str, ...]
+    ignore_index: int | None
+    trimap_width: int
+    widths: tuple[int, ...]
+    matrices: dict[str, Tensor]
+    borders: dict[str, Tensor]
+    changes: Tensor
+    totals: np.ndarray
+    calibration: Calibration
+    counts: tuple[int, ...]
+
+    @cached_property
+    def scores(self) -> dict[str, dict[str, Tensor]]:
+        """`matrix_scores` of the whole image by side, with ``boundary_iou`` and ``boundary_f1``."""
+        scores = {}
+        for side in SIDES:
+            scores[side] = matrix_scores(self.matrices[side][-1], self.ignore_index)
+            scores[side]["boundary_iou"] = boundary_iou(self.borders[side], self.ignore_index)
+            scores[side]["boundary_f1"] = boundary_f1(self.borders[side], self.ignore_index)
+        return scores
+
+    @cached_property
+    def interval(self) -> BootstrapInterval | None:
+        """The gain's bootstrap interval, None for less than two images."""
+        if len(self.totals) < 2:
+            return None
+        return bootstrap_totals(self.totals, ignore_index=self.ignore_index)
+
+    def trimap_miou(self, side: str, width: int) -> float:
+        """Return the mIoU inside the band of a width; NaN where no pixel is in it."""
+        matrix = self.matrices[side][self.widths.index(width)]
+        return class_iou(matrix, self.ignore_index).nanmean().item()
+
+    def image_miou(self) -> np.ndarray:
+        """Return each image's own mIoU, (N, 2) float64, see `image_gains`."""
+        return image_gains(self.totals)
+
+    def figures(self) -> dict[str, float]:
+        """Read what is logged.
+
+        Returns:
+            As fractions, for raw and refined: ``miou_*`` and ``trimap_miou_*``, ``boundary_iou_*``
+            and ``boundary_f1_*`` (means over classes), each with its ``…_gain``; ``mdice_*``,
+            ``pixel_acc_*``, ``class_acc_*``, ``fwiou_*``; ``iou_*/<class>``.
+            ``miou_gain_low`` and ``miou_gain_high``, the 95% interval of the gain.
+            ``refine_fixed_px``, ``refine_broken_px`` and ``refine_fixed_broken_ratio`` (over at
+            least one broken pixel); ``refine_accept_rate`` (accepted of the prompted regions, 0
+            where none was), ``refine_regions_per_image`` (over the images that were refined),
+            ``refine_ms_per_image``, ``refine_failed_images``; ``refine_iou_ece`` and
+            ``refine_iou_auroc``, see `Calibration`.
+            Means are over the classes present; absent classes, and means over none, are left out.
+        """
+        figures: dict[str, float] = {}
+        for side in SIDES:
+            scores = self.scores[side]
+            figures[f"miou_{side}"] = scores["miou"].item()
+            figures[f"trimap_miou_{side}"] = self.trimap_miou(side, self.trimap_width)
+            for name in ("boundary_iou", "boundary_f1"):
+                figures[f"{name}_{side}"] = scores[name].nanmean().item()
+            for name in _SCALARS:
+                figures[f"{name}_{side}"] = scores[name].item()
+            names = (f"iou_{side}/{name}" for name in self.class_names)
+            figures.update(zip(names, scores["iou"].tolist(), strict=True))
+        for name in ("miou", "trimap_miou", "boundary_iou", "boundary_f1"):
+            figures[f"{name}_gain"] = figures[f"{name}_refined"] - figures[f"{name}_raw"]
+        if self.interval is not None:
+            figures["miou_gain_low"] = self.interval.low
+            figures["miou_gain_high"] = self.interval.high
+
+        fixed, broken, _ = self.changes.sum(dim=1).tolist()
+        figures["refine_fixed_px"] = float(fixed)
+        figures["refine_broken_px"] = float(broken)
+        figures["refine_fixed_broken_ratio"] = fixed / max(broken, 1)
+        images, failed, regions, accepted, microseconds = self.counts
+        figures["refine_accept_rate"] = accepted / max(regions, 1)
+        figures["refine_regions_per_image"] = regions / max(images - failed, 1)
+        figures["refine_ms_per_image"] = microseconds / 1000 / max(images, 1)
+        figures["refine_failed_images"] = float(failed)
+        figures["refine_iou_ece"] = self.calibration.ece
+        figures["refine_iou_auroc"] = self.calibration.auroc
+        return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+    def details(self) -> dict[str, float]:
+        """Read what is kept in the callback's history and the report, and not logged.
+
+        Returns:
+            ``trimap_<w>px_miou_*`` for every width, ``refine_swapped_px``; and for every class
+            ``dice_*/<class>``, ``boundary_iou_*/<class>``, ``boundary_f1_*/<class>`` and
+            ``fixed_px/<class>``, ``broken_px/<class>``, ``swapped_px/<class>`` by true class.
+            What does not occur is left out.
+        """
+        details: dict[str, float] = {}
+        for side in SIDES:
+            for width in self.widths:
+                details[f"trimap_{width}px_miou_{side}"] = self.trimap_miou(side, width)
+            for name in ("dice", "boundary_iou", "boundary_f1"):
+                values = self.scores[side][name].tolist()
+                keys = (f"{name}_{side}/{label}" for label in self.class_names)
+                details.update(zip(keys, values, strict=True))
+        for kind, row in zip(KINDS, self.changes.tolist(), strict=True):
+            keys = (f"{kind}_px/{label}" for label in self.class_names)
+            details.update(zip(keys, map(float, row), strict=True))
+        details["refine_swapped_px"] = float(self.changes[KINDS.index("swapped")].sum())
+        return {name: value for name, value in details.items() if not math.isnan(value)}

@@ -1,0 +1,97 @@
+"""What SAM's mask decoder computes once: for its weights, for an image, for its mask prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_samrefine.models.base import Prompts
+from lightning_samrefine.models.fingerprint import Identity
+
+
+@dataclass(frozen=True)
+class ModelSide:
+    """What depends on the weights alone: T image tokens, H heads of d channels.
+
+    Attributes:
+        pe_keys: One (H, d, T) for each attention to the image after the first layer, the last
+            being the final attention: the positional encoding as keys.
+        pe_queries: One (H, d, T) for each attention from the image after the first layer: the
+            positional encoding as queries, with the queries' bias.
+        up1: (4 · C/4, C), the first transposed convolution as a matrix.
+        up1_bias: (4 · C/4,).
+        up2: (4 · C/8, C/4), the second one.
+        up2_bias: (4 · C/8,).
+    """
+
+    pe_keys: list[Tensor]
+    pe_queries: list[Tensor]
+    up1: Tensor
+    up1_bias: Tensor
+    up2: Tensor
+    up2_bias: Tensor
+
+
+@dataclass(frozen=True)
+class ImageSide:
+    """What depends on the image as well; the bias of the mask prompt's last layer is in all.
+
+    Prompts on several images have N of each, see `beside`.
+
+    Attributes:
+        tokens: (1, T, C), the embedding E.
+        keys: (H, d, T), with positional encoding, as the first layer's keys without bias.
+        values: (H, T, d), as its values with bias.
+        queries: (H, d, T), with positional encoding, as its queries with bias.
+    """
+
+    tokens: Tensor
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+
+
+Side = TypeVar("Side", ModelSide, ImageSide)
+
+
+@dataclass
+class Memo:
+    """The constant sides of the latest call, and what they were made from."""
+
+    state: tuple[Any, ...]
+    model: ModelSide
+    embedding: Identity | None = None
+    image: ImageSide | None = None
+    masks: Identity | None = None
+    mask_channels: Tensor | None = None
+
+
+def beside(memos: Sequence[Memo], prompts: Sequence[Prompts]) -> ImageSide:
+    """Return the image sides of several images, each repeated for every one of its prompts.
+
+    Returns:
+        (N, T, C) tokens, and as many keys, values and queries, N the count of all prompts.
+    """
+
+    def rows(name: str) -> Tensor:
+        parts = []
+        for memo, own in zip(memos, prompts, strict=True):
+            side = getattr(memo.image, name)
+            side = side if name == "tokens" else side[None]
+            parts.append(side.expand(len(own), *side.shape[1:]))
+        return torch.cat(parts)
+
+    return ImageSide(**{field.name: rows(field.name) for field in fields(ImageSide)})
+
+
+def cast(side: Side, dtype: torch.dtype) -> Side:
+    """Return a side with its tensors in the type that the matrix products run in."""
+
+    def convert(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        return [v.to(dtype) for v in value] if isinstance(value, list) else value.to(dtype)
+
+    return type(side)(**{f.name: convert(getattr(side, f.name)) for f in fields(side)})

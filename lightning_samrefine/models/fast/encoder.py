@@ -1,0 +1,255 @@
+"""Image encoders' forward passes with the same weights, the same answer and less work."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.image_encoder import Block
+from timm.models.tiny_vit import ConvNorm, MBConv, PatchMerging, TinyVitBlock
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from lightning_samrefine.models.fast.attention import (
+    global_attention,
+    relative_positions,
+    window_attention,
+)
+from lightning_samrefine.models.fingerprint import all_weights, stamp
+from lightning_samrefine.models.tiny import TinyImageEncoder
+from lightning_samrefine.models.tiny_vit import TinyVitEncoder
+
+# Elements of an intermediate on the CPU. Larger blocks come from the system anew every time
+# (glibc's mmap threshold ends at 32 MiB), and their page faults cost as much as the arithmetic.
+_CPU_ELEMENTS = 2**22
+
+
+class FastImageEncoder:
+    """Calls an image encoder the fast way, or as it is where no fast way is known.
+
+    - segment-anything's `ImageEncoderViT`: scores never exist for more than a slice of one head,
+      padding is never projected, and additions happen in place. No weight is copied.
+    - `TinyVitEncoder` and `TinyImageEncoder`: batch normalizations are folded into a copy of the
+      convolutions, made at the first call and again after the weights have moved or changed.
+
+    The module, its hooks aside, is neither changed nor kept from being used directly.
+
+    Args:
+        encoder: The module, in eval mode.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.encoder = encoder
+        self._folded: nn.Module | None = None
+        self._fingerprint: tuple[tuple[Any, ...], ...] = ()
+
+    def drop_derived(self) -> None:
+        """Drop the folded copy."""
+        self._folded, self._fingerprint = None, ()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Embed (B, 3, S, S) float, normalized and padded, as (B, D, h_e, w_e).
+
+        The type is what the module's own forward returns, under autocast too.
+        """
+        # An exact type: a subclass may have a forward of its own.
+        kind = type(self.encoder)
+        if kind is ImageEncoderViT:
+            return _vit(self.encoder, images)
+        if kind is TinyVitEncoder:
+            return _tiny_vit(self._without_batch_norm(), images)
+        if kind is TinyImageEncoder:
+            return self._without_batch_norm()(images)
+        return self.encoder(images)
+
+    def _without_batch_norm(self) -> nn.Module:
+        """Return the folded copy, made anew where the module's weights are not those it has."""
+        fingerprint = stamp(all_weights(self.encoder))
+        if self._folded is None or fingerprint != self._fingerprint:
+            self._folded = _fold_batch_norms(copy.deepcopy(self.encoder))
+            self._fingerprint = fingerprint
+        return self._folded
+
+
+def _fold_batch_norms(module: nn.Module) -> nn.Module:
+    """Replace every Conv2d followed by its BatchNorm2d in a Sequential, in place."""
+    for child in module.modules():
+        if not isinstance(child, nn.Sequential):
+            continue
+        names = list(child._modules)
+        for first, second in pairwise(names):
+            conv, norm = child._modules[first], child._modules[second]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                child._modules[first] = fuse_conv_bn_eval(conv, norm)
+                child._modules[second] = nn.Identity()
+    return module.to(memory_format=torch.channels_last)
+
+
+def _vit(encoder: ImageEncoderViT, images: Tensor) -> Tensor:
+    """Run `ImageEncoderViT.forward` ("Segment Anything", arXiv 2304.02643, section 3)."""
+    x = _patches(encoder.patch_embed.proj, images)
+    if encoder.pos_embed is not None:
+        x = x + encoder.pos_embed
+    for block in encoder.blocks:
+        x.add_(block.attn.proj(_vit_attention(block, x)))
+        _add_mlp(x, block.norm2, block.mlp.lin1, block.mlp.act, block.mlp.lin2)
+    return _neck(encoder.neck, x)
+
+
+def _patches(conv: nn.Conv2d, images: Tensor) -> Tensor:
+    """Embed patches that do not overlap as one matrix product: (B, 3, S, S) to (B, h, w, D)."""
+    if conv.kernel_size != conv.stride or conv.padding != (0, 0):
+        return conv(images).permute(0, 2, 3, 1).contiguous()
+    rows, columns = conv.kernel_size
+    height, width = images.shape[2] // rows, images.shape[3] // columns
+    patches = images[:, :, : height * rows, : width * columns]
+    patches = patches.unflatten(3, (width, columns)).unflatten(2, (height, rows))
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+    return F.linear(patches, conv.weight.flatten(1), conv.bias)
+
+
+def _vit_attention(block: Block, x: Tensor) -> Tensor:
+    """Return attention's output before its projection, (B, h, w, D)."""
+    attn = block.attn
+    height, width = x.shape[1:3]
+    window = block.window_size
+    qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))
+    rel_pos = None
+    if attn.use_rel_pos:
+        sides = (window, window) if window > 0 else (height, width)
+        rel_pos = (
+            _relative_embeddings(sides[0], attn.rel_pos_h),
+            _relative_embeddings(sides[1], attn.rel_pos_w),
+        )
+    if window == 0:
+        return global_attention(qkv, rel_pos)
+
+    def bias(query: Tensor, rows: int, columns: int) -> Tensor | None:
+        if rel_pos is None:
+            return None
+        by_row, by_column = relative_positions(query.unflatten(2, (rows, columns)), *rel_pos)
+        return (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
+
+    # The windows are padded with zeros after the norm, and such tokens are keys all the same.
+    padding = attn.qkv(x.new_zeros(1, x.shape[-1])).view(3, attn.num_heads, -1)
+    return window_attention(qkv, padding, window, bias)
+
+
+def _relative_embeddings(side: int, table: Tensor) -> Tensor:
+    """Return (side, side, d), the embedding of each query's position relative to each key's.
+
+    segment-anything's `get_rel_pos` indexes with a CPU tensor, which makes the CPU wait for a GPU
+    twice a block.
+
+    Args:
+        side: Number of queries and of keys along one axis.
+        table: (L, d), resized to 2 · side - 1 rows if L differs.
+    """
+    rows = 2 * side - 1
+    if len(table) != rows:
+        table = F.interpolate(table.T[None], rows, mode="linear")[0].T
+    position = torch.arange(side, device=table.device)
+    return table[position[:, None] - position + (side - 1)]
+
+
+def _add_mlp(x: Tensor, norm: nn.Module, first: nn.Linear, act: nn.Module, last: nn.Linear) -> None:
+    """Add last(act(first(norm(x)))) to contiguous x (..., D) in place."""
+    tokens = x.view(-1, x.shape[-1])
+    rows = _rows_at_once(x.device, len(tokens), first.out_features)
+    for part in tokens.split(rows):
+        part.add_(last(_activate(act, first(norm(part)))))
+
+
+def _rows_at_once(device: torch.device, rows: int, elements: int) -> int:
+    """Return how many of the rows, with so many elements each, to compute together."""
+    return max(1, min(rows, _CPU_ELEMENTS // elements)) if device.type == "cpu" else rows
+
+
+def _activate(act: nn.Module, x: Tensor) -> Tensor:
+    """Apply an activation; the exact GELU writes over its input, which a caller gives away."""
+    if type(act) is nn.GELU and act.approximate == "none":
+        return torch.ops.aten.gelu_(x)
+    return act(x)
+
+
+def _neck(neck: nn.Sequential, x: Tensor) -> Tensor:
+    """Run SAM's neck on (B, h, w, D): its channel norm is a layer norm where channels are last."""
+    reduce, norm, mix, last_norm = neck
+    x = F.linear(x, reduce.weight.flatten(1), reduce.bias)
+    x = F.layer_norm(x.float(), norm.weight.shape, norm.weight, norm.bias, norm.eps)
+    x = mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    x = F.layer_norm(
+        x.float(), last_norm.weight.shape, last_norm.weight, last_norm.bias, last_norm.eps
+    )
+    return x.permute(0, 3, 1, 2).contiguous()
+
+
+def _tiny_vit(encoder: TinyVitEncoder, images: Tensor) -> Tensor:
+    """Run `TinyVitEncoder.forward` with channels last; its batch norms are folded already."""
+    backbone = encoder.backbone
+    stem = backbone.patch_embed
+    x = _activate(stem.act, stem.conv1(images.contiguous(memory_format=torch.channels_last)))
+    x = stem.conv2(x).permute(0, 2, 3, 1)
+    for block in backbone.stages[0].blocks:
+        x = _inverted_bottleneck(block, x)
+    for stage in backbone.stages[1:]:
+        x = _merge(stage.downsample, x)
+        for block in stage.blocks:
+            x = _tiny_vit_block(block, x)
+    return _neck(encoder.neck, x)
+
+
+def _pointwise(layer: ConvNorm, x: Tensor) -> Tensor:
+    """Apply a folded 1×1 convolution to (B, h, w, D)."""
+    return F.linear(x, layer.conv.weight.flatten(1), layer.conv.bias)
+
+
+def _convolve(layer: ConvNorm, x: Tensor) -> Tensor:
+    """Apply a folded convolution to (B, h, w, D)."""
+    return layer.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _inverted_bottleneck(block: MBConv, x: Tensor) -> Tensor:
+    """Run the block in bands of rows; a band's 3×3 convolution needs a row more on each side."""
+    batch, height, width, _ = x.shape
+    rows = _rows_at_once(x.device, height, batch * width * block.conv1.conv.out_channels)
+    out = torch.empty_like(x)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        above, below = int(top > 0), int(bottom < height)
+        mid = _pointwise(block.conv1, x[:, top - above : bottom + below])
+        mid = _convolve(block.conv2, _activate(block.act1, mid))
+        mid = _activate(block.act2, mid[:, above : above + bottom - top])
+        band = _pointwise(block.conv3, mid).add_(x[:, top:bottom])
+        out[:, top:bottom] = _activate(block.act3, band)
+    return out
+
+
+def _merge(layer: PatchMerging, x: Tensor) -> Tensor:
+    mid = _activate(layer.act1, _pointwise(layer.conv1, x))
+    mid = _activate(layer.act2, _convolve(layer.conv2, mid))
+    return _pointwise(layer.conv3, mid)
+
+
+def _tiny_vit_block(block: TinyVitBlock, x: Tensor) -> Tensor:
+    attn, window = block.attn, block.window_size
+    qkv = attn.qkv(attn.norm(x)).unflatten(-1, (attn.num_heads, 3, attn.key_dim))
+    # Padded before the norm here, so a padded token is the norm of zeros.
+    padding = attn.qkv(attn.norm(x.new_zeros(1, x.shape[-1])))
+    padding = padding.view(attn.num_heads, 3, attn.key_dim)
+    # Three dimensions would send the attention to the kernel that materializes everything.
+    biases = attn.get_attention_biases(x.device)[None].unflatten(2, (window, window))
+
+    def bias(query: Tensor, rows: int, columns: int) -> Tensor:
+        return biases[:, :, :rows, :columns].flatten(2, 3).to(query.dtype, copy=True)
+
+    attended = window_attention(qkv.transpose(3, 4), padding.transpose(0, 1), window, bias)
+    x = _convolve(block.local_conv, attn.proj(attended).add_(x)).contiguous()
+    mlp = block.mlp
+    _add_mlp(x, mlp.norm, mlp.fc1, mlp.act, mlp.fc2)
+    return x

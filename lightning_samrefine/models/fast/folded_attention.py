@@ -1,0 +1,99 @@
+"""Attention between few tokens and SAM's image tokens, projections folded onto the few.
+
+With X the image tokens and W_k a head's key weights, q·(X W_k)ᵀ = (q W_kᵀ)·Xᵀ, and likewise for
+values, queries and outputs: no image token is ever projected.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from segment_anything.modeling.transformer import Attention
+from torch import Tensor, nn
+
+
+def attend_to_image(attention: Attention, q: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
+    """Attend from tokens to image tokens.
+
+    The bias of the keys adds the same to all scores of a query, so softmax removes it; that of
+    the values passes through, for softmax sums to 1.
+
+    Args:
+        attention: The weights.
+        q: (N, P, C) tokens with positional encoding.
+        keys: (N, T, C) image tokens without.
+        pe_keys: (H, d, T), their positional encoding as keys.
+
+    Returns:
+        (N, P, C).
+    """
+    q = project(attention.q_proj, q, attention) * query_scale(attention)
+    scores = folded_scores(q, pe_keys, attention.k_proj.weight, keys.mT)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+    mean = (weights @ keys).unflatten(1, (attention.num_heads, -1))
+    value = unfold(mean, attention.v_proj.weight).transpose(1, 2).flatten(2)
+    return attention.out_proj(value + attention.v_proj.bias)
+
+
+def folded_scores(x: Tensor, constant: Tensor, weight: Tensor, channels: Tensor) -> Tensor:
+    """Return (N, H · P, T) scores of tokens against the image: x·constant + (x·weight)·channels.
+
+    Args:
+        x: (N, H, P, d), the tokens' side, scaled.
+        constant: (H, d, T), the part of the image's side that the prompts share; (N, H, d, T)
+            where they do not share it.
+        weight: (H · d, K), projects the part that they do not share.
+        channels: (N, K, T), that part.
+    """
+    return torch.baddbmm(per_head(x, constant).flatten(1, 2), fold(x, weight), channels)
+
+
+def softmax_over_tokens(scores: Tensor, attention: Attention) -> Tensor:
+    """Normalize (N, H · P, T) scores over the P tokens of a head."""
+    heads = scores.unflatten(1, (attention.num_heads, -1))
+    return heads.softmax(dim=2, dtype=torch.float32).to(scores.dtype).flatten(1, 2)
+
+
+def token_outputs(attention: Attention, queries: Tensor) -> Tensor:
+    """Return (N, H · P, C), what each token gives to an image token that attends to it alone.
+
+    The bias of the output goes to the first head: there, too, the weights sum to 1.
+    """
+    v = project(attention.v_proj, queries, attention)
+    outputs = fold(v, attention.out_proj.weight.T).unflatten(1, (attention.num_heads, -1))
+    bias = torch.zeros_like(outputs[:1, :, :1])
+    bias[:, 0] = attention.out_proj.bias
+    return (outputs + bias).flatten(1, 2)
+
+
+def query_scale(attention: Attention) -> float:
+    """Return 1 / √d, d the channels of a head."""
+    return 1 / math.sqrt(attention.internal_dim // attention.num_heads)
+
+
+def project(linear: nn.Linear, tokens: Tensor, attention: Attention) -> Tensor:
+    """Project (N, P, C) tokens to (N, H, P, d)."""
+    return linear(tokens).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+
+
+def fold(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply (N, H, P, d) by each head's (d, C) of a (H · d, C) matrix: (N, H · P, C)."""
+    return per_head(x, weight.unflatten(0, (x.shape[1], -1))).flatten(1, 2)
+
+
+def unfold(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply (N, H, P, C) by each head's (C, d) of a (H · d, C) matrix: (N, H, P, d)."""
+    return per_head(x, weight.unflatten(0, (x.shape[1], -1)).mT)
+
+
+def per_head(x: Tensor, matrices: Tensor) -> Tensor:
+    """Multiply (N, H, P, K) by (H, K, L), one matrix a head for all N: (N, H, P, L).
+
+    Or by (N, H, K, L), where each of the N has its own.
+    """
+    if matrices.ndim == 4:
+        return x @ matrices
+    count, heads, tokens, _ = x.shape
+    product = x.transpose(0, 1).flatten(1, 2) @ matrices
+    return product.view(heads, count, tokens, -1).transpose(0, 1)

@@ -1,0 +1,236 @@
+"""`load_sam`: a named model with its weights, or an error that says what is wrong with them."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
+from segment_anything.modeling import Sam
+from torch import Tensor
+
+from lightning_samrefine.models.base import Promptable
+from lightning_samrefine.models.download import RemoteFile, fetch
+from lightning_samrefine.models.hf import load_hf
+from lightning_samrefine.models.sam import SamPromptable
+from lightning_samrefine.models.tiny import build_tiny_sam
+from lightning_samrefine.models.tiny_vit import build_sam_vit_t, mobile_sam_keys
+
+HF = "hf"
+RANDOM = "random"
+_RANDOM_SEED = 0
+
+StateDict = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """How to build a model, and how its published checkpoints name their weights."""
+
+    build: Callable[[], Sam]
+    to_module_keys: Callable[[StateDict], StateDict] = lambda state_dict: state_dict
+    shipped: str | None = None
+    published: RemoteFile | None = None
+    accepts_points: bool = True
+
+
+# The digits in the names of segment-anything's files begin their MD5, not their SHA-256.
+_SEGMENT_ANYTHING = "https://dl.fbaipublicfiles.com/segment_anything"
+# A commit instead of a branch, whose file may change.
+_MOBILE_SAM = (
+    "https://github.com/ChaoningZhang/MobileSAM/raw/f706ad9c4eb7f219c00d9050e46328518ffb65d2"
+)
+
+_ARCHITECTURES: Mapping[str, _Architecture] = {
+    "tiny": _Architecture(
+        build_tiny_sam, shipped="weights/tiny_sam.safetensors", accepts_points=False
+    ),
+    "vit_t": _Architecture(
+        build_sam_vit_t,
+        mobile_sam_keys,
+        published=RemoteFile(
+            f"{_MOBILE_SAM}/weights/mobile_sam.pt",
+            "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+            40_728_226,
+        ),
+    ),
+    "vit_b": _Architecture(
+        build_sam_vit_b,
+        published=RemoteFile(
+            f"{_SEGMENT_ANYTHING}/sam_vit_b_01ec64.pth",
+            "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+            375_042_383,
+        ),
+    ),
+    "vit_l": _Architecture(
+        build_sam_vit_l,
+        published=RemoteFile(
+            f"{_SEGMENT_ANYTHING}/sam_vit_l_0b3195.pth",
+            "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+            1_249_524_607,
+        ),
+    ),
+    "vit_h": _Architecture(
+        build_sam_vit_h,
+        published=RemoteFile(
+            f"{_SEGMENT_ANYTHING}/sam_vit_h_4b8939.pth",
+            "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+            2_564_550_879,
+        ),
+    ),
+}
+
+
+# What `load_sam` takes.
+SAM_NAMES = (*_ARCHITECTURES, HF)
+
+
+def load_sam(
+    name: str, checkpoint: str | Path | None = None, device: str | torch.device = "cpu"
+) -> Promptable:
+    """Build a SAM and load its weights.
+
+    Published weights are downloaded once, into ``$SAMREFINE_HOME/weights`` or, without it,
+    ``lightning-samrefine/weights`` in the user's cache folder; ``SAMREFINE_OFFLINE=1`` forbids it.
+    Of several processes one downloads and the others wait.
+
+    Args:
+        name: ``"tiny"`` (ours, shipped, for demonstrations), ``"vit_t"`` (MobileSAM's TinyViT),
+            ``"vit_b"``, ``"vit_l"`` or ``"vit_h"`` (segment-anything), or ``"hf"`` for a model of
+            transformers: SAM, SAM-HQ, SAM 2 and 2.1, EdgeTAM, SAM 3's tracker.
+        checkpoint: A ``.pt``/``.pth`` state dict or a ``.safetensors`` file; None for the weights
+            that are shipped or published; ``"random"`` for seeded random weights, in tests and
+            benchmarks. With ``"hf"`` a hub id, such as ``"facebook/sam2.1-hiera-small"``, or a
+            folder that ``save_pretrained`` wrote. Pickled code in a file is never executed.
+        device: Where the weights go.
+
+    Returns:
+        The model, frozen and in eval mode, float32.
+
+    Raises:
+        ValueError: An unknown name, no checkpoint where one is needed, or weights of another
+            model.
+        FileNotFoundError: No file at ``checkpoint``, or published weights that could not be
+            downloaded.
+        ImportError: ``"hf"`` without the extra ``[hf]``.
+    """
+    if name == HF:
+        if checkpoint is None:
+            raise ValueError(
+                "checkpoint: got None, accepted for SAM hf is a hub id, such as "
+                "'facebook/sam2.1-hiera-small', or a folder that save_pretrained wrote"
+            )
+        return load_hf(checkpoint, device)
+    if name not in _ARCHITECTURES:
+        raise ValueError(f"name: got {name!r}, accepted are {', '.join(map(repr, SAM_NAMES))}")
+    architecture = _ARCHITECTURES[name]
+    if checkpoint == RANDOM:
+        warnings.warn(
+            f"SAM {name} has random weights: its masks mean nothing. This is for tests and "
+            "benchmarks.",
+            stacklevel=2,
+        )
+        return SamPromptable(
+            _build(architecture).to(device), name, accepts_points=architecture.accepts_points
+        )
+    path = _path(name, architecture, checkpoint)
+    state_dict = architecture.to_module_keys(_read(path, name))
+    module = _build(architecture)
+    _check_keys(state_dict, module, path, name)
+    module.load_state_dict(state_dict, strict=True)
+    return SamPromptable(module.to(device), name, accepts_points=architecture.accepts_points)
+
+
+def _build(architecture: _Architecture) -> Sam:
+    """Build with seeded initial weights, leaving the caller's random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        return architecture.build()
+
+
+def _path(name: str, architecture: _Architecture, checkpoint: str | Path | None) -> Path:
+    if checkpoint is None and architecture.shipped is not None:
+        return Path(str(resources.files("lightning_samrefine.models") / architecture.shipped))
+    if checkpoint is None:
+        return fetch(architecture.published)
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"checkpoint: got {str(checkpoint)!r}, where there is no file; accepted is the path of "
+            f"a SAM {name} state dict"
+        )
+    return path
+
+
+def _read(path: Path, name: str) -> StateDict:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Mapped, so that the processes of a node read one copy; torch cannot map its old format.
+        mmap = zipfile.is_zipfile(path)
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"checkpoint: got {str(path)!r}, which cannot be read as weights ({error}); accepted "
+            f"is a SAM {name} state dict of tensors"
+        ) from error
+    if isinstance(state_dict, Mapping) and isinstance(state_dict.get("model"), Mapping):
+        state_dict = state_dict["model"]
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(value, Tensor) for value in state_dict.values()
+    ):
+        raise ValueError(
+            f"checkpoint: got {str(path)!r}, which holds no state dict; accepted is a SAM {name} "
+            "state dict of tensors"
+        )
+    return dict(state_dict)
+
+
+def _check_keys(state_dict: StateDict, module: Sam, path: Path, name: str) -> None:
+    """Refuse weights of another model, naming the model they look like."""
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state_dict.items()}
+    if expected == found:
+        return
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    reshaped = [
+        key for key in sorted(expected.keys() & found.keys()) if expected[key] != found[key]
+    ]
+    details = "; ".join(
+        f"{len(keys)} {what} ({keys[0]}, …)"
+        for what, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", reshaped),
+        )
+        if keys
+    )
+    raise ValueError(
+        f"checkpoint: got {str(path)!r}, which does not hold the weights of SAM {name}"
+        f"{_guess(state_dict)}. Its keys: {details}. Accepted is a complete SAM {name} state dict."
+    )
+
+
+# Side of the image encoder's tokens, by which segment-anything's three sizes differ.
+_VIT_WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+
+
+def _guess(state_dict: StateDict) -> str:
+    """Return ", but looks like SAM …" where the keys tell."""
+    embedding = state_dict.get("image_encoder.pos_embed")
+    if embedding is not None and embedding.shape[-1] in _VIT_WIDTHS:
+        return f", but looks like SAM {_VIT_WIDTHS[embedding.shape[-1]]}"
+    if any(key.startswith("image_encoder.backbone.stages.") for key in state_dict) or any(
+        key.startswith("image_encoder.layers.") for key in state_dict
+    ):
+        return ", but looks like SAM vit_t"
+    return ""

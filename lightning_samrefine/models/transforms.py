@@ -1,0 +1,125 @@
+"""How images, prompts and masks pass to a model's frames and back.
+
+The steps of docs/algorithm4.md are written for SAM; some name a size that a model may choose
+differently:
+
+| step | `PaddedFrame`: SAM, SAM-HQ, MobileSAM | `SquashedFrame`: SAM 2, EdgeTAM, SAM 3 |
+|---|---|---|
+| 0, 6: image, boxes, points | long side to S, zeros fill S × S | both sides to S |
+| 5: mask prompt | long side to m, zeros fill m × m | both sides to m |
+| 9: logits | m × m to S × S, padding cut off, to H × W | m × m to H × W at once |
+
+S is `image_size`: 1024, and 1008 in SAM 3. m is `mask_size`, four for each patch of the encoder:
+256, and 288 in SAM 3. The refiner asks a model for `input_hw`, `mask_hw` and `upscale` and knows of
+no other difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_samrefine.utils.geometry import get_preprocess_shape
+
+
+@dataclass(frozen=True)
+class PaddedFrame:
+    """SAM's geometry: images keep their shape, and zeros fill the square right and below.
+
+    Attributes:
+        image_size: S, side in pixels of the model's input.
+        mask_size: m, side of its mask prompts and low-resolution logits.
+    """
+
+    image_size: int
+    mask_size: int
+
+    def input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (h_in, w_in), the size an image of size (H, W) is resized to (steps 0 and 6)."""
+        return get_preprocess_shape(*image_hw, self.image_size)
+
+    def mask_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (h_n, w_n), the part of a mask prompt that the image fills (step 5)."""
+        return get_preprocess_shape(*image_hw, self.mask_size)
+
+    def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
+        """Bring (N, m, m) logits to (N, H, W) by way of the padded input (step 9)."""
+        padded = _bilinear(low_res_logits, (self.image_size, self.image_size))
+        height, width = self.input_hw(image_hw)
+        return _bilinear(padded[:, :height, :width], image_hw)
+
+
+@dataclass(frozen=True)
+class SquashedFrame:
+    """SAM 2's geometry: every image is stretched to the square, whatever its shape.
+
+    Attributes:
+        image_size: S, side in pixels of the model's input.
+        mask_size: m, side of its mask prompts and low-resolution logits.
+    """
+
+    image_size: int
+    mask_size: int
+
+    def input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (S, S) (steps 0 and 6)."""
+        return self.image_size, self.image_size
+
+    def mask_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (m, m) (step 5)."""
+        return self.mask_size, self.mask_size
+
+    def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
+        """Bring (N, m, m) logits to (N, H, W) in one step (step 9)."""
+        return _bilinear(low_res_logits, image_hw)
+
+
+def resize_and_pad(
+    image: Tensor, frame: PaddedFrame | SquashedFrame, mean: Tensor, std: Tensor
+) -> Tensor:
+    """Make a model's input of an image (step 0).
+
+    Args:
+        image: (3, H, W) uint8 RGB.
+        frame: The model's.
+        mean: (3, 1, 1) float32 in units of pixel values, on the model's device.
+        std: (3, 1, 1) float32, the same.
+
+    Returns:
+        (1, 3, S, S) float32 on the model's device.
+    """
+    height, width = frame.input_hw((image.shape[1], image.shape[2]))
+    resized = resize(image, (height, width), mean.device)
+    # After normalizing: the padding is 0 to the model, not black.
+    normalized = (resized - mean) / std
+    return F.pad(normalized, (0, frame.image_size - width, 0, frame.image_size - height))
+
+
+def resize(image: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Resize an image with antialiasing (step 0).
+
+    Args:
+        image: (3, H, W) uint8 RGB on any device.
+        size: (h, w).
+        device: Of the model.
+
+    Returns:
+        (1, 3, h, w) float32 in [0, 255] on the model's device.
+    """
+    # torch has no antialiasing kernel for MPS before 2.7: the CPU resizes there.
+    missing = device.type == "mps" and torch.__version__ < (2, 7)
+    resized = F.interpolate(
+        image[None].to("cpu" if missing else device, torch.float32),
+        size,
+        mode="bilinear",
+        align_corners=False,
+        antialias=True,
+    )
+    return resized.to(device)
+
+
+def _bilinear(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(masks[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]

@@ -1,0 +1,1 @@
+"""A folder of refined predictions that survives kills."""

@@ -1,0 +1,270 @@
+"""A folder of predictions that is whole at any moment, and that a later run may complete.
+
+labels/STEM.png           label maps
+probs/STEM.safetensors    probabilities, where they are wanted
+manifest.parquet          what is there, after a complete run
+run.json                  what it was made with
+.journal/, .partial/      while a run writes: what is complete, and what is not
+.locks/                   while a run writes: they keep a second one out
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from lightning_samrefine.predictions.manifest import (
+    Contents,
+    Journal,
+    JournalFollower,
+    Row,
+    file_columns,
+    holds,
+    journal_files,
+    manifest_bytes,
+    pa,
+    pc,
+)
+from lightning_samrefine.predictions.provenance import Provenance
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run has left.
+
+    Attributes:
+        rows: The manifest's.
+        written: Images of this run, on all its processes, whose files were not there before.
+        redone: Images whose files were written again: another image or raw prediction, a refining
+            that had failed, or damaged files.
+        kept: Images whose files stayed as they were.
+    """
+
+    rows: pa.Table
+    written: int
+    redone: int
+    kept: int
+
+
+class OutputFolder:
+    """Knows where everything lies.
+
+    Args:
+        path: The folder; several processes may share it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = path / "manifest.parquet"
+        self._run, self._journals, self._partial = (
+            path / "run.json",
+            path / ".journal",
+            path / ".partial",
+        )
+        self.locks = path / ".locks"
+
+    def labels(self, stem: str) -> Path:
+        """Return where an image's label map lies."""
+        return self.path / "labels" / f"{stem}.png"
+
+    def probs(self, stem: str) -> Path:
+        """Return where an image's probabilities lie."""
+        return self.path / "probs" / f"{stem}.safetensors"
+
+    def check(self) -> None:
+        """Refuse a folder that holds something else.
+
+        Raises:
+            ValueError: It is no folder, or neither empty nor one of an earlier run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"folder: got {self.path}, which is a file, accepted is a folder")
+        if self.path.is_dir() and not self._run.exists():
+            found = sorted(
+                p.name for p in self.path.iterdir() if p not in (self._partial, self.locks)
+            )
+            if found:
+                raise ValueError(
+                    f"folder: got {self.path}, which holds {', '.join(found[:_SHOWN])} and no "
+                    "run.json; accepted is a new or an empty folder, or one of an earlier run"
+                )
+
+    def prepare(self, provenance: Provenance, overwrite: bool) -> int:
+        """Get ready for a run; one process does this before any writes.
+
+        Args:
+            provenance: Of the run.
+            overwrite: Whether to remove what a run of another provenance has written.
+
+        Returns:
+            The run's generation, above those of all journals.
+
+        Raises:
+            ValueError: The folder holds something else, or results of another provenance.
+        """
+        self.check()
+        differences = self._differences(provenance)
+        if differences and not overwrite:
+            raise ValueError(
+                f"folder: got {self.path}, which an earlier run wrote with other settings "
+                f"({'; '.join(differences)}). Accepted is another folder, the same settings, or "
+                "overwrite=True, which removes those results"
+            )
+        if differences:
+            self._clear()
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True, exist_ok=True)
+        if not self._run.exists():
+            self.write(self._run, provenance.dumps().encode())
+        return 1 + max((generation for generation, _ in journal_files(self._journals)), default=-1)
+
+    def contents(self, before: int | None = None) -> Contents:
+        """Read what is there, journals of generation ``before`` and later ones left out."""
+        return Contents.load(self.manifest, self._journals, before)
+
+    def journal(self, generation: int, rank: int) -> Journal:
+        """Open a process's journal."""
+        return Journal(self._journals, generation, rank)
+
+    def follow(self, generation: int, rank: int) -> JournalFollower:
+        """Follow the journals of a run's other processes."""
+        return JournalFollower(self._journals, generation, rank)
+
+    def check_stem(self, stem: str, with_probs: bool) -> None:
+        """Refuse a name that the file system cannot take; the folder exists.
+
+        Args:
+            stem: An image's name.
+            with_probs: Whether probabilities are written as well.
+
+        Raises:
+            ValueError: The name or one of its parts is too long.
+        """
+        paths = [self.labels(stem), *([self.probs(stem)] if with_probs else [])]
+        for path in paths:
+            # Part by part: of a path below folders that are not there nothing is checked.
+            parts = PurePosixPath(path.relative_to(self.path).as_posix()).parts
+            for probe in (*(self.path / part for part in parts), path):
+                try:
+                    os.lstat(probe)
+                except OSError as error:
+                    if error.errno == errno.ENAMETOOLONG:
+                        raise ValueError(
+                            f"stem: got {stem!r}, for which {probe.name} is no name that the file "
+                            f"system takes ({error.strerror}), accepted is a shorter one"
+                        ) from error
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file that appears whole or not at all, replacing an older one.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        temporary = self._partial / uuid.uuid4().hex
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def write_prediction(self, row: Row, labels: bytes, probs: bytes | None) -> Row:
+        """Write an image's files.
+
+        Args:
+            row: What its row of the manifest says but for the files.
+            labels: The label map's PNG.
+            probs: The probabilities' safetensors, None where none are written.
+
+        Returns:
+            The complete row.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        self.write(self.labels(row["stem"]), labels)
+        if probs is not None:
+            self.write(self.probs(row["stem"]), probs)
+        return {**row, **file_columns("labels", labels), **file_columns("probs", probs)}
+
+    def is_whole(self, row: Row) -> bool:
+        """Whether an image's files are there and hold what was written: size and checksum."""
+        return all(holds(path, size, checksum) for path, size, checksum in self._files(row))
+
+    def finish(self, generation: int, constants: Mapping[str, str]) -> Finished:
+        """Turn the journals into the manifest; one process does this after all have written.
+
+        Args:
+            generation: Of the run that ends.
+            constants: Columns with one and the same value in every row.
+
+        Raises:
+            ValueError: One name meant different images: one of them is lost.
+            OSError: The manifest could not be written.
+        """
+        contents = self.contents()
+        ambiguous = contents.ambiguous(generation)
+        if ambiguous:
+            raise ValueError(
+                f"stem: {len(ambiguous)} names mean different images, of which only one each was "
+                f"kept ({', '.join(ambiguous[:_SHOWN])}); accepted are names that differ: set "
+                "stem_key to where the batch has them. There is no manifest"
+            )
+        met = contents.seen.filter(pc.equal(contents.seen["generation"], generation))["stem"]
+        met = pc.unique(met)
+        is_met = pc.is_in(contents.rows["stem"], met)
+        # What this run did not come by, of a larger data set say, is listed where it still is.
+        others = contents.rows.filter(pc.invert(is_met)).to_pylist()
+        gone = pa.array([row["stem"] for row in others if not self.is_whole(row)], pa.string())
+        rows = contents.rows.filter(pc.invert(pc.is_in(contents.rows["stem"], gone)))
+        written = contents.rows.filter(pc.equal(contents.rows["generation"], generation))["stem"]
+        before = self.contents(before=generation).rows["stem"].combine_chunks()
+        redone = pc.sum(pc.is_in(written, before)).as_py() or 0
+        self.write(self.manifest, manifest_bytes(rows, constants))
+        _sync(self.path)
+        shutil.rmtree(self._journals, ignore_errors=True)
+        shutil.rmtree(self._partial, ignore_errors=True)
+        return Finished(rows, len(written) - redone, redone, len(met) - len(written))
+
+    def _files(self, row: Row) -> Iterator[tuple[Path, int, int]]:
+        yield self.labels(row["stem"]), row["labels_bytes"], row["labels_crc32"]
+        if row["probs_bytes"] is not None:
+            yield self.probs(row["stem"]), row["probs_bytes"], row["probs_crc32"]
+
+    def _differences(self, provenance: Provenance) -> list[str]:
+        if not self._run.exists():
+            return []
+        try:
+            return provenance.differences(Provenance.parse(self._run.read_bytes()))
+        except (ValueError, OSError) as error:
+            return [f"{self._run.name} cannot be read: {error}"]
+
+    def _clear(self) -> None:
+        """Remove the results; run.json goes last, for it says whose they are."""
+        for folder in (self._journals, self.path / "labels", self.path / "probs"):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.manifest.unlink(missing_ok=True)
+        self._run.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's entries to the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,1 @@
+"""From an image and a raw prediction to a refined one."""

@@ -1,0 +1,1 @@
+"""What SAM computes once an image, in memory or on disk."""

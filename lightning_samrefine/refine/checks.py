@@ -1,0 +1,55 @@
+"""What a refinement is given, checked before any work is done."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_image_and_probs(image: Tensor, probs: Tensor, device: torch.device) -> None:
+    """Refuse an image or probabilities by type, shape or device; `check_range` looks at values."""
+    for name, value in (("image", image), ("probs", probs)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, accepted is a torch tensor")
+    if image.dtype != torch.uint8:
+        raise TypeError(f"image: got dtype {image.dtype}, accepted is uint8 (RGB, 0 to 255)")
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ValueError(f"image: got shape {tuple(image.shape)}, accepted is (3, H, W)")
+    if not probs.is_floating_point():
+        raise TypeError(f"probs: got dtype {probs.dtype}, accepted is a floating-point type")
+    if probs.ndim != 3 or probs.shape[1:] != image.shape[1:] or probs.shape[0] == 0:
+        raise ValueError(
+            f"probs: got shape {tuple(probs.shape)}, accepted is (C, H, W) with the image's "
+            f"(H, W) = {tuple(image.shape[1:])}"
+        )
+    if probs.device != device:
+        raise ValueError(f"probs: got device {probs.device}, accepted is SAM's, {device}")
+
+
+def checked_labels(labels: Tensor, probs: Tensor) -> Tensor:
+    """Return (H, W) labels as int64 on the probabilities' device, or refuse them."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: got {type(labels).__name__}, accepted is a torch tensor")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: got dtype {labels.dtype}, accepted is an integer type")
+    if labels.shape != probs.shape[1:]:
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, accepted is (H, W) = "
+            f"{tuple(probs.shape[1:])}, that of the probabilities"
+        )
+    return labels.to(device=probs.device, dtype=torch.int64)
+
+
+def first_argmax(probs: Tensor) -> Tensor:
+    """Return the (H, W) int64 first class of the largest of (C, H, W) probabilities, no NaN."""
+    if probs.device.type != "cpu":
+        return probs.argmax(dim=0)
+    # torch's own walks across the planes, which takes several times as long on a CPU.
+    # Labels of one byte, which products and maxima write much faster than a masked fill.
+    dtype = torch.uint8 if len(probs) <= 256 else torch.int32
+    best = probs[0].clone()
+    labels = torch.zeros(best.shape, dtype=dtype)
+    for c in range(1, len(probs)):
+        torch.maximum(labels, (probs[c] > best).to(dtype).mul_(c), out=labels)
+        torch.maximum(best, probs[c], out=best)
+    return labels.long()

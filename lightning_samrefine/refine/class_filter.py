@@ -1,0 +1,114 @@
+"""The class gate: which classes may change, and how sure SAM must be of each.
+
+A class that is closed keeps its raw map to the pixel, whatever the fusion: none of its regions is
+prompted, no pixel leaves it and none enters it. So its IoU is the raw one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.refine.regions import GridRegions
+from lightning_samrefine.refine.results import Refinement
+from lightning_samrefine.utils.device import upload
+
+
+def check_classes(
+    config: RefineConfig, num_classes: int, class_names: Sequence[str] | None = None
+) -> None:
+    """Refuse thresholds of other classes, and a gate that names a class which does not exist.
+
+    Args:
+        config: Its ``class_names`` are the classes that it was tuned for.
+        num_classes: C.
+        class_names: C names, None where they are unknown.
+
+    Raises:
+        ValueError: The config was tuned for another number of classes or for other names, or a
+            class of ``classes`` or ``class_pred_iou_thresh`` is not below C.
+    """
+    tuned_for = config.class_names
+    if tuned_for is not None:
+        # Classes without names are called by their indices.
+        indices = tuple(map(str, range(num_classes)))
+        names = indices if class_names is None else tuple(class_names)
+        are_other = indices not in (names, tuned_for) and names != tuned_for
+        if len(tuned_for) != num_classes or are_other:
+            raise ValueError(
+                f"refine: thresholds must be tuned for the {num_classes} classes of this run "
+                f"({', '.join(names)}), got thresholds tuned for {len(tuned_for)} "
+                f"({', '.join(tuned_for)})"
+            )
+    for name in ("classes", "class_pred_iou_thresh"):
+        beyond = [c for c in getattr(config, name) or () if c >= num_classes]
+        if beyond:
+            raise ValueError(
+                f"{name}: got {', '.join(map(str, beyond))}, accepted are classes below "
+                f"num_classes={num_classes}"
+            )
+
+
+def regions_of_refined_classes(regions: GridRegions, classes: Sequence[int] | None) -> GridRegions:
+    """Drop the regions of closed classes before they are prompted.
+
+    Args:
+        regions: N regions.
+        classes: The open classes; all of them where None.
+    """
+    if classes is None:
+        return regions
+    return regions.select(np.isin(regions.classes, np.array(classes, dtype=np.int64)))
+
+
+def accepted_regions(config: RefineConfig, classes: np.ndarray, pred_iou: Tensor) -> np.ndarray:
+    """Tell which regions are accepted (step 8).
+
+    Args:
+        config: Its ``class_pred_iou_thresh`` replaces ``pred_iou_thresh`` class by class.
+        classes: (N,) int64, the regions' classes.
+        pred_iou: (N,) float32 on the CPU, SAM's predicted IoUs.
+
+    Returns:
+        (N,) bool.
+    """
+    own = config.class_pred_iou_thresh or {}
+    thresholds = [own.get(int(c), config.pred_iou_thresh) for c in classes]
+    return pred_iou.numpy() > np.array(thresholds, dtype=np.float32)
+
+
+def restore_frozen_classes(
+    refinement: Refinement, probs: Tensor, labels: Tensor, classes: Sequence[int] | None
+) -> Refinement:
+    """Take back every change of a pixel from or to a closed class.
+
+    Such a pixel gets its raw label and its raw probabilities. A raw label outside [0, C) is no
+    class: it is never closed.
+
+    Args:
+        refinement: Of the whole image.
+        probs: (C, H, W) float32, the raw L.
+        labels: (H, W) int64, the raw S.
+        classes: The open classes; all of them where None.
+    """
+    if classes is None:
+        return refinement
+    num_classes = probs.shape[0]
+    # One more entry, for what is no class.
+    closed = torch.ones(num_classes + 1, dtype=torch.bool)
+    closed[[*classes, num_classes]] = False
+    closed = upload(closed, labels.device)
+    known = (labels >= 0) & (labels < num_classes)
+    raw = torch.where(known, labels, num_classes)
+    refined = torch.where(refinement.labels == labels, raw, refinement.labels)
+    taken_back = (refined != raw) & (closed[raw] | closed[refined])
+    return replace(
+        refinement,
+        labels=torch.where(taken_back, labels, refinement.labels),
+        probs=torch.where(taken_back, probs, refinement.probs),
+    )

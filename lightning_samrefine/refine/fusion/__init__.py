@@ -1,0 +1,1 @@
+"""From SAM's masks to a refined label map."""

@@ -1,0 +1,91 @@
+"""What the color of a pixel says about its class, learned from the very image.
+
+The segmenter names most of an image rightly, so what it calls sky shows what sky looks like there.
+Masks follow outlines; colors tell the sky between the branches from the tree around it. Each class
+has a histogram of the colors in it, as in Boykov and Jolly, "Interactive Graph Cuts for Optimal
+Boundary and Region Segmentation of Objects in N-D Images" (ICCV 2001), here of soft labels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_samrefine.utils.class_planes import normalize_
+
+_BINS = 24  # along each of the three axes of color
+_PRIOR_PIXELS = 5  # of the classes' shares in the image, added to every bin
+_MIN_SHARE = 1e-4  # of a class in the image, so that a bin's ratio stays below its inverse
+_MIN_RATIO = 1e-2
+# Integers add up to the same in any order, so a GPU repeats itself.
+_FIXED_POINT = 2**16
+
+
+def weigh_by_color(probs: Tensor, image: Tensor, weight: float, stride: int) -> Tensor:
+    """Weigh a prediction by how usual each pixel's color is in each class of the image.
+
+    The factor of class c at a pixel of color k is (p(k | c) / p(k))^weight, at least 0.01^weight;
+    by Bayes' rule that is p(c | k) / p(c), both from sums of ``probs``. A class is thus favored
+    where it is more frequent among the pixels of that color than in the image, however rare it is.
+
+    Args:
+        probs: (C, H, W) float32 in [0, 1], L; it is not changed.
+        image: (3, H, W) uint8 RGB.
+        weight: Above 0; 1 takes colors for independent of what L has seen.
+        stride: Only every so manyth row and column is counted.
+
+    Returns:
+        (C, H, W) float32, normalized over the classes wherever L is not 0 for all of them.
+    """
+    bins = _color_bins(image.to(probs.device))
+    counted = probs[:, ::stride, ::stride].flatten(1)
+    ratios = _ratios(counted, bins[::stride, ::stride].flatten())
+    factors = ratios.clamp_(min=_MIN_RATIO).pow_(weight)
+    weighted = torch.empty_like(probs, memory_format=torch.contiguous_format)
+    torch.index_select(factors, 1, bins.flatten(), out=weighted.flatten(1))
+    weighted *= probs
+    return normalize_(weighted)
+
+
+def _color_bins(image: Tensor) -> Tensor:
+    """Return (H, W) int32, each pixel's bin on the axes of brightness, red-blue and green-magenta.
+
+    On these axes, unlike on red, green and blue, the colors of one thing under more or less light
+    lie along one axis.
+    """
+    red, green, blue = image.to(torch.int16)
+    # 24 bins of 768, 512 and 1024 values, as shifts: integer division takes several times as long.
+    brightness = (red + green + blue) >> 5
+    red_blue = (red - blue + 256) * 3 >> 6
+    green_magenta = (2 * green - red - blue + 512) * 3 >> 7
+    return ((brightness * _BINS + red_blue) * _BINS + green_magenta).to(torch.int32)
+
+
+def _ratios(probs: Tensor, bins: Tensor) -> Tensor:
+    """Return (C, bins) float32, p(class | color) / p(class).
+
+    Args:
+        probs: (C, N) float32.
+        bins: (N,) int32.
+    """
+    num_classes = len(probs)
+    counts = torch.zeros(_BINS**3, num_classes, dtype=torch.int64, device=probs.device)
+    counts.index_add_(0, bins.long(), (probs.T * _FIXED_POINT).long())
+    counted = (counts.T / _FIXED_POINT).reshape(num_classes, _BINS, _BINS, _BINS)
+    for axis in (1, 2, 3):
+        counted = _blurred(counted, axis)
+    counted = counted.flatten(1)
+    share = probs.mean(dim=1, keepdim=True) + _MIN_SHARE
+    given_color = (counted + _PRIOR_PIXELS * share) / (counted.sum(dim=0) + _PRIOR_PIXELS)
+    return given_color / share
+
+
+def _blurred(counted: Tensor, axis: int) -> Tensor:
+    """Spread a quarter of each bin to either neighbor along an axis; ends keep what is theirs."""
+    bins = counted.movedim(axis, 0)
+    spread = 2 * bins
+    spread[1:] += bins[:-1]
+    spread[:-1] += bins[1:]
+    spread[0] += bins[0]
+    spread[-1] += bins[-1]
+    return spread.div_(4).movedim(0, axis)

@@ -1,0 +1,253 @@
+"""How much SAM's masks support each class at each pixel, and what that makes of a prediction.
+
+Algorithm 4 keeps a class where a mask covers it and drops it elsewhere. Here a class loses
+probability where no mask supports it, but never all of it, so that thin things which no mask caught
+survive, and masks may come from anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_samrefine.refine.mask_proposals import MaskProposals
+from lightning_samrefine.utils.class_planes import class_parts, normalize_
+
+# A mask of one class counts for more than a mixed one: weight = pred_iou · purity³.
+_PURITY_POWER = 3
+# A region's mask counts for less beside the masks of the image: its prompt came from the prediction
+# that it is to judge.
+_OF_REGIONS = 0.3
+# Of a probability before its logarithm: a single pixel must not forbid a class.
+_MIN_PROB = 1e-3
+# What lies around a mask is looked up at every so manyth pixel, within so many of these steps.
+_AROUND_STEP, _AROUND_REACH = 4, 2
+_MIN_AROUND = 1e-2  # of a class around a mask, which its probability inside is divided by
+# So many unpacked masks stay in a core's cache.
+_CPU_MASKS = 16
+
+
+class Planes(NamedTuple):
+    """A prediction of C classes on the low-resolution grid, ready for products with masks.
+
+    Attributes:
+        logs: (C + 1, h_n, w_n) float32, logarithms of the probabilities, then 1. One product with
+            masks gives each class's sum in each mask and, by the ones, its area.
+        coarse: (C, h_c, w_c) float32, the probabilities themselves at every fourth row and column.
+    """
+
+    logs: Tensor
+    coarse: Tensor
+
+
+@dataclass(frozen=True)
+class MaskVotes:
+    """What masks say about C classes on SAM's low-resolution grid.
+
+    Attributes:
+        classes: (C, h_n, w_n) float32 in [0, 1].
+        inside: (h_n, w_n) float32 in [0, 1], the largest σ of any mask.
+    """
+
+    classes: Tensor
+    inside: Tensor
+
+    @classmethod
+    def of_regions(
+        cls,
+        mask_probs: Tensor,
+        weight: Tensor,
+        classes: Tensor,
+        num_classes: int,
+    ) -> MaskVotes:
+        """Collect the masks of accepted regions: the largest weight · σ over a class's regions.
+
+        Args:
+            mask_probs: (N, h_n, w_n) float32, σ of the logits.
+            weight: (N,) float32 in [0, 1].
+            classes: (N,) int64.
+            num_classes: C.
+        """
+        support = mask_probs.new_zeros(num_classes, *mask_probs.shape[1:])
+        _raise_to(support, mask_probs, weight, classes)
+        inside = mask_probs.amax(dim=0) if len(mask_probs) else torch.zeros_like(support[0])
+        return cls(support, inside)
+
+    @classmethod
+    def of_image(cls, masks: MaskProposals, planes: Planes) -> tuple[MaskVotes, Tensor]:
+        """Let every mask support the class that is most probable inside it.
+
+        A mask's purity is the probability of that class from `class_probs`. Its support is
+        pred_iou · purity³ · σ; a pixel takes the largest of a class.
+
+        Args:
+            masks: K masks of the image.
+            planes: From `planes_of`, on the grid of the masks.
+
+        Returns:
+            The support, and (K,) int64, the class that each mask stands for.
+        """
+        support, inside = torch.zeros_like(planes.logs[:-1]), torch.zeros_like(planes.logs[0])
+        stands_for = []
+        at_once = _CPU_MASKS if support.device.type == "cpu" else len(masks)
+        for start in range(0, len(masks), at_once):
+            some = masks[start : start + at_once]
+            mask_probs = some.probs()
+            purity, classes = class_probs(mask_probs, planes).max(dim=0)
+            weight = some.pred_iou * purity**_PURITY_POWER
+            _raise_to(support, mask_probs, weight, classes)
+            torch.maximum(inside, mask_probs.amax(dim=0), out=inside)
+            stands_for.append(classes)
+        return cls(support, inside), torch.cat(stands_for)
+
+    def with_regions(
+        self,
+        mask_probs: Tensor,
+        pred_iou: Tensor,
+        purity: Tensor,
+        classes: Tensor,
+    ) -> MaskVotes:
+        """Add the masks of accepted regions to those of the image, for 0.3 of what these count.
+
+        A region's mask supports the region's class, weighted as in `of_image`.
+
+        Args:
+            mask_probs: (N, h_n, w_n) float32, σ of the logits.
+            pred_iou: (N,) float32.
+            purity: (N,) float32 in [0, 1], the probability of the region's class in its mask.
+            classes: (N,) int64.
+        """
+        weight = _OF_REGIONS * pred_iou * purity**_PURITY_POWER
+        support = self.classes.clone()
+        _raise_to(support, mask_probs, weight, classes)
+        return MaskVotes(support, self.inside)
+
+
+def weigh(
+    probs: Tensor, votes: Sequence[MaskVotes], floors: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Weigh a prediction by the support of its classes.
+
+    Args:
+        probs: (C, H, W) float32 in [0, 1], L.
+        votes: At least one, on one grid.
+        floors: What a class keeps where no mask of a support votes it, each above 0.
+
+    Returns:
+        (C, H, W) float32, L · Π (floor + support), normalized over the classes wherever L is not 0
+        for all of them; (H, W) bool, whether some mask lies on the pixel.
+    """
+    first, *others = votes
+    factors = first.classes + floors[0]
+    for other, floor in zip(others, floors[1:], strict=True):
+        factors *= other.classes + floor
+    weighted = torch.empty_like(probs, memory_format=torch.contiguous_format)
+    for part in class_parts(probs):
+        torch.mul(_resized(factors[part], probs.shape[1:]), probs[part], out=weighted[part])
+    return normalize_(weighted), inside_any(votes, probs.shape[1:]) > 0.5
+
+
+def inside_any(votes: Sequence[MaskVotes], image_hw: Sequence[int]) -> Tensor:
+    """Return (H, W) float32 in [0, 1], the largest σ of any mask; above 0 beside a mask, too."""
+    inside = torch.stack([support.inside for support in votes]).amax(dim=0)
+    return _resized(inside[None], image_hw)[0]
+
+
+def masks_at(
+    masks: MaskProposals, stands_for: Tensor, points: Tensor, classes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Find the mask of the best predicted IoU that stands for a class at a point.
+
+    Args:
+        masks: K ≥ 1 masks of the image.
+        stands_for: (K,) int64, their classes.
+        points: (N, 2) float XY in [0, 1), fractions of the image's sides.
+        classes: (N,) int64.
+
+    Returns:
+        Its predicted IoU, (N,) float32, and the mask, (N, h_n, w_n) bool; 0 and nothing where there
+        is no such mask.
+    """
+    height, width = masks.mask_hw
+    x = (points[:, 0] * width).long().clamp(0, width - 1)
+    y = (points[:, 1] * height).long().clamp(0, height - 1)
+    holds = masks.inside_at(y, x) & (stands_for[:, None] == classes)
+    pred_iou, best = (holds * masks.pred_iou[:, None]).max(dim=0)
+    return pred_iou, (masks[best].probs() > 0.5) & (pred_iou > 0)[:, None, None]
+
+
+def planes_of(probs: Tensor, mask_hw: tuple[int, int]) -> Planes:
+    """Bring (C, H, W) probabilities to the grid of masks."""
+    small = _resized(probs, mask_hw)
+    coarse = _coarse(small).contiguous()
+    logs = torch.cat([small.clamp_(min=_MIN_PROB).log_(), torch.ones_like(small[:1])])
+    return Planes(logs, coarse)
+
+
+def class_probs(mask_probs: Tensor, planes: Planes) -> Tensor:
+    """Return (C, K), the probability of each class for each of K masks as a whole.
+
+    Inside a mask it is the geometric mean of the pixels' probabilities, weighted by σ and
+    normalized over the classes: a class that is certain at a few pixels and excluded at the others
+    has thus less of it than one that is possible everywhere. It is then multiplied by how much
+    larger it is than around the mask, inside² / (around + 0.01): inside a thing that a blurred
+    prediction nearly missed, its class is rarer than that of the background, yet more frequent
+    than around it.
+
+    Args:
+        mask_probs: (K, h_n, w_n) float32 in [0, 1].
+        planes: Of `planes_of`.
+    """
+    sums = planes.logs.flatten(1) @ mask_probs.flatten(1).T
+    inside = (sums[:-1] / sums[-1].clamp(min=1e-6)).softmax(dim=0)
+    masks = _coarse(mask_probs).contiguous()
+    ring = (_dilated(masks) - masks).flatten(1)
+    size = ring.sum(dim=1)
+    around = (planes.coarse.flatten(1) @ ring.T) / size.clamp(min=1e-6)
+    # A mask that fills the image, or falls between the pixels of the coarse grid, has no ring.
+    around = torch.where(size > 1e-3, around, inside)
+    lifted = inside.square() / (around + _MIN_AROUND)
+    return lifted / lifted.sum(dim=0)
+
+
+def _coarse(maps: Tensor) -> Tensor:
+    return maps[..., _AROUND_STEP // 2 :: _AROUND_STEP, _AROUND_STEP // 2 :: _AROUND_STEP]
+
+
+def _dilated(masks: Tensor) -> Tensor:
+    """Return the largest value of (K, h, w) maps within a square of `_AROUND_REACH` on each side.
+
+    By shifted copies: a CPU takes nine times as long for a maximum pooling.
+    """
+    for axis in (1, 2):
+        widened = masks.clone()
+        length = masks.shape[axis]
+        for shift in range(1, min(_AROUND_REACH, length - 1) + 1):
+            for start, other in ((0, shift), (shift, 0)):
+                part = widened.narrow(axis, start, length - shift)
+                torch.maximum(part, masks.narrow(axis, other, length - shift), out=part)
+        masks = widened
+    return masks
+
+
+def _resized(maps: Tensor, hw: Sequence[int]) -> Tensor:
+    return F.interpolate(maps[None], tuple(hw), mode="bilinear", align_corners=False)[0]
+
+
+def _raise_to(support: Tensor, mask_probs: Tensor, weight: Tensor, classes: Tensor) -> None:
+    """Raise (C, h, w) support to weight · σ of each mask, in the mask's class."""
+    if support.device.type != "cpu":  # in one launch, without waiting for the classes
+        weighted = (mask_probs * weight[:, None, None]).flatten(1)
+        rows = classes[:, None].expand_as(weighted)
+        support.flatten(1).scatter_reduce_(0, rows, weighted, "amax")
+        return
+    weighted = torch.empty_like(support[0])
+    # One mask at a time stays in a CPU's cache; scatter_reduce takes ten times as long there.
+    for mask, of_mask, c in zip(mask_probs, weight, classes.tolist(), strict=True):
+        torch.mul(mask, of_mask, out=weighted)
+        torch.maximum(support[c], weighted, out=support[c])

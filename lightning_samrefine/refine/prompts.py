@@ -1,0 +1,87 @@
+"""From regions to prompts in the model's frames (docs/algorithm4.md, steps 5 and 6)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_samrefine.models.base import Promptable, Prompts, accepts_masks
+from lightning_samrefine.refine.regions import GridRegions
+from lightning_samrefine.utils.device import upload
+from lightning_samrefine.utils.geometry import get_preprocess_shape
+
+
+def build_prompts(
+    regions: GridRegions,
+    sam: Promptable,
+    image_hw: tuple[int, int],
+    score_thresh: float,
+    mask_prompt_scale: float,
+    with_masks: bool = True,
+) -> Prompts:
+    """Build box, point and (where the model takes them) mask prompts for one image's regions.
+
+    Args:
+        regions: N ≥ 1 regions on the working grid.
+        sam: The model, for its frames.
+        image_hw: (H, W) of the image.
+        score_thresh: τ_c. Probabilities not above it are 0 in the mask prompt.
+        mask_prompt_scale: τ_m.
+        with_masks: Whether to prompt masks at all.
+    """
+    device = regions.probs.device
+    scale = _scale(regions.components.shape, sam, image_hw)
+    boxes = upload((regions.boxes * np.tile(scale, 2)).astype(np.float32), device)
+    points = upload((regions.points * scale).astype(np.float32), device)
+    if not with_masks or not accepts_masks(sam):
+        return Prompts(boxes, points)
+    used, mask_index = np.unique(regions.classes, return_inverse=True)
+    return Prompts(
+        boxes=boxes,
+        points=points,
+        masks=mask_prompts(
+            regions.probs[upload(used, device)],
+            sam.mask_hw(image_hw),
+            sam.mask_size,
+            score_thresh,
+            mask_prompt_scale,
+        ),
+        mask_index=upload(mask_index, device),
+    )
+
+
+def mask_prompts(
+    class_probs: Tensor,
+    mask_hw: tuple[int, int],
+    mask_size: int,
+    score_thresh: float,
+    mask_prompt_scale: float,
+) -> Tensor:
+    """Turn probability maps of classes into mask-prompt logits (step 5).
+
+    Args:
+        class_probs: (K, h_d, w_d) float32 in [0, 1].
+        mask_hw: (h_n, w_n), the part of the prompt that the image fills.
+        mask_size: m.
+        score_thresh: τ_c.
+        mask_prompt_scale: τ_m.
+
+    Returns:
+        (K, m, m) float32: L · τ_m · 1{L > τ_c}, 0 right of and below the image.
+    """
+    resized = F.interpolate(class_probs[None], mask_hw, mode="bilinear", align_corners=False)[0]
+    padded = F.pad(resized, (0, mask_size - mask_hw[1], 0, mask_size - mask_hw[0]))
+    return padded * mask_prompt_scale * (padded > score_thresh)
+
+
+def _scale(grid_hw: tuple[int, int], sam: Promptable, image_hw: tuple[int, int]) -> np.ndarray:
+    """Return the XY factors from the working grid to the model's frame.
+
+    For a model that resizes the longest side, as published: the grid is scaled as if it were the
+    image, which differs by less than a grid pixel where ⌊H/r⌋ cuts off a row.
+    """
+    in_h, in_w = sam.input_hw(image_hw)
+    if (in_h, in_w) == get_preprocess_shape(*image_hw, sam.image_size):
+        in_h, in_w = get_preprocess_shape(*grid_hw, sam.image_size)
+    return np.array([in_w / grid_hw[1], in_h / grid_hw[0]])

@@ -1,6 +1,0 @@
-"""The report: one HTML file to look at, with everything in it."""
-
-from lightning_samrefine.report.gallery import Gallery
-from lightning_samrefine.report.page import ReportSection, write_report
-
-__all__ = ["Gallery", "ReportSection", "write_report"]

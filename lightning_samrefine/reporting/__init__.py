@@ -1,0 +1,1 @@
+"""What a run shows: panels, charts, logger pictures, tables, the report."""

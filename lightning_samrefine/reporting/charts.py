@@ -1,0 +1,120 @@
+"""Charts of an evaluation: classes, widths of bands around borders, predicted against true IoU."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_samrefine.metrics import Calibration
+from lightning_samrefine.metrics.calibration import BINS
+from lightning_samrefine.metrics.comparison import SIDES, ComparisonResult
+
+SIDE_COLORS = {"raw": "#8a8f98", "refined": "#178a5e"}
+_LOSS = "#c8342b"
+
+
+def draw_class_bars(result: ComparisonResult, title: str = "IoU by class") -> Figure:
+    """Draw the IoU of every class that occurs, raw beside refined, with the gain in points.
+
+    Args:
+        result: An evaluation.
+        title: Headline of the figure.
+
+    Returns:
+        A matplotlib figure that belongs to no global state.
+    """
+    iou = {side: result.scores[side]["iou"].numpy() * 100 for side in SIDES}
+    shown = [
+        index
+        for index in range(len(result.class_names))
+        if not all(np.isnan(iou[side][index]) for side in SIDES)
+    ]
+    figure = Figure(figsize=(5.4, 1.4 + 0.33 * max(len(shown), 1)), layout="constrained")
+    axes = figure.subplots()
+    rows = np.arange(len(shown))
+    for side, shift in zip(SIDES, (-0.2, 0.2), strict=True):
+        values = np.nan_to_num(iou[side][shown])
+        axes.barh(rows + shift, values, height=0.38, color=SIDE_COLORS[side], label=side)
+    for row, index in zip(rows, shown, strict=True):
+        gain = iou["refined"][index] - iou["raw"][index]
+        if np.isnan(gain):
+            continue
+        end = max(iou[side][index] for side in SIDES)
+        color = SIDE_COLORS["refined"] if gain >= 0 else _LOSS
+        axes.text(end + 1, row, f"{gain:+.1f}", va="center", fontsize=9, color=color)
+    axes.set_yticks(rows, [result.class_names[index] for index in shown])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 115)
+    axes.set_xlabel("IoU, %")
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_reliability(calibration: Calibration, title: str = "SAM's predicted IoU") -> Figure:
+    """Draw the mean true IoU of regions against their predicted IoU, and how many there are.
+
+    Args:
+        calibration: Of all regions, accepted and rejected.
+        title: Headline of the figure.
+
+    Returns:
+        A matplotlib figure that belongs to no global state.
+    """
+    figure = Figure(figsize=(5.4, 5), layout="constrained")
+    curve, counts = figure.subplots(2, height_ratios=(3, 1), sharex=True)
+    curve.plot([0, 1], [0, 1], color="#8a8f98", linestyle="--", linewidth=1, label="calibrated")
+    regions = calibration.bin_regions.numpy()
+    some = regions > 0
+    curve.plot(
+        calibration.bin_pred_iou.numpy()[some],
+        calibration.bin_true_iou.numpy()[some],
+        "o-",
+        color=SIDE_COLORS["refined"],
+        label="regions",
+    )
+    curve.set_ylabel("true IoU")
+    curve.set_ylim(0, 1)
+    curve.set_title(f"{title}: {_in_words(calibration)}", fontsize=10)
+    curve.legend(loc="upper left")
+    centers = (np.arange(BINS) + 0.5) / BINS
+    counts.bar(centers, regions, width=0.9 / BINS, color=SIDE_COLORS["refined"])
+    counts.set_xlim(0, 1)
+    counts.set_xlabel("predicted IoU")
+    counts.set_ylabel("regions")
+    for axes in (curve, counts):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def draw_trimaps(result: ComparisonResult, title: str = "mIoU near borders") -> Figure:
+    """Draw mIoU inside bands around borders against their width.
+
+    Args:
+        result: An evaluation.
+        title: Headline of the figure.
+
+    Returns:
+        A matplotlib figure that belongs to no global state.
+    """
+    figure = Figure(figsize=(5.4, 5), layout="constrained")
+    axes: Axes = figure.subplots()
+    for side in SIDES:
+        values = [100 * result.trimap_miou(side, width) for width in result.widths]
+        axes.plot(result.widths, values, "o-", color=SIDE_COLORS[side], label=side)
+    axes.set_xticks(result.widths)
+    axes.set_xlabel("width of the band, px")
+    axes.set_ylabel("trimap mIoU, %")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _in_words(calibration: Calibration) -> str:
+    if calibration.regions == 0:
+        return "no region with ground truth"
+    return f"ECE {calibration.ece:.3f}, AUROC {calibration.auroc:.3f}"

@@ -1,0 +1,113 @@
+"""Pictures and names for whatever loggers a Trainer has."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+# What no logger changes in a name: TensorBoard makes "_" of other characters, MLflow drops them,
+# and "/" would make folders of its own. A space is TensorBoard's alone to change.
+_KEPT = re.compile(r"[^\w .-]")
+_LONGEST_SIDE = 32_000  # pixels
+_KEPT_ASCII = re.compile(r"[^A-Za-z0-9_ .-]")
+
+
+def safe_names(class_names: Iterable[str], loggers: Sequence[Logger] = ()) -> list[str]:
+    """Make names that every logger of a run keeps apart.
+
+    A class's figures are logged under one name to all loggers. Characters that one of them would
+    change become "_"; where MLflow is among them, letters lose their accents and what is not
+    ASCII becomes "_" too. Where that makes two names alike, the classes' numbers are added.
+
+    Args:
+        class_names: C names, all different.
+        loggers: The Trainer's.
+
+    Returns:
+        C names, different for each of the loggers, upper and lower case counting as the same.
+    """
+    ascii_only = any(isinstance(logger, MLFlowLogger) for logger in loggers)
+    cleaned = [_clean(name, ascii_only) for name in class_names]
+    keys = [_key(name) for name in cleaned]
+    names: list[str] = []
+    taken: set[str] = {key for key in keys if keys.count(key) == 1}
+    for index, (name, key) in enumerate(zip(cleaned, keys, strict=True)):
+        if key and keys.count(key) == 1:
+            names.append(name)
+            continue
+        numbered = f"{name}_{index}" if key else f"class_{index}"
+        while _key(numbered) in taken:
+            numbered += f"_{index}"
+        taken.add(_key(numbered))
+        names.append(numbered)
+    return names
+
+
+def _clean(name: str, ascii_only: bool) -> str:
+    if ascii_only:
+        name = unicodedata.normalize("NFKD", name)
+        name = "".join(letter for letter in name if not unicodedata.combining(letter))
+    name = (_KEPT_ASCII if ascii_only else _KEPT).sub("_", name).strip()
+    return re.sub(r"^\.+", "_", name)  # "." and ".." are folders to a file store
+
+
+def _key(name: str) -> str:
+    return name.replace(" ", "_").casefold().strip("_.")
+
+
+def rasterize(figure: Figure, width: int | None = None) -> Image.Image:
+    """Draw a figure as an RGB image, ``width`` pixels wide where given.
+
+    Neither side gets longer than 32,000 pixels: a figure that would is drawn smaller.
+    """
+    dpi = 100 if width is None else width / figure.get_figwidth()
+    dpi = min(dpi, _LONGEST_SIDE / max(figure.get_size_inches()))
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def show_pictures(
+    loggers: Sequence[Logger], pictures: Mapping[str, Image.Image], step: int
+) -> None:
+    """Give pictures to the loggers that can show them; the others are left alone.
+
+    TensorBoard and MLflow (as artifacts) are known; any other logger shows pictures through a
+    method ``log_image(key, images, step)``, as W&B's does. A logger that fails, as one whose server
+    is away does, costs its pictures and a warning.
+
+    Args:
+        loggers: The Trainer's. Call on rank zero alone.
+        pictures: By name, such as ``"val/panels"``.
+        step: The step to file them under.
+    """
+    for logger in loggers:
+        try:
+            for name, picture in pictures.items():
+                _show(logger, name, picture, step)
+        except Exception as error:  # whatever a server, a disk or a plugin may raise
+            rank_zero_warn(
+                f"SAMRefineCallback: {type(logger).__name__} took no pictures "
+                f"({type(error).__name__}: {error})"
+            )
+
+
+def _show(logger: Logger, name: str, picture: Image.Image, step: int) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    elif isinstance(logger, MLFlowLogger):
+        path = Path(name)
+        artifact = path.with_name(f"{path.name}_step_{step:06d}.png").as_posix()
+        logger.experiment.log_image(logger.run_id, picture, artifact_file=artifact)
+    elif callable(getattr(logger, "log_image", None)):
+        logger.log_image(key=name, images=[picture], step=step)

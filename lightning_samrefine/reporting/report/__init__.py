@@ -1,0 +1,6 @@
+"""The report: one HTML file to look at, with everything in it."""
+
+from lightning_samrefine.reporting.report.gallery import Gallery
+from lightning_samrefine.reporting.report.page import ReportSection, write_report
+
+__all__ = ["Gallery", "ReportSection", "write_report"]

@@ -1,0 +1,75 @@
+"""The benchmark over many data sets: its figures are torchmetrics', and it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.classification import MulticlassJaccardIndex
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks.domains import run
+from benchmarks.domains.counts import count, interval, miou, share_hurt, worst_class
+from benchmarks.domains.pairs import IGNORED
+
+
+def maps(seed, classes=4, size=(5, 30, 40)):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, classes, size, generator=generator)
+    noise = torch.rand(size, generator=generator)
+    raw = torch.where(noise < 0.6, target, torch.randint(0, classes, size, generator=generator))
+    refined = torch.where(noise < 0.8, target, raw)
+    target[:, :3] = IGNORED
+    return raw, refined, target
+
+
+def stacked(labels, target, classes=4):
+    pairs = zip(labels, target, strict=True)
+    return np.stack([count(own, truth, classes)[0] for own, truth in pairs])
+
+
+def test_miou_is_that_of_torchmetrics():
+    raw, refined, target = maps(0)
+    metric = MulticlassJaccardIndex(4, ignore_index=IGNORED)
+    for labels in (raw, refined):
+        expected = 100 * metric(labels, target).item()
+        assert miou(stacked(labels, target)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_gains_and_losses_by_hand():
+    raw, refined, target = maps(0)
+    better, worse = stacked(refined, target), stacked(raw, target)
+    gain = miou(better) - miou(worse)
+    low, high = interval(better, worse)
+    assert 0 < low < gain < high
+    assert share_hurt(better, worse) == 0
+    assert share_hurt(worse, better) == 100
+
+    broken = raw.clone()
+    broken[target == 2] = 1
+    worst, change = worst_class(stacked(broken, target), worse)
+    metric = MulticlassJaccardIndex(4, ignore_index=IGNORED, average="none")
+    assert worst == 2
+    assert change == pytest.approx(-100 * metric(raw, target)[2].item(), abs=1e-4)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_one_image_of_two_pairs(data_root, tmp_path, monkeypatch, capsys):
+    if not (data_root / "domains").is_dir():
+        pytest.skip(f"{data_root} has no folder domains")
+    monkeypatch.setenv("SAMREFINE_DATA", str(data_root))
+    values = ["--limit", "1", "--pairs", "nuclei", "CamVid ESPNet", "--output", str(tmp_path)]
+    run.main([*values, "--methods", "fast", "mode filter, 5 px"])
+    page = (tmp_path / "DOMAINS.md").read_text()
+    assert page in capsys.readouterr().out
+    rows = [line for line in page.splitlines() if line.startswith("| nuclei | 1 |")]
+    assert len(rows) == 1
+    # Kept: the second run computes nothing.
+    monkeypatch.setattr(run, "count", lambda *_: pytest.fail("counted again"))
+    run.main([*values, "--methods", "fast", "mode filter, 5 px"])
+    assert (tmp_path / "DOMAINS.md").read_text() == page

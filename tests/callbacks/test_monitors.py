@@ -1,0 +1,133 @@
+"""Figures that cannot come are warned of before an epoch is trained, and NaN is told in words."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from command_runs import composed, overrides, rendered
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning_stubs import IGNORE, NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter, loader
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lightning_samrefine import SAMRefineCallback
+from lightning_samrefine.cli.main import run
+from lightning_samrefine.reporting.summary import summary
+
+
+class AtStart(Callback):
+    """Notes which warnings had come when training began."""
+
+    def __init__(self, caught):
+        self.caught, self.seen = caught, []
+
+    def on_train_start(self, trainer, pl_module):
+        self.seen = [str(one.message) for one in self.caught]
+
+
+def data(change=lambda targets: targets):
+    dataset = Blobs(2)
+    dataset.targets = change(dataset.targets)
+    return DataLoader(dataset, batch_size=2)
+
+
+def without_class_2(targets):
+    return torch.where(targets == 2, 1, targets)
+
+
+def warned(random_sam, val, *others, module=None, **kwargs):
+    """Train an epoch, and return what the callback had warned of before."""
+    callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE, **kwargs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start = AtStart(caught)
+        trainer = Trainer(**SILENT, max_epochs=1, callbacks=[callback, start, *others])
+        trainer.fit(module or Segmenter("logits"), loader(2), val)
+    return [message for message in start.seen if message.startswith("SAMRefineCallback")]
+
+
+def stopping(monitor):
+    return EarlyStopping(monitor, mode="max", strict=False)
+
+
+def test_a_class_without_pixels_is_warned_of_before_training(random_sam):
+    monitor = "val/iou_refined/2"
+    (message,) = warned(random_sam, data(without_class_2), stopping(monitor))
+    assert "EarlyStopping monitors 'val/iou_refined/2', which may never be logged" in message
+    assert "no target of the 2 images of the sanity check holds class 2" in message
+    assert warned(random_sam, data(), stopping(monitor)) == []
+    assert warned(random_sam, data(without_class_2), stopping("val/iou_refined/1")) == []
+
+
+@pytest.mark.parametrize(
+    ("monitor", "kwargs", "words"),
+    [
+        ("val/iou_refined/sky", {}, "the classes are 0, 1, 2"),
+        ("val/iou_raw/1", {"ignore_index": 1}, "class 1 is ignore_index"),
+        ("val/miou_refined/dataloader_idx_0", {}, "of one dataloader end without a number"),
+        ("val/fast/iou_raw/7", {"name": "fast"}, "the classes are 0, 1, 2"),
+    ],
+)
+def test_names_that_cannot_come(random_sam, monitor, kwargs, words):
+    # With another ignore_index, 255 is no value of a target.
+    val = data(lambda targets: targets.clamp(max=2)) if "ignore_index" in kwargs else data()
+    (message,) = warned(random_sam, val, stopping(monitor), **kwargs)
+    assert words in message
+
+
+@pytest.mark.parametrize("monitor", ["val/my_own", "val/refine_iou_auroc", "other/miou_refined"])
+def test_what_others_log_is_not_judged(random_sam, monitor):
+    assert warned(random_sam, data(), stopping(monitor)) == []
+
+
+def test_schedulers_monitor_too(random_sam):
+    class Plateau(Segmenter):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {
+                    "scheduler": scheduler, "monitor": "val/iou_raw/2", "strict": False,
+                },
+            }  # fmt: skip
+
+    (message,) = warned(random_sam, data(without_class_2), module=Plateau("logits"))
+    assert "ReduceLROnPlateau monitors 'val/iou_raw/2'" in message
+
+
+def test_all_ignored_targets_are_warned_of(random_sam):
+    val = data(lambda targets: torch.full_like(targets, IGNORE))
+    (message,) = warned(random_sam, val)
+    assert "no pixel of the 2 images of the sanity check is scored" in message
+    assert "ignore_index=255" in message
+    callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE)
+    with pytest.warns(UserWarning, match="no pixel of the 2 images of this evaluation is scored"):
+        Trainer(**SILENT, callbacks=[callback]).validate(Segmenter("logits"), val, verbose=False)
+
+
+def test_a_summary_without_a_scored_pixel(tmp_path):
+    metrics = {"val/refine_failed_images": 0.0, "val/refine_regions_per_image": 3.0}
+    assert "No pixel was scored" in rendered(summary(metrics, tmp_path))
+
+
+def test_tuning_on_ignored_targets_says_so_in_words(folder, tmp_path, capsys):
+    labels = tmp_path / "labels"
+    shutil.copytree(folder / "labels", labels)
+    for path in labels.iterdir():
+        size = Image.open(path).size
+        Image.fromarray(np.full(size[::-1], 255, np.uint8)).save(path)
+    values = ["task=tune", "tune.score_thresh=[0.0]", "tune.pred_iou_thresh=[0.5]"]
+    values += ["tune.mask_prompt_scale=[8.0]", f"data.val.labels={labels}"]
+    out = tmp_path / "out"
+    assert run(composed(out, *overrides(folder, *values))) is None
+    printed = capsys.readouterr().out
+    written = (out / "tuned.yaml").read_text() + (out / "best_cell.yaml").read_text()
+    assert "nan" not in (printed + written).lower().replace(str(tmp_path).lower(), "")
+    assert "No pixel of the 2 validation images is scored" in " ".join(printed.split())
+    assert "no pixel of the validation images is scored" in written

@@ -1,0 +1,37 @@
+"""A SAM that counts its embeddings, and images for a cache."""
+
+from __future__ import annotations
+
+import torch
+from tiny_random_sam import build_random_sam
+
+from lightning_samrefine.models.sam import SamPromptable
+from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
+
+
+class CountingSam(SamPromptable):
+    """Remembers how many images were embedded in each call."""
+
+    def __init__(self, seed=0):
+        super().__init__(build_random_sam(seed), "random")
+        self.calls = []
+
+    def embed(self, images):
+        self.calls.append(len(images))
+        return super().embed(images)
+
+
+def make_cache(kind, folder, gb=None):
+    return EmbeddingCache(kind, gb, folder if kind == "disk" else None)
+
+
+def images(count, size=(24, 32), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+        for _ in range(count)
+    ]
+
+
+def embed(cache, sam, batch, dtype=None):
+    return cache.embed(sam, batch, dtype, sam.embed)

@@ -1,0 +1,157 @@
+"""The comparison: what it counts, names and leaves out. Its metrics: `test_metrics.py`."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from metric_cases import label_maps, loop_band, loop_iou
+
+from lightning_samrefine.metrics.comparison import (
+    ConfusionMatrix,
+    RefinementComparison,
+    class_iou,
+    trimap_band,
+)
+
+pytestmark = pytest.mark.numerical
+
+
+@settings(max_examples=60, deadline=None)
+@given(label_maps(), st.integers(1, 5))
+def test_trimap_band_equals_loops_over_windows(case, width):
+    num_classes, ignore_index, _, _, target = case
+    band = trimap_band(target, width, num_classes, ignore_index)
+    np.testing.assert_array_equal(band.numpy(), loop_band(target, width, num_classes, ignore_index))
+
+
+def test_trimap_band_of_a_batch_is_that_of_its_images():
+    target = torch.randint(0, 3, (4, 9, 11), generator=torch.Generator().manual_seed(0))
+    band = trimap_band(target, 2, 3)
+    for index in range(4):
+        assert torch.equal(band[index], trimap_band(target[index], 2, 3))
+
+
+def test_a_prediction_outside_the_classes_is_wrong_for_the_target_only():
+    metric = ConfusionMatrix(3, ignore_index=255)
+    metric.update(torch.tensor([0, 255, -1, 7]), torch.tensor([0, 0, 1, 1]))
+    assert metric.compute().tolist() == [[1, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0]]
+    iou = class_iou(metric.compute(), 255)
+    assert iou[:2].tolist() == [0.5, 0.0]
+    assert iou[2].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_every_integer_type_counts_alike(dtype):
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randint(0, 5, (2, 3, 8, 8), generator=generator)
+    target[0, :4] = 255
+    expected = ConfusionMatrix(5, 255)
+    expected.update(prediction, target)
+    metric = ConfusionMatrix(5, 255)
+    metric.update(prediction.to(dtype), target.to(dtype))
+    assert torch.equal(metric.compute(), expected.compute())
+
+
+def test_counting_is_legal_and_exact_under_deterministic_algorithms():
+    prediction, target = torch.randint(
+        0, 4, (2, 50, 50), generator=torch.Generator().manual_seed(0)
+    )
+    expected = ConfusionMatrix(4)
+    expected.update(prediction, target)
+    torch.use_deterministic_algorithms(True)
+    try:
+        metric = ConfusionMatrix(4)
+        metric.update(prediction, target)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(metric.compute(), expected.compute())
+    assert int(metric.compute().sum()) == 2500
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ValueError, match=r"prediction: got shape \(2, 3\), accepted is .*\(3, 2\)"):
+        ConfusionMatrix(3).update(torch.zeros(2, 3).long(), torch.zeros(3, 2).long())
+
+
+def test_batches_and_images_of_different_sizes_add_up():
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randint(0, 4, (3, 7 + i, 9), generator=generator) for i in range(3)]
+    together = RefinementComparison(4, trimap_width=2)
+    for raw, refined, target in maps:
+        together.update(raw, refined, target)
+    figures = together.compute()
+    raw, refined, target = (
+        torch.cat([stack[i].flatten() for stack in maps]).numpy() for i in range(3)
+    )
+    band = np.concatenate([loop_band(stack[2].numpy(), 2, 4, None).ravel() for stack in maps])
+    for side, prediction in (("raw", raw), ("refined", refined)):
+        iou = loop_iou(prediction, target, 4, None)
+        assert figures[f"miou_{side}"] == pytest.approx(np.nanmean(iou), abs=1e-12)
+        assert [figures[f"iou_{side}/{c}"] for c in range(4)] == pytest.approx(iou.tolist())
+        in_band = loop_iou(prediction, target, 4, None, where=band)
+        assert figures[f"trimap_miou_{side}"] == pytest.approx(np.nanmean(in_band), abs=1e-12)
+    assert figures["miou_gain"] == figures["miou_refined"] - figures["miou_raw"]
+    assert figures["trimap_miou_gain"] == pytest.approx(
+        figures["trimap_miou_refined"] - figures["trimap_miou_raw"]
+    )
+
+
+def test_figures_are_named_by_class_and_absent_classes_left_out():
+    comparison = RefinementComparison(3, 255, class_names=["sky", "road", "pole"])
+    target = torch.tensor([[0, 0, 1, 255]])
+    comparison.update(torch.tensor([[0, 0, 0, 2]]), torch.tensor([[0, 0, 1, 2]]), target)
+    figures = comparison.compute()
+    per_class = {name for name in figures if name.startswith("iou_")}
+    assert per_class == {"iou_raw/sky", "iou_raw/road", "iou_refined/sky", "iou_refined/road"}
+    assert figures["iou_raw/sky"] == pytest.approx(2 / 3)
+    assert figures["iou_raw/road"] == 0.0
+    assert figures["miou_raw"] == pytest.approx(1 / 3)
+    assert figures["miou_refined"] == 1.0
+
+
+def test_counts_become_rates():
+    comparison = RefinementComparison(2)
+    comparison.update(*torch.zeros(3, 2, 2).long())
+    comparison.counts.update(images=3, seconds=0.6)
+    comparison.counts.update(regions=5, accepted=4)
+    comparison.counts.update(regions=3, accepted=2)
+    comparison.counts.update(failed=1)
+    figures = comparison.compute()
+    assert figures["refine_accept_rate"] == 0.75
+    assert figures["refine_regions_per_image"] == 4.0
+    assert figures["refine_ms_per_image"] == pytest.approx(200)
+    assert figures["refine_failed_images"] == 1.0
+
+
+def test_without_a_single_valid_pixel_no_mean_is_invented():
+    comparison = RefinementComparison(3, 255)
+    comparison.update(*torch.full((3, 4, 4), 255))
+    comparison.counts.update(images=1, failed=1)
+    figures = comparison.compute()
+    assert not any("miou" in name for name in figures)
+    assert all(math.isfinite(value) for value in figures.values())
+    assert figures["refine_accept_rate"] == 0.0
+
+
+def test_reset_forgets_everything():
+    comparison = RefinementComparison(3)
+    comparison.update(*torch.randint(0, 3, (3, 5, 5)))
+    comparison.counts.update(images=1, regions=2)
+    comparison.reset()
+    comparison.update(*torch.zeros(3, 5, 5).long())
+    comparison.counts.update(images=1)
+    figures = comparison.compute()
+    assert figures["miou_raw"] == 1.0
+    assert figures["refine_regions_per_image"] == 0.0
+
+
+def test_bad_arguments_name_themselves():
+    with pytest.raises(ValueError, match=r"class_names: got 2 names, accepted are 3"):
+        RefinementComparison(3, class_names=["a", "b"])
+    with pytest.raises(ValueError, match="trimap_width: got 0"):
+        RefinementComparison(3, trimap_width=0)
