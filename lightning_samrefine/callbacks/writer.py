@@ -37,7 +37,7 @@ from lightning_samrefine.predictions.fingerprints import Fingerprint
 from lightning_samrefine.predictions.folder_lock import FolderLock
 from lightning_samrefine.predictions.provenance import Provenance
 from lightning_samrefine.predictions.run import PredictCounts, PredictionRun
-from lightning_samrefine.predictions.store import Finished, OutputFolder
+from lightning_samrefine.predictions.store import Finished, OutputFolder, Spellings
 from lightning_samrefine.utils.precision import autocast_dtype
 from lightning_samrefine.utils.validation import check_count
 
@@ -348,7 +348,9 @@ class SAMRefineWriter(BasePredictionWriter):
         self._lock = FolderLock(self._files.locks)
         self._lock.acquire(rank=0)
         generation = self._files.prepare(provenance, self.overwrite)
+        spellings = Spellings(self._files)
         for stem in _known_stems(trainer.predict_dataloaders):
+            spellings.check(stem)
             self._files.check_stem(stem, self.probs is not None)
         return generation
 
@@ -425,10 +427,12 @@ class _Together(contextlib.AbstractContextManager[None]):
 
 def _known_stems(dataloaders: Any) -> Iterator[str]:
     """Return the names that data sets list beforehand; any others are checked as they come."""
-    for dataloader in dataloaders if isinstance(dataloaders, list | tuple) else [dataloaders]:
+    several = dataloaders if isinstance(dataloaders, list | tuple) else [dataloaders]
+    for index, dataloader in enumerate(several):
         names = getattr(getattr(dataloader, "dataset", None), "names", None)
         if isinstance(names, list):
-            yield from (name for name in names if isinstance(name, Stem))
+            prefix = f"{index}/" if len(several) > 1 else ""
+            yield from (f"{prefix}{name}" for name in names if isinstance(name, Stem))
 
 
 def _hashes(provenance: Provenance) -> dict[str, str]:

@@ -16,7 +16,7 @@ from lightning_samrefine.predictions.encoding import (
     storable_probs,
 )
 from lightning_samrefine.predictions.fingerprints import Fingerprint
-from lightning_samrefine.predictions.store import OutputFolder
+from lightning_samrefine.predictions.store import OutputFolder, Spellings
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.background_writer import BackgroundWriter
 
@@ -75,6 +75,7 @@ class PredictionRun:
         # By name: image and raw labels that this process has met, images of other processes.
         self._met: dict[str, tuple[str, str]] = {}
         self._met_elsewhere: dict[str, str] = {}
+        self._spellings = Spellings(files)
         self._background = BackgroundWriter(queue_size)
 
     def is_done(self, stem: str, found: Fingerprint) -> bool:
@@ -167,6 +168,7 @@ class PredictionRun:
             stem, image = row["stem"], row["image"]
             if not isinstance(stem, str) or not isinstance(image, str):
                 continue
+            self._spellings.check(stem)
             if self._met_elsewhere.setdefault(stem, image) != image:
                 raise _clash(stem, "images")
             if stem in self._met and self._met[stem][0] != image:
@@ -183,6 +185,7 @@ class PredictionRun:
             raise _clash(stem, "images")
         if known is not None and known[1] != found.raw:
             raise _clash(stem, "predictions")
+        self._spellings.check(stem)
         self._files.check_stem(stem, self._probs is not None)
         self._met[stem] = (found.image, found.raw)
         return known is not None

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,33 @@ class Finished:
     written: int
     redone: int
     kept: int
+
+
+class Spellings:
+    """Refuses names that differ only in case where the file system keeps one of such files.
+
+    Args:
+        files: The folder that they are for.
+    """
+
+    def __init__(self, files: OutputFolder) -> None:
+        self._folds = files.folds_case()
+        self._known: dict[str, str] = {}
+
+    def check(self, stem: str) -> None:
+        """Compare a name with those before it.
+
+        Raises:
+            ValueError: It differs from one only in case.
+        """
+        if not self._folds:
+            return
+        first = self._known.setdefault(stem.casefold(), stem)
+        if first != stem:
+            raise ValueError(
+                "stem must differ from others by more than case on the file system of this folder, "
+                f"got {first!r} and {stem!r}: rename one, or write to another file system"
+            )
 
 
 class OutputFolder:
@@ -161,6 +189,17 @@ class OutputFolder:
                             f"stem: got {stem!r}, for which {probe.name} is no name that the file "
                             f"system takes ({error.strerror}), accepted is a shorter one"
                         ) from error
+
+    def folds_case(self) -> bool:
+        """Whether the file system takes names that differ only in case for one.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        self._partial.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix="Case", dir=self._partial) as file:
+            probe = Path(file.name)
+            return probe.with_name(probe.name.swapcase()).exists()
 
     def write(self, path: Path, content: bytes) -> None:
         """Write a file that appears whole or not at all, replacing an older one.

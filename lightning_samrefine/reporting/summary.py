@@ -10,11 +10,13 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 SIDES = ("raw", "refined")
 MEAN_ROWS = {"mIoU": "miou", "trimap mIoU": "trimap_miou", "Boundary IoU": "boundary_iou"}
+_UNLIMITED = 10_000  # characters
 _FACTS = {
     "refine_accept_rate": "{:.1%} of regions accepted",
     "refine_regions_per_image": "{:.1f} regions an image",
@@ -111,8 +113,24 @@ def _to_look_at(folder: Path) -> list[Path]:
 def print_summary(
     metrics: Mapping[str, float], folder: Path, console: Console | None = None
 ) -> None:
-    """Print `summary`, the folder's path unbroken so that it can be copied."""
-    (console or Console()).print(summary(metrics, folder), soft_wrap=True)
+    """Print `summary`, see `print_whole`."""
+    print_whole(summary(metrics, folder), console)
+
+
+def print_whole(content: RenderableType, console: Console | None = None) -> None:
+    """Print tables as wide as they are, and paths unbroken so that they can be copied.
+
+    A narrow terminal breaks the lines; rich would cut headings and numbers.
+    """
+    console = console or Console()
+    unlimited = console.options.update(max_width=_UNLIMITED)
+    before = console.width
+    # The argument `width` of `print` can only make it narrower.
+    console.width = max(before, Measurement.get(console, unlimited, content).maximum)
+    try:
+        console.print(content, soft_wrap=True)
+    finally:
+        console.width = before
 
 
 def _stages(metrics: Mapping[str, float]) -> list[str]:

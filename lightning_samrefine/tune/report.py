@@ -16,6 +16,7 @@ from rich.text import Text
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.metrics.bootstrap import BootstrapInterval
 from lightning_samrefine.reporting.panels import save_figure
+from lightning_samrefine.reporting.summary import print_whole
 from lightning_samrefine.tune.choice import class_ious, gain
 from lightning_samrefine.tune.rule import OBJECTIVES
 from lightning_samrefine.tune.task import Tuning
@@ -146,8 +147,8 @@ def tuning_summary(tuning: Tuning, folder: Path) -> RenderableType:
 
 
 def print_tuning(tuning: Tuning, folder: Path, console: Console | None = None) -> None:
-    """Print `tuning_summary`, paths unbroken so that they can be copied."""
-    (console or Console()).print(tuning_summary(tuning, folder), soft_wrap=True)
+    """Print `tuning_summary`, see `print_whole`."""
+    print_whole(tuning_summary(tuning, folder), console)
 
 
 def _cells_table(tuning: Tuning) -> Table:

@@ -157,6 +157,33 @@ class TestNames:
         for run in runs:
             run.close()
 
+    @pytest.mark.parametrize("listed", [True, False])
+    @pytest.mark.parametrize("folds_case", [True, False])
+    def test_names_that_differ_only_in_case(self, tmp_path, monkeypatch, folds_case, listed):
+        class Cased(Named):
+            names = [Stem("scene/A"), Stem("b"), Stem("scene/a")]  # noqa: RUF012
+
+            def __getitem__(self, index):
+                return {**super().__getitem__(index), "name": self.names[index]}
+
+        loader = DataLoader(Cased(3) if listed else Subset(Cased(3), range(3)))
+        if not folds_case:
+            if (tmp_path / "x").mkdir() or (tmp_path / "X").exists():
+                pytest.skip("this file system takes both for one")
+            predict(tmp_path / "out", loader)
+            assert {row["stem"] for row in rows(tmp_path / "out")} == set(Cased.names)
+            return
+
+        def exists(path, **kwargs):  # as on most disks of macOS and Windows
+            found = path.parent.iterdir() if path.parent.is_dir() else ()
+            return any(other.name.lower() == path.name.lower() for other in found)
+
+        monkeypatch.setattr(Path, "exists", exists)
+        sam, kind = CountingSam(), MisconfigurationException if listed else ValueError
+        with pytest.raises(kind, match=r"stem must .*case.*, got 'scene/A' and 'scene/a'"):
+            predict(tmp_path / "out", loader, sam=sam)
+        assert sam.embedded == (0 if listed else 2)
+
     def test_names_of_a_folder_are_taken_as_they_are(self, tmp_path):
         dataset = Predicted(3)
         names = ["a.tif.png", "a.png", "größe.0.bmp"]

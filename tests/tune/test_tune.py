@@ -1,6 +1,7 @@
 """One pass over the grid: every cell is a run of its own, SAM looks once, the choice is kept."""
 
 import csv
+import io
 import json
 from dataclasses import asdict, replace
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 from command_runs import CLASSES, EVERY_REGION, SMALL, composed, execute, overrides
 from random_predictions import blobs
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 from tiny_random_sam import build_random_sam
 
 from lightning_samrefine import RefineConfig, Refiner
@@ -18,6 +22,7 @@ from lightning_samrefine.config_files import read_refine
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
+from lightning_samrefine.reporting.summary import print_whole
 from lightning_samrefine.tune.choice import class_ious, gain
 from lightning_samrefine.tune.counts import Scoring
 from lightning_samrefine.tune.grid import Grid
@@ -180,6 +185,21 @@ def tuned(folder, tmp_path_factory):
 def rows(path):
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("width", [20, 60, 200])
+def test_headings_and_numbers_are_whole_on_a_narrow_terminal(width):
+    headings = ["score_thresh", "mask_prompt_scale", "pred_iou_thresh", "raw", "gain"]
+    table = Table(*headings, title="Best cells")
+    table.add_row("0", "8", "0.5", "12.34", "+1.25")
+    out = io.StringIO()
+    print_whole(Group(table, Text("/a/path/" * 20)), Console(width=width, file=out))
+    lines = out.getvalue().splitlines()
+    (heading,) = (line for line in lines if "score_thresh" in line)
+    (row,) = (line for line in lines if "12.34" in line)
+    assert all(name in heading for name in headings)
+    assert "+1.25" in row
+    assert "/a/path/" * 20 in lines
 
 
 def test_the_surface_is_that_of_single_runs(folder, tuned, tmp_path):
