@@ -162,6 +162,7 @@ class BatchAdapter:
         captured: Tensor | None = None,
         seen: str = "nothing",
         settled: Roles | None = None,
+        given: Sequence[Sequence[Samples]] = (),
     ) -> Reading:
         """Convert one batch, and say what was read.
 
@@ -171,9 +172,12 @@ class BatchAdapter:
             captured: As in a call.
             seen: As in a call.
             settled: What an earlier batch was read from: this one is read from the same places.
+            given: The images that the network was given, where it is to be checked that they show
+                the batch's image.
 
         Raises:
             MissingTargetError: Nothing but the target is missing.
+            WrongValuesError: The network was given another view of the image.
             ValueError: As in a call.
             TypeError: As in a call.
         """
@@ -206,6 +210,8 @@ class BatchAdapter:
         if image is None or scores is None or missing:
             error = MissingTargetError if missing == ["target"] else ValueError
             raise error(self._not_found(missing, batch, outputs, seen))
+        if given and captured is not None and self.function is None and self.scores_key is None:
+            search.check_view(roles, captured, given)
         if kind == "auto" and self._num_classes == 2 and _has_one_channel(scores.value):
             kind = self.binary(scores.value, str(scores.path[-1]) if scores.path else "")
         inputs = self._convert(
@@ -235,7 +241,7 @@ class BatchAdapter:
             f"{describe(outputs)}; forward hooks saw {seen}. Scores are float "
             f"(B, {self.num_classes}, H, W), or integer (B, H, W) under a usual name. "
             "Return the scores from the step (such as {'logits': logits}), name what is there "
-            "(image_key, target_key, scores_key), or give an adapter."
+            f"(image_key, target_key, scores_key), or give an adapter."
         )
 
     def _move(self, value: Any) -> Any:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 from torch.utils.hooks import RemovableHandle
 
-from lightning_samrefine.adapters.nested import MAX_DEPTH, restore, snapshot
+from lightning_samrefine.adapters.candidates import shares_memory
+from lightning_samrefine.adapters.nested import (
+    MAX_DEPTH,
+    Samples,
+    describe,
+    leaves,
+    restore,
+    snapshot,
+)
 from lightning_samrefine.adapters.score_search import QUERIES, network_scores, query_masks
+from lightning_samrefine.adapters.views import images_in
+
+Given: TypeAlias = list[list[Samples]]
+
+# Batches of a loader in which the network's input is noted.
+_NOTED_BATCHES = 3
 
 
 @dataclass(frozen=True)
@@ -22,14 +37,16 @@ class _Seen:
     Attributes:
         values: A copy, (B, C, h, w).
         scores: What the step goes on with, and may change in place; gone when the step drops it.
+        given: The images that they come from, see `ScoresCapture.given`.
     """
 
     values: Tensor
     scores: ReferenceType[Tensor]
+    given: Given
 
     @classmethod
-    def of(cls, scores: Tensor) -> _Seen:
-        return cls(scores.detach().clone(), ref(scores))
+    def of(cls, scores: Tensor, given: Given) -> _Seen:
+        return cls(scores.detach().clone(), ref(scores), given)
 
 
 class ScoresCapture:
@@ -53,13 +70,21 @@ class ScoresCapture:
     Args:
         module: The LightningModule.
         num_classes: C; scores are float (B, C, H, W), or (B, 1, H, W) where C is 2.
+
+    Attributes:
+        given: After `take`, in the first batches of a loader: the images that the network was given
+            for the scores, see `difference` of ``views``. Empty in later batches, and where it was
+            given none.
     """
 
     def __init__(self, module: nn.Module, num_classes: int) -> None:
         self._num_classes = num_classes
         self._armed = False
+        self._batches: Counter[int] = Counter()
         self._forget()
-        self._handles: list[RemovableHandle] = [module.register_forward_hook(self._on_own)]
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(self._on_own_call, with_kwargs=True)
+        ]
         self._without_hooks: list[str] = []
         for name, child in _called_children(module):
             if _is_loss(name, child):
@@ -69,9 +94,11 @@ class ScoresCapture:
             except Exception:  # whatever a kind of module of its own raises
                 self._without_hooks.append(f"{name!r} ({type(child).__name__})")
 
-    def arm(self, batch: Any = None) -> None:
+    def arm(self, batch: Any = None, dataloader_idx: int = 0) -> None:
         """Start remembering: a batch begins, which a step may take entries out of or change."""
         self._forget()
+        self._batches[dataloader_idx] += 1
+        self._notes_inputs = self._batches[dataloader_idx] <= _NOTED_BATCHES
         self._batch = snapshot([batch], MAX_DEPTH + 1)
         self._armed = True
 
@@ -92,15 +119,20 @@ class ScoresCapture:
         """
         own = [seen for step, seen in self._own if step is None or step is not outputs]
         children, misfit, queries = self._children, self._misfit, self._queries
+        several = self._several
         self._armed = False
         self._forget()
         for who, calls in (("forward", own), ("the module's children", children)):
             if len(calls) == 1:
+                self.given = calls[0].given
                 return calls[0].values, f"scores from {who}"
             if calls:
                 return None, f"scores from {len(calls)} calls of {who}, ambiguous"
         if queries:
             return None, QUERIES
+        if several:
+            listed = " and ".join(several)
+            return None, f"{len(several)} likely scores in one output, {listed}, ambiguous"
         if misfit is not None:
             return misfit, "a tensor from forward"
         if self._without_hooks:
@@ -119,33 +151,74 @@ class ScoresCapture:
         self._children: list[_Seen] = []
         self._misfit: Tensor | None = None
         self._queries = False
+        self._several: list[str] = []
         self._batch: Any = None
+        self._notes_inputs = False
+        self._made_from: list[tuple[list[ReferenceType[Tensor]], Given]] = []
+        self.given: Given = []
 
-    def _on_own(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _on_own_call(
+        self, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        self._on_own(module, inputs, output, kwargs)
+
+    def _on_own(
+        self, module: nn.Module, inputs: Any, output: Any, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         if not self._armed:
             return
         scores = self._scores_in(output)
         if scores is not None:
             # Whoever is given a batch's index is the step, sent through forward.
             is_step = any(isinstance(value, int) for value in inputs)
-            self._own.append((output if is_step else None, _Seen.of(scores)))
+            images = images_in((*inputs, *(kwargs or {}).values())) if self._notes_inputs else []
+            given = [images] if images else []
+            self._own.append((output if is_step else None, _Seen.of(scores, given)))
         elif isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
             self._misfit = output.detach().clone()
 
     def _on_child(
         self, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        if not self._armed or (scores := self._scores_in(output)) is None:
+        if not self._armed:
             return
-        given = [value for value in (*inputs, *kwargs.values()) if isinstance(value, Tensor)]
-        self._children = [one for one in self._children if not _follows(scores, one, given)]
-        self._children.append(_Seen.of(scores))
+        values = (*inputs, *kwargs.values())
+        images = self._note(values, output) if self._notes_inputs else []
+        if (scores := self._scores_in(output)) is None:
+            return
+        given = [value for value in values if isinstance(value, Tensor)]
+        followed = [one for one in self._children if _follows(scores, one, given)]
+        self._children = [
+            one for one in self._children if not any(one is other for other in followed)
+        ]
+        # Scores that were made of others show the view that these do.
+        self._children.append(_Seen.of(scores, followed[0].given if followed else images))
+
+    def _note(self, values: Sequence[Any], output: Any) -> Given:
+        """Remember and return the images that a child's output was made from, the nearest first."""
+        given = [leaf.value for value in values for leaf in leaves(value)]
+        before: Given = []
+        for made, images in self._made_from:
+            known = [one for one in (reference() for reference in made) if one is not None]
+            if any(shares_memory(one, other) for one in known for other in given):
+                before = images
+        direct = images_in(values)
+        images = [direct, *before] if direct else before
+        tensors = [leaf.value for leaf in leaves(output) if isinstance(leaf.value, Tensor)]
+        self._made_from.append(([ref(one) for one in tensors], images))
+        return images
 
     def _scores_in(self, output: Any) -> Tensor | None:
         found = network_scores(output, self._num_classes)
-        if found is None:
-            self._queries |= bool(query_masks(output, self._num_classes))
-        return found
+        if len(found) == 1 and isinstance(found[0].value, Tensor):
+            return found[0].value
+        self._queries |= bool(query_masks(output, self._num_classes))
+        if found:
+            self._several = [
+                f"output{''.join(f'[{part!r}]' for part in one.path)} {describe(one.value)}"
+                for one in found
+            ]
+        return None
 
 
 def _called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.adapters.candidates import (
+    HOOK_KEY,
     IMAGE_NAMES,
     TARGET_NAMES,
     TARGET_NAMES_IN_OUTPUTS,
@@ -29,9 +30,18 @@ from lightning_samrefine.adapters.candidates import (
     of,
     same_size,
 )
-from lightning_samrefine.adapters.nested import Samples, at_key, at_position, leaves, named
+from lightning_samrefine.adapters.nested import (
+    Samples,
+    at_key,
+    at_position,
+    describe,
+    leaves,
+    named,
+)
 from lightning_samrefine.adapters.score_search import ScoresSearch
 from lightning_samrefine.adapters.scores import ScoresKind
+from lightning_samrefine.adapters.views import difference
+from lightning_samrefine.utils.validation import WrongValuesError
 
 # Positions of a tuple behind (image, target) that may hold the target instead.
 _LATER = (2, 3, 4)
@@ -92,6 +102,39 @@ class RoleSearch:
             return next((one for one in held if one.path == found.path), None)
 
         return Roles(at(settled.image), at(settled.target), at(settled.scores))
+
+    def check_view(
+        self, roles: Roles, captured: Tensor, given: Sequence[Sequence[Samples]]
+    ) -> None:
+        """Refuse scores of a network that was given another view than the batch's image.
+
+        A step that returns other scores than those of the network may have turned them back.
+
+        Args:
+            roles: With image and scores.
+            captured: What a forward hook saw.
+            given: The images that the network was given.
+
+        Raises:
+            WrongValuesError: As described.
+        """
+        image, scores = roles.image, roles.scores
+        if image is None or scores is None or not is_image(image.value):
+            return
+        hook = Found("forward", (), captured)
+        if scores.source != "forward":
+            search = ScoresSearch(self.num_classes, kind=self.scores_kind)
+            if not (same_size(scores, hook) and search.agree(scores, hook, None)):
+                return
+        found = difference(given, image.value)
+        if found is not None:
+            raise WrongValuesError(
+                f"scores must be of {image}, got {scores} of a network that was given "
+                f"{describe(given[0][0])}, the image {found}. In the step, turn the scores back or "
+                "resize them to the image and return them (such as {'logits': logits}), or return "
+                "image, target and scores of one view; "
+                f"scores_key={(scores.key or HOOK_KEY)!r} takes them for those of the image"
+            )
 
     def _image_and_target(self, batch: Any, outputs: Any) -> tuple[Found | None, Found | None]:
         images = self._candidates(batch, outputs, self.image_key, 0, IMAGE_NAMES, is_image)

@@ -51,6 +51,12 @@ _OTHER = re.compile(
 _IMAGE_OR_TARGET = re.compile(r"image|img|pixel|rgb|mask|target|label|truth|annot|^gt|_gt")
 _SCORES = re.compile(r"logit|prob|score|pred")
 
+# In a step's output, what holds the target, or whole numbers that are no classes.
+_NO_CLASSES = re.compile(
+    r"target|truth|label|annot|^gt|_gt|^y|inst|superpix|slic|cluster|component|index|idx|rank|"
+    r"(^|_)ids?($|_)|correct|wrong|hit|miss|diff|chang|agree|^[tf][pn]$"
+)
+
 # Share of pixels in which two tensors made of the same scores may differ in their labels: by
 # rounding, and where one of them was enlarged in another way.
 _DIFFERING = 0.01
@@ -128,7 +134,7 @@ class ScoresSearch:
         if target is not None and hooked:
             # A perfect prediction equals the target as well, but so does the network's.
             for one in by_name:
-                if is_copy(one.value, target.value) and not self._agree(one, hooked[0], image):
+                if is_copy(one.value, target.value) and not self.agree(one, hooked[0], image):
                     ambiguous("scores", [one, hooked[0]])
         unnamed = [] if by_name else self._unnamed(outputs, target, possible)
         # A hook tells a perfect prediction from a copy of the target.
@@ -142,6 +148,8 @@ class ScoresSearch:
         elif hooked:
             bare = [one for one in unnamed if not one.path]
             chosen = self._bare_or_hooked(bare[0], hooked[0], image) if bare else hooked[0]
+            for one in self._label_maps(outputs, target, possible):
+                self._checked_by_hook(one, hooked[0], image)
         else:
             in_batch = [one for one in of("batch", named(batch, SCORES_NAMES)) if possible(one)]
             weak = distinct([*(unnamed if len(unnamed) == 1 else []), *in_batch])
@@ -174,7 +182,7 @@ class ScoresSearch:
 
     def _checked_by_hook(self, returned: Found, hooked: Found, image: Found | None) -> Found:
         """Refuse what contradicts the network; a label map made of its scores gives way to them."""
-        if not self._agree(returned, hooked, image):
+        if not self.agree(returned, hooked, image):
             ambiguous("scores", [returned, hooked])
         return hooked if self._kind(returned.value) == "label map" else returned
 
@@ -191,6 +199,34 @@ class ScoresSearch:
             and possible(one)
             and (target is None or not self._is_target_copy(one.value, target.value))
         ]
+
+    def _label_maps(
+        self, outputs: Any, target: Found | None, possible: Callable[[Found], bool]
+    ) -> list[Found]:
+        """Return maps of whole numbers that may be the step's prediction, under an open name.
+
+        A step that smooths or otherwise changes the classes returns such a map and a loss.
+        """
+        return [
+            one
+            for one in of("outputs", leaves(outputs))
+            if one.path
+            and isinstance(one.value, Tensor)
+            and not one.value.is_floating_point()
+            and is_target(one.value)
+            and _may_hold_classes(one.path)
+            and possible(one)
+            and self._holds_classes(one.value)
+            and (target is None or not _equals_where_known(one.value, target.value))
+        ]
+
+    def _holds_classes(self, value: Tensor) -> bool:
+        """Whether whole numbers are classes and what usually stands for none, 255 and -1."""
+        if value.dtype == torch.bool:
+            return self.num_classes == 2
+        labels = value.long()
+        known = ((labels >= 0) & (labels < self.num_classes)) | (labels == 255) | (labels == -1)
+        return bool(known.all())
 
     def _unnamed(
         self, outputs: Any, target: Found | None, possible: Callable[[Found], bool]
@@ -216,7 +252,7 @@ class ScoresSearch:
         depth = min(len(one.path) for one in candidates)
         shallow = distinct(one for one in candidates if len(one.path) == depth)
         for first, second in combinations(shallow, 2):
-            if not self._agree(first, second, image):
+            if not self.agree(first, second, image):
                 ambiguous("scores", shallow)
         soft = [one for one in shallow if self._kind(one.value) != "label map"]
         return (soft or shallow)[0]
@@ -224,7 +260,7 @@ class ScoresSearch:
     def _kind(self, value: Samples) -> str:
         return kind_of(items(value)[0], self.kind)
 
-    def _agree(self, first: Found, second: Found, image: Found | None) -> bool:
+    def agree(self, first: Found, second: Found, image: Found | None) -> bool:
         """Whether two candidates name the same classes, but for rounding and resizing.
 
         Of one size they differ in ties alone: a share of all pixels says nothing of small classes.
@@ -283,8 +319,8 @@ class ScoresSearch:
                 )
 
 
-def network_scores(outputs: Any, num_classes: int) -> Tensor | None:
-    """Return a network's scores, float (B, C, H, W), None where none or several are likely.
+def network_scores(outputs: Any, num_classes: int) -> list[Leaf]:
+    """Return what may be a network's scores, float (B, C, H, W); one where it is clear.
 
     A usual name such as ``"out"`` of torchvision's networks and ``"logits"`` of transformers'
     comes before a single tensor of that shape. A network has no targets to return: ``"mask"`` and
@@ -299,11 +335,11 @@ def network_scores(outputs: Any, num_classes: int) -> Tensor | None:
             and not any(leaf.value is mask for mask in queries)
         )
 
-    by_name = [leaf.value for leaf in named(outputs, SCORES_NAMES) if fits(leaf)]
+    by_name = [leaf for leaf in named(outputs, SCORES_NAMES) if fits(leaf)]
     if by_name:
-        return by_name[0]
-    others = [
-        leaf.value
+        return by_name[:1]
+    return [
+        leaf
         for leaf in leaves(outputs)
         if fits(leaf)
         and (
@@ -311,7 +347,6 @@ def network_scores(outputs: Any, num_classes: int) -> Tensor | None:
             or not _is_something_else(leaf.path)
         )
     ]
-    return others[0] if len(others) == 1 else None
 
 
 def query_masks(outputs: Any, num_classes: int) -> list[Tensor]:
@@ -365,6 +400,22 @@ def _is_tie(probs: Tensor, labels: Tensor, other: Tensor, tie: float) -> Tensor:
     both = torch.stack([labels, other]).clamp(0, len(probs) - 1)
     first, second = probs.gather(0, both)
     return (first - second).abs() <= tie
+
+
+def _may_hold_classes(path: tuple[str | int, ...]) -> bool:
+    name = str(path[-1]).lower()
+    return name not in IMAGE_NAMES and not _OTHER.search(name) and not _NO_CLASSES.search(name)
+
+
+def _equals_where_known(value: Tensor, target: Samples) -> bool:
+    """Whether a map is the target, whatever it holds where the target's pixels are not known."""
+    if not isinstance(target, Tensor):
+        return is_copy(value, target)
+    maps = [one[:, 0] if one.ndim == 4 else one for one in (value.cpu().long(), target.cpu())]
+    if maps[0].shape != maps[1].shape:
+        return False
+    known = (maps[1] != 255) & (maps[1] >= 0)
+    return bool((maps[0] == maps[1])[known].all())
 
 
 def _is_something_else(path: tuple[str | int, ...]) -> bool:

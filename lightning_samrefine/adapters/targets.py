@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +19,7 @@ IgnoreIndex: TypeAlias = int | Literal["auto"] | None
 """A target value that is not counted, None for none, or ``"auto"``: 255 where no class is."""
 
 _SHOWN_VALUES = 5
+_WARNED_AFTER = 2  # batches of masks of 0 and 255
 _CITYSCAPES_IDS = range(-1, 34)
 _CITYSCAPES_CLASSES = 19
 
@@ -62,7 +65,8 @@ class TargetCheck:
 
     With two classes and the ignored value 255 by default, masks of 0 and 255 have no foreground
     left. They are refused as well, until a loader has shown a pixel of class 1: from then on 255
-    can only mean "not annotated".
+    can only mean "not annotated". With more classes, a loader whose first batches hold nothing but
+    0 and 255 is warned of.
 
     Args:
         num_classes: C.
@@ -79,6 +83,9 @@ class TargetCheck:
         self.num_classes = num_classes
         self.ignore_index = settle_ignore_index(ignore_index, num_classes)
         self._in_doubt = ignore_index == "auto" and num_classes == 2
+        self._may_warn = ignore_index == "auto" and num_classes > 2
+        self._only_0_and_255: Counter[int] = Counter()  # batches by loader
+        self._with_classes: set[int] = set()
         self._with_foreground: set[int] = set()
         self._predicted_foreground: set[int] = set()
 
@@ -101,6 +108,27 @@ class TargetCheck:
         if any(holds_others(one, self.num_classes, ignore_index) for one in maps):
             values = torch.cat([one.flatten() for one in maps])
             raise WrongValuesError(describe_others(values, self.num_classes, ignore_index))
+        if self._may_warn and loader not in self._with_classes:
+            self._look_for_classes(maps, loader)
+
+    def _look_for_classes(self, maps: Sequence[Tensor], loader: int) -> None:
+        """Warn where several batches hold nothing but 0 and the ignored 255."""
+        both = [torch.stack([(one != 0) & (one != 255), one == 255]).flatten(1) for one in maps]
+        others, ignored = torch.stack([one.any(dim=1) for one in both]).any(dim=0).tolist()
+        if others:
+            self._with_classes.add(loader)
+            return
+        self._only_0_and_255[loader] += ignored
+        if self._only_0_and_255[loader] >= _WARNED_AFTER:
+            self._may_warn = False
+            warnings.warn(
+                f"target must hold class indices 0 to {self.num_classes - 1}, got 0 and 255 alone "
+                f"in the first {_WARNED_AFTER} batches that hold 255, which counts as not "
+                "annotated: if it marks a class, replace it by the class's index; otherwise set "
+                "ignore_index=255",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def predictions(self, labels: Samples, loader: int = 0) -> None:
         """Check predicted labels of two classes, which may be masks of 0 and 255.
@@ -219,10 +247,18 @@ def to_labels(target: Tensor, labels: Tensor) -> Tensor:
     if maps.shape != labels.shape:
         raise ValueError(
             f"target: got shape {tuple(target.shape)}, accepted is (B, H, W) or (B, 1, H, W) with "
-            f"the image's {tuple(labels.shape)}; targets of another size or one-hot targets need "
-            "an adapter"
+            f"the image's {tuple(labels.shape)}{_shape_hint(target, labels)}"
         )
     return whole_numbers(maps, "target")
+
+
+def _shape_hint(target: Tensor, labels: Tensor) -> str:
+    if target.ndim == 4 and target.shape[0] == len(labels) and target.shape[2:] == labels.shape[1:]:
+        return (
+            f". These look like {target.shape[1]} channels of one-hot targets: argmax them over "
+            "dim 1, in the dataset or an adapter"
+        )
+    return "; targets of another size need an adapter"
 
 
 def whole_numbers(labels: Tensor, name: str) -> Tensor:

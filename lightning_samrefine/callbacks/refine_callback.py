@@ -284,7 +284,7 @@ class SAMRefineCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._evaluation is not None and self._is_measured(batch_idx):
-            self._evaluation.capture.arm(batch)
+            self._evaluation.capture.arm(batch, dataloader_idx)
 
     @override
     def on_validation_batch_end(

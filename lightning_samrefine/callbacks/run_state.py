@@ -168,7 +168,8 @@ class RunState:
                 dataloader_idx,
                 replace(self.adapter, rgb=self.adapter.rgb.fresh(), binary=BinaryKind()),
             )
-            reading = adapter.read(batch, outputs, *capture.take(outputs), settled=settled)
+            captured, seen = capture.take(outputs)
+            reading = adapter.read(batch, outputs, captured, seen, settled, capture.given)
             self._check_targets.predictions(reading.inputs.labels, dataloader_idx)
             if reading.inputs.targets is not None:
                 self._check_targets(reading.inputs.targets, dataloader_idx)

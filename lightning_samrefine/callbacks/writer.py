@@ -247,7 +247,7 @@ class SAMRefineWriter(BasePredictionWriter):
         dataloader_idx: int = 0,
     ) -> None:
         if self._writing is not None:
-            self._writing.capture.arm(batch)
+            self._writing.capture.arm(batch, dataloader_idx)
 
     @override
     def write_on_batch_end(

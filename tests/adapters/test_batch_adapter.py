@@ -184,6 +184,14 @@ def test_what_is_missing_is_named_with_what_was_there(adapter, batch, outputs, m
     assert "scores_key" in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_one_hot_target_is_told_so(adapter, dtype):
+    one_hot = torch.nn.functional.one_hot(TARGET, C).permute(0, 3, 1, 2).to(dtype)
+    for batch in ((IMAGE, one_hot), {"image": IMAGE, "mask": one_hot}):
+        with pytest.raises(ValueError, match=r"target: got shape .*one-hot.*argmax.* over dim 1"):
+            adapter(batch, LOGITS)
+
+
 def test_a_target_is_optional_where_none_is_needed():
     assert BatchAdapter(C, needs_target=False)({"image": IMAGE}, LOGITS).targets is None
 

@@ -148,6 +148,23 @@ def test_children_that_take_no_hooks_are_named():
     capture.remove()
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_several_outputs_of_one_network_are_named(inside):
+    class Heads(nn.Module):
+        def forward(self, x):
+            return [x, {"aux_1": x * 2, "seg_1": x * 3}]
+
+    module = nn.Sequential(Heads()) if inside else Heads()
+    capture = ScoresCapture(module, C)
+    capture.arm()
+    module(X)
+    assert capture.take() == (
+        None,
+        "2 likely scores in one output, output[0] float32 (2, 3, 6, 8) and output[1]['seg_1'] "
+        "float32 (2, 3, 6, 8), ambiguous",
+    )
+
+
 class Focal(nn.Module):
     """A loss map under a name that does not tell."""
 

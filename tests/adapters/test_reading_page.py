@@ -17,6 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "reading.md"
 B, C, H, W = 2, 4, 16, 24
 IMAGE = torch.zeros(B, 3, H, W, dtype=torch.uint8)
 TARGET = torch.arange(H * W).reshape(1, H, W).repeat(B, 1, 1) % C
+NOISE = torch.randint(0, 256, (B, 3, H, W), dtype=torch.uint8)
 VALID = (TARGET > 0).long()
 LOGITS = nn.functional.one_hot(TARGET, C).permute(0, 3, 1, 2) * 3.0 - 1
 OTHER = LOGITS.roll(1, dims=1)
@@ -50,12 +51,21 @@ SITUATIONS = [
     lambda: ((IMAGE, VALID, TARGET), LOGITS),
     lambda: (SAMPLE, {"pred": OTHER, "output": LOGITS}),
     lambda: (SAMPLE, OTHER, LOGITS),
+    lambda: (SAMPLE, {"loss": torch.tensor(1.0), "final": OTHER.argmax(dim=1)}, LOGITS),
     lambda: (SAMPLE, None, *seen_of(nn.Sequential(nn.Conv2d(3, C, 1)), 2)),
     lambda: (SAMPLE, None, *seen_of(Scripted(), 0)),
     lambda: (SAMPLE, QUERIES),
     lambda: (
         {"image": torch.zeros(B, 3, 100, 130, dtype=torch.uint8), "mask": torch.zeros(B, 100, 130)},
         {"logits": torch.randn(B, C, 32, 40)},
+    ),
+    lambda: (
+        {"image": NOISE, "mask": TARGET},
+        None,
+        LOGITS,
+        "scores from forward",
+        None,
+        [[NOISE.flip(-1).float()]],
     ),
     lambda: (SAMPLE, {"logits": LOGITS[..., :8, :12], "target": TARGET[:, :8, :12]}),
     lambda: (SAMPLE, {"pred": LOGITS.clamp(min=0)}),
@@ -74,7 +84,7 @@ def quoted() -> list[str]:
 def test_errors_are_those_that_are_quoted(row):
     pattern = ".*".join(map(re.escape, re.split(r" ?… ?(?!')", quoted()[row])))
     with pytest.raises(ValueError, match=pattern):
-        BatchAdapter(C)(*SITUATIONS[row]())
+        BatchAdapter(C).read(*SITUATIONS[row]())
 
 
 def test_every_row_is_tried():

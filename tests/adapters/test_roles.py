@@ -205,6 +205,69 @@ class TestChangesInPlace:
             assert torch.equal(read(batch)[1], 2 * before[1])  # the user's own stays
 
 
+class TestLabelMapsBesideALoss:
+    """A step that post-processes its classes and returns them under a name of its own."""
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda loss, labels: {"loss": loss, "segmentation": labels},
+            lambda loss, labels: {"loss": loss, "final": labels[:, None]},
+            lambda loss, labels: {"loss": loss, "refined": labels.to(torch.uint8)},
+            lambda loss, labels: {"loss": loss, "result": labels, "u": torch.rand(2, *HW)},
+            lambda loss, labels: {"loss": loss, "mask": labels},
+            lambda loss, labels: (loss, labels),
+        ],
+    )
+    def test_are_ambiguous_where_they_contradict_the_network(self, random_sam, wrap):
+        def make(batch, logits, loss):
+            return wrap(loss, nnf.avg_pool2d(logits, 9, 1, 4).argmax(dim=1))
+
+        dataset = DictBlobs(4)
+        with pytest.raises(ValueError, match=r"scores must be one tensor.*scores_key='forward'"):
+            validate(random_sam, Step(make), DataLoader(dataset, 2))
+
+    @pytest.mark.parametrize("key", ["1", "forward"])
+    def test_a_key_decides(self, random_sam, key):
+        module = Step(lambda batch, logits, loss: (loss, batch["mask"] * 0))
+        logged = validate(random_sam, module, DataLoader(DictBlobs(4), 2), scores_key=key)
+        dataset = DictBlobs(4)
+        metric = MulticlassJaccardIndex(NUM_CLASSES, ignore_index=IGNORE)
+        zeros = float(metric(torch.zeros(4, *HW).long(), dataset.targets))
+        expected = zeros if key == "1" else raw_miou(module, dataset)
+        assert logged["val/miou_raw"] == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            lambda mask, logits: {"final": logits.argmax(dim=1)},
+            lambda mask, logits: {"segmentation": mask},
+            lambda mask, logits: {"seg": torch.where(mask == IGNORE, 0, mask)},
+            lambda mask, logits: {"target_of_today": torch.where(mask > 1, 0, mask)},
+            lambda mask, logits: {"instances": mask * 0 + 1},
+            lambda mask, logits: {"segments": torch.arange(40).expand(2, *HW)},
+            lambda mask, logits: {"valid": mask != IGNORE},
+            lambda mask, logits: {"final": mask == 1},
+            lambda mask, logits: {"errors": (logits.argmax(dim=1) != mask).long()},
+            lambda mask, logits: {"final": (mask == 1).float()},
+        ],
+    )
+    def test_other_maps_stay_out_of_it(self, random_sam, extra):
+        def make(batch, logits, loss):
+            return {"loss": loss, **extra(batch["mask"], logits)}
+
+        module, dataset = Step(make), DictBlobs(4)
+        logged = validate(random_sam, module, DataLoader(dataset, 2))
+        assert logged["val/miou_raw"] == pytest.approx(raw_miou(module, dataset), abs=1e-6)
+
+    def test_thresholds_of_two_classes(self, random_sam):
+        def make(batch, logits, loss):
+            return {"loss": loss, "final": logits.sigmoid() > 0.7}
+
+        with pytest.raises(ValueError, match=r"scores must be one tensor.*scores_key='final'"):
+            validate(random_sam, Step(make, 1), DataLoader(Binary(4), 2), num_classes=2)
+
+
 class TestHardPredictions:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
     def test_one_hot_scores_are_label_maps(self, dtype):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -353,6 +354,40 @@ def test_a_mask_through_to_tensor_is_told_so():
     target = torch.tensor([[[0.0, 1.0, 2.0, 255.0]]]) / 255
     with pytest.raises(ValueError, match="indices divided by 255, as ToTensor does"):
         to_labels(target, torch.zeros(1, 1, 4))
+
+
+class TestMasksOf0And255AmongSeveralClasses:
+    """With 255 as the default ignored value a class stored as 255 vanishes from every figure."""
+
+    MASK = torch.tensor([0, 255]).repeat(2, 3, 2)
+
+    def test_are_warned_of_once(self):
+        check = TargetCheck(3, "auto")
+        check(self.MASK)
+        with pytest.warns(RuntimeWarning, match=r"target must hold .* 0 to 2, got 0 and 255 alone"):
+            check(self.MASK)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check(self.MASK)
+            check(self.MASK, 1)
+            check(self.MASK, 1)
+
+    @pytest.mark.parametrize(
+        ("ignore_index", "num_classes", "batches"),
+        [
+            ("auto", 3, [MASK.clamp(max=1), MASK, MASK, MASK]),
+            ("auto", 3, [MASK, [MASK[0], MASK[0] * 0 + 2], MASK, MASK]),
+            ("auto", 3, [MASK * 0] * 4),
+            (255, 3, [MASK] * 4),
+            ("auto", 3, [MASK] + [MASK * 0] * 3),
+        ],
+    )
+    def test_others_are_not(self, ignore_index, num_classes, batches):
+        check = TargetCheck(num_classes, ignore_index)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for batch in batches:
+                check(batch)
 
 
 def test_samples_of_different_sizes_are_checked_together():
