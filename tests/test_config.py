@@ -90,7 +90,7 @@ def test_unknown_preset_and_field_are_refused():
     [
         ("unsuported_weight", r"unsuported_weight \(did you mean unsupported_weight\b"),
         ("iou_thresh", r"iou_thresh \(did you mean pred_iou_thresh\b"),
-        ("color_weight", r"color_weight \(did you mean color_weight\b"),
+        ("colr_weight", r"colr_weight \(did you mean color_weight\b"),
     ],
 )
 def test_a_mistyped_field_names_the_nearest_ones(name, hint):
