@@ -1,0 +1,215 @@
+"""Evidence for each class at each pixel, and the log-linear fusion that weighs it.
+
+The score of class c at a pixel is Σ_f w_f · feature_f,c + b_c, and the refined probabilities are
+the softmax of the scores. With the weights of `PRESET_WEIGHTS` and no biases this is the product of
+the soft fusion: probabilities, color ratios and votes, multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEATURES = ("raw", "color", "mask_votes", "region_votes")
+SAM_FEATURES = ("mask_votes", "region_votes")
+PRESET_WEIGHTS: Mapping[str, float] = MappingProxyType(
+    {"raw": 1.0, "color": 1.3, "mask_votes": 1.0, "region_votes": 1.0}
+)
+
+# Smallest value inside a logarithm. A region's mask was prompted with the prediction itself, so
+# that its absence says less than that of a mask of the point grid.
+_FLOORS = {"raw": 1e-4, "color": 1e-2}
+_OFFSETS = {"mask_votes": 0.02, "region_votes": 0.2}
+
+
+@dataclass(frozen=True)
+class LogLinear:
+    """Weights of features and biases of classes.
+
+    Attributes:
+        features: Names from `FEATURES`, in their order there, ``"raw"`` among them.
+        weights: One weight for each feature.
+        biases: C biases, one for each class.
+
+    Raises:
+        ValueError: Unknown, repeated or unordered features, another number of weights than of
+            features, no class, or a number that is not finite.
+    """
+
+    features: tuple[str, ...]
+    weights: tuple[float, ...]
+    biases: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_features(self.features)
+        if len(self.weights) != len(self.features):
+            raise ValueError(
+                f"weights must be {len(self.features)} numbers, one for each of "
+                f"{', '.join(self.features)}, got {len(self.weights)}"
+            )
+        if not self.biases:
+            raise ValueError("biases must be one number for each class, got none")
+        for name, values in (("weights", self.weights), ("biases", self.biases)):
+            if not all(abs(value) < float("inf") for value in values):
+                raise ValueError(f"{name} must be finite numbers, got {list(values)}")
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.biases)
+
+    @classmethod
+    def preset(cls, features: Sequence[str], num_classes: int) -> LogLinear:
+        """Return the weights of the soft fusion without biases."""
+        names = check_features(features)
+        return cls(names, tuple(PRESET_WEIGHTS[name] for name in names), (0.0,) * num_classes)
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Return the (C, N) float64 scores of (F, C, N) features."""
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=features.device)
+        biases = torch.tensor(self.biases, dtype=torch.float64, device=features.device)
+        return torch.einsum("f,fcn->cn", weights, features.double()) + biases[:, None]
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """What the features of one image are computed from, all on one device.
+
+    Attributes:
+        probs: (C, H, W) float32 in [0, 1], the raw probabilities.
+        color_ratios: (C, B) float32, p(class | color) / p(class) for each color bin; None without
+            colors.
+        color_bins: (H, W) integer in [0, B), each pixel's color bin; None without colors.
+        mask_votes: (C, h, w) float32 in [0, 1], votes of the masks of the point grid; None if the
+            grid was not prompted.
+        region_votes: (C, h, w) float32 in [0, 1], votes of the masks of prompted regions; None if
+            regions were not prompted.
+
+    Raises:
+        ValueError: Shapes that do not fit together, or only one of color ratios and color bins.
+    """
+
+    probs: Tensor
+    color_ratios: Tensor | None = None
+    color_bins: Tensor | None = None
+    mask_votes: Tensor | None = None
+    region_votes: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.probs.dim() != 3:
+            raise ValueError(f"probs must be of shape (C, H, W), got {tuple(self.probs.shape)}")
+        num_classes, *image_hw = self.probs.shape
+        if (self.color_ratios is None) != (self.color_bins is None):
+            raise ValueError("color_ratios and color_bins must be both tensors or both None")
+        if self.color_bins is not None and list(self.color_bins.shape) != image_hw:
+            raise ValueError(
+                f"color_bins must be of shape {tuple(image_hw)}, that of the image, got "
+                f"{tuple(self.color_bins.shape)}"
+            )
+        for name, dims in (("color_ratios", 2), ("mask_votes", 3), ("region_votes", 3)):
+            value = getattr(self, name)
+            if value is not None and (value.dim() != dims or len(value) != num_classes):
+                raise ValueError(
+                    f"{name} must have {dims} dimensions, the first of {num_classes} classes, got "
+                    f"shape {tuple(value.shape)}"
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The features that this image has."""
+        has = {
+            "raw": True,
+            "color": self.color_ratios is not None,
+            "mask_votes": self.mask_votes is not None,
+            "region_votes": self.region_votes is not None,
+        }
+        return tuple(name for name in FEATURES if has[name])
+
+    def at(self, pixels: Tensor, features: Sequence[str] | None = None) -> Tensor:
+        """Return the features of single pixels.
+
+        Args:
+            pixels: (N,) int64, indices into the flattened image.
+            features: Names from `names`; all of them if None.
+
+        Returns:
+            (F, C, N) float32.
+
+        Raises:
+            ValueError: A feature that this image lacks.
+        """
+        names = self._present(self.names if features is None else features)
+        num_classes = len(self.probs)
+        out = self.probs.new_empty(len(names), num_classes, len(pixels))
+        for row, name in enumerate(names):
+            for c in range(num_classes):
+                out[row, c] = self._plane(name, c).flatten()[pixels]
+        return out
+
+    def fuse(self, weights: LogLinear) -> Tensor:
+        """Return the refined probabilities, (C, H, W) float32, summing to 1 over the classes.
+
+        Raises:
+            ValueError: A feature that this image lacks, or weights of another number of classes.
+        """
+        names = self._present(weights.features)
+        if weights.num_classes != len(self.probs):
+            raise ValueError(
+                f"weights must be those of {len(self.probs)} classes, got {weights.num_classes}"
+            )
+        scores = torch.empty_like(self.probs, memory_format=torch.contiguous_format)
+        for c, bias in enumerate(weights.biases):
+            # One class at a time stays in a CPU's cache.
+            score = scores[c].fill_(bias)
+            for name, weight in zip(names, weights.weights, strict=True):
+                if weight:
+                    score.add_(self._plane(name, c), alpha=weight)
+        return scores.softmax(dim=0)
+
+    def _present(self, features: Sequence[str]) -> tuple[str, ...]:
+        missing = [name for name in features if name not in self.names]
+        if missing:
+            raise ValueError(
+                f"features must be among those of the image, {', '.join(self.names)}, got "
+                f"{', '.join(missing)}"
+            )
+        return tuple(features)
+
+    def _plane(self, name: str, c: int) -> Tensor:
+        """Return one feature of one class, (H, W) float32."""
+        if name == "raw":
+            return self.probs[c].clamp(min=_FLOORS[name]).log_()
+        if name == "color":
+            assert self.color_ratios is not None
+            assert self.color_bins is not None
+            ratios = self.color_ratios[c].clamp(min=_FLOORS[name]).log_()
+            return ratios[self.color_bins.long()]
+        votes: Tensor = getattr(self, name)
+        resized = F.interpolate(
+            votes[c][None, None].float(),
+            self.probs.shape[1:],
+            mode="bilinear",
+            align_corners=False,
+        )
+        return resized[0, 0].add_(_OFFSETS[name]).log_()
+
+
+def check_features(features: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of features as a tuple.
+
+    Raises:
+        ValueError: An unknown or repeated name, another order than that of `FEATURES`, or no
+            ``"raw"``.
+    """
+    ordered = tuple(name for name in FEATURES if name in features)
+    if tuple(features) != ordered or "raw" not in ordered:
+        raise ValueError(
+            f"features must be 'raw' and any of {', '.join(map(repr, FEATURES[1:]))} in this "
+            f"order, got {', '.join(map(repr, features)) or 'none'}"
+        )
+    return ordered

@@ -1,0 +1,199 @@
+"""Does refining pay on these images, for which classes, and how much of it is SAM's merit?
+
+Judged are predictions from weights that were fitted without the image in question, on the sampled
+pixels of each image. A sample bounds an image's weight by its number of pixels, not its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_samrefine.metrics.bootstrap import (
+    BootstrapInterval,
+    bootstrap_class_gains,
+    paired_bootstrap,
+)
+
+
+@dataclass(frozen=True)
+class PixelLabels:
+    """Classes of the N sampled pixels of one image, on the CPU.
+
+    Attributes:
+        target: (N,) integer in [0, C), the true classes.
+        raw: (N,) integer, the raw prediction; outside [0, C) no class is predicted.
+        refined: (N,) integer in [0, C), the refinement with SAM.
+        control: (N,) integer in [0, C), the refinement without SAM.
+    """
+
+    target: Tensor
+    raw: Tensor
+    refined: Tensor
+    control: Tensor
+
+    def with_frozen(self, classes: Sequence[int], num_classes: int) -> PixelLabels:
+        """Take back the refinement's changes from or to some classes."""
+        if not classes:
+            return self
+        # One more entry, for pixels without a predicted class.
+        frozen = torch.zeros(num_classes + 1, dtype=torch.bool)
+        frozen[list(classes)] = True
+        kept = frozen[_known(self.raw, num_classes)] | frozen[_known(self.refined, num_classes)]
+        return replace(self, refined=torch.where(kept, self.raw, self.refined))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the cross-validation found.
+
+    Attributes:
+        gain: mIoU of the refinement minus that of the raw prediction. Pixels of
+            ``frozen_classes`` count with their raw classes.
+        control: mIoU of the refinement without SAM minus that of the raw prediction.
+        over_control: mIoU of the refinement minus that of the refinement without SAM.
+        frozen_classes: Classes that certainly lose, which keep their raw pixels; none if nothing
+            is refined.
+        refine: Whether the gain's interval lies above 0.
+    """
+
+    gain: BootstrapInterval
+    control: BootstrapInterval
+    over_control: BootstrapInterval
+    frozen_classes: tuple[int, ...]
+    refine: bool
+
+    def sentence(self, class_names: Sequence[str] | None = None) -> str:
+        """Return what was found, in points of mIoU.
+
+        Args:
+            class_names: C names; classes are called by their indices if None.
+        """
+        gain = f"{_points(self.gain.gain)} ({_range(self.gain)})"
+        control = _points(self.control.gain)
+        if not self.refine:
+            worse = self.gain.high < 0
+            finding = "costs mIoU" if worse else "adds nothing certain to mIoU:"
+            return (
+                f"SAM {finding} {gain}, and {control} without SAM; "
+                "every class keeps the raw prediction"
+            )
+        found = f"SAM adds {gain} to mIoU, {control} of it without SAM"
+        if not self.frozen_classes:
+            return found
+        names = [str(c) if class_names is None else class_names[c] for c in self.frozen_classes]
+        listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+        keep = "keep" if len(names) > 1 else "keeps"
+        return f"{found}; {listed} {keep} the raw prediction"
+
+
+def judge(images: Sequence[PixelLabels], num_classes: int, seed: int = 0) -> Verdict:
+    """Decide what to refine.
+
+    Classes whose IoU certainly falls are frozen one at a time, the most certain first, because
+    each of them changes the gains of the others. The choice is made on the images that it is then
+    reported for: with many classes and few images the gain is told slightly too high.
+
+    Args:
+        images: At least one image.
+        num_classes: C.
+        seed: Of the bootstrap's draws.
+
+    Raises:
+        ValueError: No image.
+    """
+    if not images:
+        raise ValueError("images must be at least one, got none")
+    raw = _confusions([(image.target, image.raw) for image in images], num_classes)
+    control = _confusions([(image.target, image.control) for image in images], num_classes)
+    refined = _confusions([(image.target, image.refined) for image in images], num_classes)
+    gain = paired_bootstrap(raw, refined, seed=seed)
+    frozen = _certain_losers(images, raw, num_classes, seed)
+    if frozen:
+        kept = [image.with_frozen(frozen, num_classes) for image in images]
+        without = _confusions([(image.target, image.refined) for image in kept], num_classes)
+        gain_without = paired_bootstrap(raw, without, seed=seed)
+        if gain_without.low > 0:
+            refined, gain = without, gain_without
+        else:
+            frozen = []
+    return Verdict(
+        gain=gain,
+        control=paired_bootstrap(raw, control, seed=seed),
+        over_control=paired_bootstrap(control, refined, seed=seed),
+        frozen_classes=tuple(sorted(frozen)),
+        refine=gain.low > 0,
+    )
+
+
+def _certain_losers(
+    images: Sequence[PixelLabels], raw: np.ndarray, num_classes: int, seed: int
+) -> list[int]:
+    """Return the classes to freeze, so that no other class certainly loses."""
+    frozen: list[int] = []
+    while True:
+        kept = [image.with_frozen(frozen, num_classes) for image in images]
+        refined = _confusions([(image.target, image.refined) for image in kept], num_classes)
+        _, high = bootstrap_class_gains(raw, refined, seed=seed)
+        high[frozen] = 0.0
+        worst = int(high.argmin())
+        if not high[worst] < 0:
+            return frozen
+        frozen.append(worst)
+
+
+def certain_gain(
+    targets: Sequence[Tensor],
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    num_classes: int,
+    seed: int = 0,
+) -> BootstrapInterval:
+    """Compare two predictions of the same pixels, such as without and with the point grid.
+
+    Args:
+        targets: For each image, (N,) integer in [0, C), the true classes.
+        before: For each image, (N,) integer.
+        after: For each image, (N,) integer.
+        num_classes: C.
+        seed: Of the bootstrap's draws.
+    """
+    matrices = [
+        _confusions(list(zip(targets, predicted, strict=True)), num_classes)
+        for predicted in (before, after)
+    ]
+    return paired_bootstrap(matrices[0], matrices[1], seed=seed)
+
+
+def _confusions(images: Sequence[tuple[Tensor, Tensor]], num_classes: int) -> np.ndarray:
+    """Return (N, C, C + 1) int64, of which the last column counts pixels without a class."""
+    columns = num_classes + 1
+    return np.stack(
+        [
+            torch.bincount(
+                target.long() * columns + _known(predicted, num_classes),
+                minlength=num_classes * columns,
+            )
+            .reshape(num_classes, columns)
+            .numpy()
+            for target, predicted in images
+        ]
+    )
+
+
+def _known(labels: Tensor, num_classes: int) -> Tensor:
+    """Return labels as int64, C for any value outside [0, C)."""
+    values = labels.long()
+    return torch.where((values >= 0) & (values < num_classes), values, num_classes)
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _range(interval: BootstrapInterval) -> str:
+    return f"{100 * interval.low:.1f}…{100 * interval.high:.1f}"

@@ -1,0 +1,186 @@
+"""Fitted weights as a value that travels: in a checkpoint, and as ``fitted.yaml``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_samrefine.fit.features import FEATURES, SAM_FEATURES, LogLinear
+
+_KEYS = ("refine", "classes", "features", "biases", "control", "frozen_classes", "images", "found")
+
+
+@dataclass(frozen=True)
+class FusionWeights:
+    """What was fitted to one segmenter, one SAM and one kind of images.
+
+    Attributes:
+        fusion: The fusion with SAM. The point grid is prompted if ``"mask_votes"`` is among its
+            features.
+        control: The fusion without SAM.
+        classes: C class names; the classes' indices as strings if they have no names.
+        refine: Whether the fusion is used; if not, every pixel keeps the raw prediction.
+        frozen_classes: Classes that keep their raw pixels.
+        images: Number of images that the weights were fitted to; 0 for a preset's weights.
+        found: What the cross-validation found, in one sentence.
+
+    Raises:
+        TypeError: A value of the wrong type.
+        ValueError: Numbers of classes that differ, a control with features of SAM, or a value
+            outside its range.
+    """
+
+    fusion: LogLinear
+    control: LogLinear
+    classes: tuple[str, ...]
+    refine: bool = True
+    frozen_classes: tuple[int, ...] = ()
+    images: int = 0
+    found: str = ""
+
+    def __post_init__(self) -> None:
+        num_classes = len(self.classes)
+        if len(set(self.classes)) < num_classes:
+            raise ValueError(f"classes must be different names, got {list(self.classes)}")
+        for name in ("fusion", "control"):
+            count = getattr(self, name).num_classes
+            if count != num_classes:
+                raise ValueError(
+                    f"{name}.biases must be {num_classes} numbers, one for each class, got {count}"
+                )
+        of_sam = [name for name in self.control.features if name in SAM_FEATURES]
+        if of_sam:
+            raise ValueError(f"control.features must be without SAM's, got {', '.join(of_sam)}")
+        if not isinstance(self.refine, bool):
+            raise TypeError(f"refine must be true or false, got {self.refine!r}")
+        _check_count("images", self.images)
+        for c in self.frozen_classes:
+            if _check_count("frozen_classes", c) >= num_classes:
+                raise ValueError(f"frozen_classes must be below {num_classes}, got {c}")
+        if list(self.frozen_classes) != sorted(set(self.frozen_classes)):
+            raise ValueError(
+                f"frozen_classes must be different and ascending, got {list(self.frozen_classes)}"
+            )
+        if not isinstance(self.found, str):
+            raise TypeError(f"found must be a string, got {self.found!r}")
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return plain values, as `from_mapping` reads them."""
+        return {
+            "refine": self.refine,
+            "found": self.found,
+            "images": self.images,
+            "classes": list(self.classes),
+            "frozen_classes": [self.classes[c] for c in self.frozen_classes],
+            **_plain(self.fusion, self.classes),
+            "control": _plain(self.control, self.classes),
+        }
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[Any, Any]) -> FusionWeights:
+        """Build weights from plain values.
+
+        Raises:
+            TypeError: A value of the wrong type.
+            ValueError: A missing or unknown key, an unknown class, or a value outside its range.
+        """
+        _check_keys("keys", _checked_mapping("weights", values), _KEYS)
+        names = values["classes"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"classes must be a list of strings, got {names!r}")
+        frozen = values["frozen_classes"]
+        if not isinstance(frozen, list):
+            raise TypeError(f"frozen_classes must be a list of class names, got {frozen!r}")
+        unknown = [name for name in frozen if name not in names]
+        if unknown:
+            listed = ", ".join(map(str, unknown))
+            raise ValueError(f"frozen_classes must be among {', '.join(names)}, got {listed}")
+        control = _checked_mapping("control", values["control"])
+        _check_keys("control", control, ("features", "biases"))
+        return cls(
+            fusion=_log_linear("", values, names),
+            control=_log_linear("control.", control, names),
+            classes=tuple(names),
+            refine=values["refine"],
+            frozen_classes=tuple(sorted(names.index(name) for name in frozen)),
+            images=values["images"],
+            found=values["found"],
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights as YAML."""
+        text = yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True, width=100)
+        Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> FusionWeights:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: No file at that path.
+            TypeError: A value of the wrong type.
+            ValueError: No YAML, or as `from_mapping`.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            return cls.from_mapping(values)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} must be YAML, got {error}") from error
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+
+def is_fusion_weights(values: Mapping[Any, Any]) -> bool:
+    """Tell plain values of `FusionWeights` from those of thresholds."""
+    return "features" in values and "biases" in values
+
+
+def _plain(weights: LogLinear, classes: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    return {
+        "features": dict(zip(weights.features, weights.weights, strict=True)),
+        "biases": dict(zip(classes, weights.biases, strict=True)),
+    }
+
+
+def _log_linear(where: str, values: Mapping[Any, Any], classes: list[str]) -> LogLinear:
+    features = _checked_mapping(f"{where}features", values["features"])
+    biases = _checked_mapping(f"{where}biases", values["biases"])
+    _check_keys(f"{where}biases", biases, classes)
+    # In the order of FEATURES; unknown ones come last and are refused.
+    names = sorted(features, key=lambda name: [*FEATURES, name].index(name))
+    return LogLinear(
+        tuple(names),
+        tuple(_number(f"{where}features.{name}", features[name]) for name in names),
+        tuple(_number(f"{where}biases.{name}", biases[name]) for name in classes),
+    )
+
+
+def _checked_mapping(name: str, value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping, got {value!r}")
+    return value
+
+
+def _check_keys(name: str, values: Mapping[Any, Any], keys: tuple[str, ...] | list[str]) -> None:
+    if set(values) != set(keys):
+        raise ValueError(
+            f"{name} must be {', '.join(keys)}, got {', '.join(map(str, values)) or 'none'}"
+        )
+
+
+def _check_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)

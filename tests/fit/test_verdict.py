@@ -1,0 +1,154 @@
+"""The decision on constructed images, with gains computed by torchmetrics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional.classification import multiclass_jaccard_index
+
+from lightning_samrefine.fit import PixelLabels, certain_gain, judge
+
+C = 4
+
+
+def images(count: int, errors: dict[str, float], seed: int = 0) -> list[PixelLabels]:
+    """Images whose predictions are wrong at given shares of the pixels.
+
+    A side's errors are nested: the fewer, the more of them are also those of the others.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        target = rng.integers(C, size=500)
+        chance, wrong = rng.random(500), (target + rng.integers(1, C, size=500)) % C
+        sides = {
+            name: torch.from_numpy(np.where(chance < share, wrong, target))
+            for name, share in errors.items()
+        }
+        found.append(PixelLabels(torch.from_numpy(target), **sides))
+    return found
+
+
+def miou(found: list[PixelLabels], side: str) -> float:
+    predictions = torch.cat([getattr(image, side) for image in found])
+    targets = torch.cat([image.target for image in found])
+    return float(multiclass_jaccard_index(predictions, targets, num_classes=C, average="macro"))
+
+
+def test_a_certain_gain_is_refined_and_told_beside_the_control():
+    found = images(20, {"raw": 0.3, "refined": 0.1, "control": 0.25})
+    verdict = judge(found, C)
+    assert verdict.refine
+    assert verdict.frozen_classes == ()
+    gain, control = (miou(found, side) - miou(found, "raw") for side in ("refined", "control"))
+    assert verdict.gain.gain == pytest.approx(gain, abs=1e-6)
+    assert verdict.control.gain == pytest.approx(control, abs=1e-6)
+    assert verdict.over_control.gain == pytest.approx(gain - control, abs=1e-6)
+    assert 0 < verdict.gain.low < gain < verdict.gain.high
+    low, high = 100 * verdict.gain.low, 100 * verdict.gain.high
+    assert verdict.sentence() == (
+        f"SAM adds +{100 * gain:.1f} ({low:.1f}…{high:.1f}) to mIoU, +{100 * control:.1f} of it "
+        "without SAM"
+    )
+
+
+def test_a_gain_that_is_not_certain_refines_nothing():
+    rng = np.random.default_rng(3)
+    found = []
+    for image in images(20, {"raw": 0.2, "control": 0.2, "refined": 0.2}):
+        # Other pixels are wrong, but as many.
+        wrong = torch.from_numpy(rng.random(500) < 0.2)
+        refined = torch.where(wrong, (image.target + 1) % C, image.target)
+        found.append(replace(image, refined=refined))
+    verdict = judge(found, C)
+    assert not verdict.refine
+    assert verdict.gain.low < 0 < verdict.gain.high
+    gain = miou(found, "refined") - miou(found, "raw")
+    low, high = 100 * verdict.gain.low, 100 * verdict.gain.high
+    assert verdict.sentence() == (
+        f"SAM adds nothing certain to mIoU: {100 * gain:+.1f} ({low:.1f}…{high:.1f}), and +0.0 "
+        "without SAM; every class keeps the raw prediction"
+    )
+
+
+def test_harm_is_told_and_not_done():
+    verdict = judge(images(20, {"raw": 0.1, "refined": 0.3, "control": 0.1}), C)
+    assert not verdict.refine
+    assert verdict.frozen_classes == ()
+    assert verdict.gain.high < 0
+    assert verdict.sentence().startswith(f"SAM costs mIoU {100 * verdict.gain.gain:.1f} (")
+
+
+def test_a_class_that_certainly_loses_keeps_its_raw_pixels():
+    found = images(20, {"raw": 0.2, "refined": 0.05, "control": 0.2})
+    rng = np.random.default_rng(1)
+    broken = []
+    for image in found:  # class 2 is lost to class 3
+        refined = image.refined.clone()
+        refined[(image.target == 2) & torch.from_numpy(rng.random(500) < 0.5)] = 3
+        broken.append(PixelLabels(image.target, image.raw, refined, image.control))
+    verdict = judge(broken, C)
+    assert verdict.refine
+    assert 2 in verdict.frozen_classes
+    assert 0 not in verdict.frozen_classes
+    kept = [image.with_frozen(verdict.frozen_classes, C) for image in broken]
+    for before, after in zip(broken, kept, strict=True):
+        for c in verdict.frozen_classes:
+            assert torch.equal(after.refined == c, before.raw == c)
+        free = ~torch.isin(before.raw, torch.tensor(verdict.frozen_classes))
+        free &= ~torch.isin(before.refined, torch.tensor(verdict.frozen_classes))
+        assert torch.equal(after.refined[free], before.refined[free])
+    assert verdict.gain.gain == pytest.approx(miou(kept, "refined") - miou(found, "raw"), abs=1e-6)
+    names = ["road", "sky", "fence", "car"]
+    listed = " and ".join(names[c] for c in verdict.frozen_classes)
+    verb = "keep" if len(verdict.frozen_classes) > 1 else "keeps"
+    assert verdict.sentence(names).endswith(f"; {listed} {verb} the raw prediction")
+
+
+def test_a_perfect_segmenter_is_not_touched():
+    verdict = judge(images(12, {"raw": 0.0, "refined": 0.01, "control": 0.0}), C)
+    assert not verdict.refine
+
+
+def test_one_image_decides_by_itself_without_an_error():
+    verdict = judge(images(1, {"raw": 0.3, "refined": 0.1, "control": 0.3}), C)
+    assert verdict.gain.images == 1
+    assert verdict.gain.low == verdict.gain.high == verdict.gain.gain
+
+
+def test_pixels_without_a_predicted_class_count_as_errors():
+    target = torch.tensor([0, 0, 1, 1])
+    raw = torch.tensor([-1, 0, 1, 7])
+    verdict = judge([PixelLabels(target, raw, target, target)] * 3, 2)
+    assert verdict.gain.gain == pytest.approx(0.5)
+
+
+def test_a_class_in_one_image_alone_is_not_certainly_lost():
+    found = images(20, {"raw": 0.2, "refined": 0.05, "control": 0.2})
+    rare = torch.zeros(500, dtype=torch.int64)
+    rare[:5] = 3
+    without = [
+        PixelLabels(
+            *(torch.where(side == 3, 0, side) for side in (i.target, i.raw, i.refined, i.control))
+        )
+        for i in found
+    ]
+    odd = PixelLabels(rare, rare, torch.zeros_like(rare), rare)
+    assert 3 not in judge([*without, odd], C).frozen_classes
+
+
+def test_two_predictions_are_compared_on_the_same_pixels():
+    found = images(16, {"raw": 0.3, "refined": 0.1, "control": 0.2})
+    gain = certain_gain(
+        [i.target for i in found], [i.control for i in found], [i.refined for i in found], C
+    )
+    assert gain.gain == pytest.approx(miou(found, "refined") - miou(found, "control"), abs=1e-6)
+    assert gain.low > 0
+
+
+def test_no_image_is_refused():
+    with pytest.raises(ValueError, match="images must be at least one, got none"):
+        judge([], C)

@@ -1,0 +1,124 @@
+"""Fitted weights survive a file, and a damaged file is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_samrefine.fit import FEATURES, FusionWeights, LogLinear, is_fusion_weights
+
+CLASSES = ("road", "sky", "true")  # YAML takes an unquoted true for a bool
+NUMBERS = st.floats(-1e6, 1e6)
+
+
+def weights() -> FusionWeights:
+    return FusionWeights(
+        fusion=LogLinear(FEATURES, (0.1, 1.0, 1e-05, -2.5), (0.1 + 0.2, 0.0, -1e-12)),
+        control=LogLinear(("raw", "color"), (0.9, 0.3), (0.0, 0.25, 0.0)),
+        classes=CLASSES,
+        frozen_classes=(0, 2),
+        images=31,
+        found="SAM adds +2.1 (1.6…2.7) to mIoU, +0.4 of it without SAM",
+    )
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path: Path):
+    path = tmp_path / "fitted.yaml"
+    weights().save(path)
+    assert FusionWeights.load(path) == weights()
+    text = path.read_text(encoding="utf-8")
+    assert "1.6…2.7" in text
+    assert yaml.safe_load(text)["frozen_classes"] == ["road", "true"]
+
+
+@given(st.lists(NUMBERS, min_size=4, max_size=4), st.lists(NUMBERS, min_size=3, max_size=3))
+def test_every_number_survives_yaml(values: list[float], biases: list[float]):
+    given_weights = FusionWeights(
+        fusion=LogLinear(FEATURES, tuple(values), tuple(biases)),
+        control=LogLinear(("raw",), (values[0],), tuple(biases)),
+        classes=CLASSES,
+        refine=False,
+    )
+    text = yaml.safe_dump(given_weights.to_mapping())
+    assert FusionWeights.from_mapping(yaml.safe_load(text)) == given_weights
+
+
+def damaged(key: str, value: object) -> dict:
+    values = copy.deepcopy(weights().to_mapping())
+    *outer, last = key.split(".")
+    inside = values
+    for name in outer:
+        inside = inside[name]
+    if value is KeyError:
+        del inside[last]
+    else:
+        inside[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        ("features", KeyError, ValueError, "keys must be refine, classes, features"),
+        ("speed", 3, ValueError, "keys must be .* got .*speed"),
+        ("features", [1, 2], TypeError, "features must be a mapping"),
+        ("features.raw", "much", TypeError, "features.raw must be a number, got 'much'"),
+        ("features.raw", True, TypeError, "features.raw must be a number, got True"),
+        ("features.raw", float("nan"), ValueError, "weights must be finite"),
+        ("features.entropy", 1.0, ValueError, "features must be 'raw' and any of"),
+        ("biases.sky", KeyError, ValueError, "biases must be road, sky, true, got road, true"),
+        ("biases.tree", 0.0, ValueError, "biases must be road, sky, true"),
+        ("control", None, TypeError, "control must be a mapping, got None"),
+        ("control.biases", KeyError, ValueError, "control must be features, biases"),
+        ("control.features.region_votes", 1.0, ValueError, "control.features must be without SAM"),
+        ("classes", "road", TypeError, "classes must be a list of strings"),
+        ("classes", ["road", "sky", True], TypeError, "classes must be a list of strings"),
+        ("classes", ["road", "sky", "sky", "true"], ValueError, "classes must be different"),
+        ("frozen_classes", ["tree"], ValueError, "frozen_classes must be among .*, got tree"),
+        ("frozen_classes", ["sky", "sky"], ValueError, "frozen_classes must be different"),
+        ("frozen_classes", "sky", TypeError, "frozen_classes must be a list"),
+        ("refine", "yes", TypeError, "refine must be true or false, got 'yes'"),
+        ("images", 2.5, TypeError, "images must be an integer, got 2.5"),
+        ("images", -1, ValueError, "images must be at least 0, got -1"),
+        ("found", 7, TypeError, "found must be a string, got 7"),
+    ],
+)
+def test_a_damaged_file_is_refused(key, value, error, message, tmp_path: Path):
+    path = tmp_path / "damaged.yaml"
+    path.write_text(yaml.safe_dump(damaged(key, value)), encoding="utf-8")
+    with pytest.raises(error, match=f"damaged.yaml: .*{message}"):
+        FusionWeights.load(path)
+
+
+def test_what_is_no_mapping_or_no_yaml_is_refused(tmp_path: Path):
+    path = tmp_path / "other.yaml"
+    path.write_text("- 1\n- 2\n", encoding="utf-8")
+    with pytest.raises(TypeError, match="weights must be a mapping"):
+        FusionWeights.load(path)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="must be YAML"):
+        FusionWeights.load(path)
+
+
+def test_weights_of_different_numbers_of_classes_are_refused():
+    with pytest.raises(ValueError, match=r"control.biases must be 2 numbers"):
+        FusionWeights(
+            LogLinear(("raw",), (1.0,), (0.0,) * 2), LogLinear(("raw",), (1.0,), (0.0,)), ("a", "b")
+        )
+    with pytest.raises(ValueError, match="frozen_classes must be below 1, got 1"):
+        FusionWeights(
+            LogLinear(("raw",), (1.0,), (0.0,)),
+            LogLinear(("raw",), (1.0,), (0.0,)),
+            ("a",),
+            frozen_classes=(1,),
+        )
+
+
+def test_weights_are_told_from_thresholds():
+    assert is_fusion_weights(weights().to_mapping())
+    assert not is_fusion_weights({"preset": "fast", "stride": 2})
