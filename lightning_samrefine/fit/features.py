@@ -3,6 +3,10 @@
 The score of class c at a pixel is Σ_f w_f · feature_f,c + b_c, and the refined probabilities are
 the softmax of the scores. With the weights of `PRESET_WEIGHTS` and no biases this is the product of
 the soft fusion: probabilities, color ratios and votes, multiplied.
+
+The features are logarithms: ``"raw"`` of the raw probability, ``"color"`` of how usual the pixel's
+color is in the class, ``"presence"`` of the class's mean probability in the image, ``"mask_votes"``
+and ``"region_votes"`` of the support by SAM's masks. Only the last two need SAM.
 """
 
 from __future__ import annotations
@@ -15,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEATURES = ("raw", "color", "mask_votes", "region_votes")
+FEATURES = ("raw", "color", "presence", "mask_votes", "region_votes")
 SAM_FEATURES = ("mask_votes", "region_votes")
 PRESET_WEIGHTS: Mapping[str, float] = MappingProxyType(
-    {"raw": 1.0, "color": 1.3, "mask_votes": 1.0, "region_votes": 1.0}
+    {"raw": 1.0, "color": 1.3, "presence": 0.0, "mask_votes": 1.0, "region_votes": 1.0}
 )
 
 # Smallest value inside a logarithm. A region's mask was prompted with the prediction itself, so
 # that its absence says less than that of a mask of the point grid.
-_FLOORS = {"raw": 1e-4, "color": 1e-2}
+_FLOORS = {"raw": 1e-4, "color": 1e-2, "presence": 1e-5}
 _OFFSETS = {"mask_votes": 0.02, "region_votes": 0.2}
 
 
@@ -125,6 +129,7 @@ class FeatureMaps:
         has = {
             "raw": True,
             "color": self.color_ratios is not None,
+            "presence": True,
             "mask_votes": self.mask_votes is not None,
             "region_votes": self.region_votes is not None,
         }
@@ -148,7 +153,7 @@ class FeatureMaps:
         out = self.probs.new_empty(len(names), num_classes, len(pixels))
         for row, name in enumerate(names):
             for c in range(num_classes):
-                out[row, c] = self._plane(name, c).flatten()[pixels]
+                out[row, c] = self._plane(name, c).reshape(-1)[pixels]
         return out
 
     def fuse(self, weights: LogLinear) -> Tensor:
@@ -184,6 +189,9 @@ class FeatureMaps:
         """Return one feature of one class, (H, W) float32."""
         if name == "raw":
             return self.probs[c].clamp(min=_FLOORS[name]).log_()
+        if name == "presence":
+            share = self.probs[c].mean().clamp(min=_FLOORS[name]).log()
+            return share.expand(self.probs.shape[1:])
         if name == "color":
             assert self.color_ratios is not None
             assert self.color_bins is not None

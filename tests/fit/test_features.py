@@ -48,6 +48,10 @@ def expected(found: FeatureMaps) -> np.ndarray:
         [
             np.log(np.maximum(found.probs.numpy(), 1e-4)),
             np.log(np.maximum(ratios, 1e-2)),
+            np.broadcast_to(
+                np.log(np.maximum(found.probs.numpy().mean(axis=(1, 2)), 1e-5))[:, None, None],
+                found.probs.shape,
+            ),
             np.log(resized(found.mask_votes) + 0.02),
             np.log(resized(found.region_votes) + 0.2),
         ]
@@ -58,20 +62,20 @@ def test_features_are_the_logarithms_of_the_evidence():
     found = maps()
     pixels = torch.tensor([0, 7, 55, H * W - 1, 7])
     got = found.at(pixels)
-    assert got.shape == (4, C, 5)
-    want = expected(found).reshape(4, C, -1)[:, :, pixels.numpy()]
+    assert got.shape == (5, C, 5)
+    want = expected(found).reshape(5, C, -1)[:, :, pixels.numpy()]
     np.testing.assert_allclose(got.numpy(), want, atol=1e-5)
 
 
 def test_a_chosen_feature_is_the_row_of_all():
     found, pixels = maps(), torch.arange(H * W)
-    assert torch.equal(found.at(pixels, ("raw", "region_votes")), found.at(pixels)[[0, 3]])
+    assert torch.equal(found.at(pixels, ("raw", "region_votes")), found.at(pixels)[[0, 4]])
 
 
 @pytest.mark.parametrize("features", [FEATURES, ("raw", "color"), ("raw",)])
 def test_fused_probabilities_are_the_softmax_of_the_scores(features: tuple[str, ...]):
     found = maps()
-    weights = LogLinear(features, (0.7, 1.1, -0.2, 2.0)[: len(features)], (0.5, 0.0, -1.0))
+    weights = LogLinear(features, (0.7, 1.1, 0.4, -0.2, 2.0)[: len(features)], (0.5, 0.0, -1.0))
     rows = [FEATURES.index(name) for name in features]
     scores = np.einsum("f,fchw->chw", weights.weights, expected(found)[rows])
     scores += np.array(weights.biases)[:, None, None]
@@ -98,9 +102,10 @@ def test_preset_weights_are_the_product_of_the_soft_fusion():
 
 def test_names_tell_what_an_image_has():
     assert maps().names == FEATURES
-    assert maps(mask_votes=None).names == ("raw", "color", "region_votes")
+    assert maps(mask_votes=None).names == ("raw", "color", "presence", "region_votes")
     assert maps(color_ratios=None, color_bins=None, region_votes=None).names == (
         "raw",
+        "presence",
         "mask_votes",
     )
 
@@ -115,7 +120,7 @@ def test_extreme_evidence_is_finite():
         torch.zeros(C, 6, 5),
     )
     assert zero.at(torch.arange(3 * W)).isfinite().all()
-    assert found.fuse(LogLinear(FEATURES, (50.0,) * 4, (0.0,) * C)).isfinite().all()
+    assert found.fuse(LogLinear(FEATURES, (50.0,) * 5, (0.0,) * C)).isfinite().all()
 
 
 def test_a_lacking_feature_is_named():

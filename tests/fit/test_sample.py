@@ -119,7 +119,7 @@ def test_an_image_without_labels_is_not_added():
 
 def test_memory_is_bounded_with_many_classes():
     classes = 150
-    sample = PixelSample(classes, max_images=8, max_bytes=8 * classes * 2 * 500)
+    sample = PixelSample(classes, max_images=8, max_bytes=8 * classes * 2 * 2 * 500)
     probs = torch.rand(classes, 40, 40).softmax(dim=0)
     for index in range(12):
         sample.add(str(index), FeatureMaps(probs), torch.zeros(40, 40).long(), probs.argmax(0))
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="others must be of 5 classes, got 4"):
         PixelSample(5).merge(collected([0]))
     (sample,) = collected([0])
-    with pytest.raises(ValueError, match=r"names must be among .*raw, got color"):
+    with pytest.raises(ValueError, match=r"names must be among .*raw, presence, got color"):
         sample.select(("raw", "color"))
     with pytest.raises(ValueError, match="count must be at least 2, got 1"):
         assign_folds([sample], 1)
