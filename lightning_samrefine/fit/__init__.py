@@ -7,7 +7,7 @@ from lightning_samrefine.fit.features import (
     FeatureMaps,
     LogLinear,
 )
-from lightning_samrefine.fit.sample import ImageSample, PixelSample, assign_folds
+from lightning_samrefine.fit.sample import ImageSample, PixelSample, assign_folds, priority
 from lightning_samrefine.fit.solve import FOLDS, MIN_IMAGES, CrossValidation, cross_validate, fit
 from lightning_samrefine.fit.verdict import PixelLabels, Verdict, certain_gain, judge
 from lightning_samrefine.fit.weights import FusionWeights, is_fusion_weights
@@ -32,4 +32,5 @@ __all__ = [
     "fit",
     "is_fusion_weights",
     "judge",
+    "priority",
 ]

@@ -98,13 +98,13 @@ class PixelSample:
 
     def __iter__(self) -> Iterator[ImageSample]:
         """Iterate over the images in the order of their priorities, which the keys decide."""
-        return (self._images[key] for key in sorted(self._images, key=_priority))
+        return (self._images[key] for key in sorted(self._images, key=priority))
 
     def wants(self, key: str) -> bool:
         """Tell if an image would be kept, before its features are computed."""
         if key in self._images or len(self._images) < self.max_images:
             return key not in self._images
-        return _priority(key) < max(map(_priority, self._images))
+        return priority(key) < max(map(priority, self._images))
 
     def add(
         self,
@@ -151,7 +151,7 @@ class PixelSample:
         labeled = valid.nonzero()[:, 0]
         if len(labeled) == 0:
             return False
-        rng = np.random.default_rng(_priority(key))
+        rng = np.random.default_rng(priority(key))
         count = min(len(labeled), self._pixels(len(maps.names)))
         drawn = np.sort(rng.choice(len(labeled), size=count, replace=False))
         pixels = labeled[torch.from_numpy(drawn).to(labeled.device)]
@@ -189,7 +189,7 @@ class PixelSample:
     def _keep(self, image: ImageSample) -> None:
         self._images[image.key] = image
         if len(self._images) > self.max_images:
-            del self._images[max(self._images, key=_priority)]
+            del self._images[max(self._images, key=priority)]
 
     def _pixels(self, features: int) -> int:
         """Return how many pixels of an image fit, were all ``max_images`` to come."""
@@ -215,12 +215,12 @@ def assign_folds(samples: Sequence[ImageSample], count: int) -> np.ndarray:
     """
     if count < 2:
         raise ValueError(f"count must be at least 2, got {count}")
-    groups = sorted({sample.group for sample in samples}, key=_priority)
+    groups = sorted({sample.group for sample in samples}, key=priority)
     fold = {group: index % count for index, group in enumerate(groups)}
     return np.array([fold[sample.group] for sample in samples], dtype=np.int64)
 
 
-def _priority(key: str) -> int:
-    """Return a number in [0, 2^128), random but for the key, which breaks no ties in practice."""
+def priority(key: str) -> int:
+    """Return a number in [0, 2^128) that depends on the key alone, as good as random."""
     check = hashlib.blake2b(key.encode(), digest_size=16)
     return int.from_bytes(check.digest(), "big")
