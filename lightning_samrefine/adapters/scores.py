@@ -17,6 +17,9 @@ ScoresKind: TypeAlias = Literal["auto", "logits", "probs", "labels"]
 
 _SUM_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _DEFAULT_SUM_TOLERANCE = 1e-3
+# Logits of a weak network may all lie in [0, 1]; in a batch of probabilities some pixel is nearly
+# certain.
+_EXTREME = 0.005
 
 # Probability of all the classes together that a label map does not name. At exactly 0, Algorithm 4
 # could never give a pixel another class (step 10 multiplies by it); above 0 the raw class still
@@ -100,7 +103,8 @@ class BinaryKind:
         Raises:
             WrongValuesError: Values outside [0, 1] after those of earlier batches were read as
                 probabilities.
-            ValueError: A first batch in [0, 1] that is named logits.
+            ValueError: A first batch in [0, 1] that is named logits, or in which no pixel is as
+                certain as probabilities of a trained network are.
         """
         parts = [one for one in scores if one.is_floating_point() and one.numel() > 0]
         if not parts or (self.settled is None and all(map(_is_binary, parts))):
@@ -120,12 +124,14 @@ class BinaryKind:
                 f"scores must be in [0, 1], as which those before were read, got {low:.4g} to "
                 f"{high:.4g}. Set scores_kind='logits' if they are logits of one channel"
             )
-        if inside and self.settled is None and "logit" in name.lower():
-            raise ValueError(
-                "scores_kind must be 'logits' or 'probs' where scores of one channel are named "
-                f"{name!r} and lie in [0, 1], got 'auto' and values from {low:.4g} to {high:.4g}: "
-                "logits are cut at 0, probabilities at 0.5"
-            )
+        if inside and self.settled is None:
+            undecided = _EXTREME < low and high < 1 - _EXTREME and "prob" not in name.lower()
+            if undecided or "logit" in name.lower():
+                raise ValueError(
+                    "scores_kind must be 'logits' or 'probs' if scores of one channel"
+                    f"{f' named {name!r}' if name else ''} lie in [0, 1], got 'auto' and values "
+                    f"from {low:.4g} to {high:.4g}: logits are cut at 0, probabilities at 0.5"
+                )
         self.settled = "probs" if inside else "logits"
         return "auto" if inside else "logits"
 

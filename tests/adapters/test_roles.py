@@ -931,9 +931,18 @@ class TestOneChannel:
 
     def test_what_was_read_as_probabilities_is_contradicted(self):
         adapter = BatchAdapter(2)
-        adapter(self.BATCH, None, self.LOW)
+        adapter(self.BATCH, None, (4 * LOGITS[:, :1]).sigmoid())
         with pytest.raises(ValueError, match=r"scores must be in \[0, 1\].*scores_kind='logits'"):
             adapter(self.BATCH, None, LOGITS[:, :1])
+
+    def test_values_that_may_be_either_are_ambiguous(self):
+        with pytest.raises(ValueError, match=r"scores_kind must be 'logits' or 'probs'"):
+            BatchAdapter(2)(self.BATCH, None, self.LOW)
+        for kind, threshold in (("logits", 0), ("probs", 0.5)):
+            labels = BatchAdapter(2, scores_kind=kind)(self.BATCH, None, self.LOW).labels
+            assert torch.equal(labels, (self.LOW[:, 0] > threshold).long())
+        labels = BatchAdapter(2)(self.BATCH, {"probs": self.LOW}).labels
+        assert torch.equal(labels, (self.LOW[:, 0] > 0.5).long())
 
     @pytest.mark.parametrize("name", ["logits", "seg_logits"])
     def test_a_name_and_values_that_contradict_each_other_are_ambiguous(self, name):
