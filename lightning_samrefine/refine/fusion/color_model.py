@@ -37,14 +37,29 @@ def weigh_by_color(probs: Tensor, image: Tensor, weight: float, stride: int) -> 
     Returns:
         (C, H, W) float32, normalized over the classes wherever L is not 0 for all of them.
     """
-    bins = _color_bins(image.to(probs.device))
-    counted = probs[:, ::stride, ::stride].flatten(1)
-    ratios = _ratios(counted, bins[::stride, ::stride].flatten())
+    ratios, bins = color_ratios(probs, image, stride)
     factors = ratios.clamp_(min=_MIN_RATIO).pow_(weight)
     weighted = torch.empty_like(probs, memory_format=torch.contiguous_format)
     torch.index_select(factors, 1, bins.flatten(), out=weighted.flatten(1))
     weighted *= probs
     return normalize_(weighted)
+
+
+def color_ratios(probs: Tensor, image: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Return how usual each color is in each class, and each pixel's color.
+
+    Args:
+        probs: (C, H, W) float32 in [0, 1].
+        image: (3, H, W) uint8 RGB.
+        stride: Only pixels of every ``stride``-th row and column are counted.
+
+    Returns:
+        (C, B) float32, p(class | color) / p(class) for each color bin; (H, W) int32 in [0, B), the
+        pixels' bins. Both on the device of ``probs``.
+    """
+    bins = _color_bins(image.to(probs.device))
+    counted = probs[:, ::stride, ::stride].flatten(1)
+    return _ratios(counted, bins[::stride, ::stride].flatten()), bins
 
 
 def _color_bins(image: Tensor) -> Tensor:
