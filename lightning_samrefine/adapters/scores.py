@@ -125,7 +125,7 @@ class BinaryKind:
                 f"{high:.4g}. Set scores_kind='logits' if they are logits of one channel"
             )
         if inside and self.settled is None:
-            undecided = _EXTREME < low and high < 1 - _EXTREME and "prob" not in name.lower()
+            undecided = low > _EXTREME and high < 1 - _EXTREME and "prob" not in name.lower()
             if undecided or "logit" in name.lower():
                 raise ValueError(
                     "scores_kind must be 'logits' or 'probs' if scores of one channel"
