@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from lightning_samrefine.fit import PixelLabels, certain_gain, judge
+from lightning_samrefine.fit import LogLinear, PixelLabels, certain_gain, judge
 
 C = 4
 
@@ -106,6 +106,16 @@ def test_a_class_that_certainly_loses_keeps_its_raw_pixels():
     listed = " and ".join(names[c] for c in verdict.frozen_classes)
     verb = "keep" if len(verdict.frozen_classes) > 1 else "keeps"
     assert verdict.sentence(names).endswith(f"; {listed} {verb} the raw prediction")
+
+
+def test_a_gain_by_the_frequencies_of_classes_alone_refines_nothing():
+    found = images(20, {"raw": 0.3, "refined": 0.1, "control": 0.1})
+    unrelated = LogLinear(("raw", "color"), (0.05, 1.0), (0.0,) * C)
+    verdict = judge(found, C, unrelated)
+    assert verdict.gain.low > 0
+    assert not verdict.refine
+    assert verdict.sentence().startswith("The raw prediction hardly tells the targets")
+    assert judge(found, C, LogLinear(("raw", "color"), (0.4, 1.0), (0.0,) * C)).refine
 
 
 def test_a_perfect_segmenter_is_not_touched():
