@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning_samrefine.config import RefineConfig, unknown_fields
 
@@ -17,39 +17,42 @@ _KEY = re.compile(r"(?:\+{1,2}|~)?refine\.(\w+)")
 
 
 def is_refine_file(name: str) -> bool:
-    """Tell a path of a YAML file from a preset's name."""
+    """Whether a string is the path of a YAML file, and not a preset's name."""
     return name.endswith(_SUFFIXES)
 
 
 def read_refine(path: str | Path) -> RefineConfig:
-    """Read a YAML mapping of `RefineConfig`'s fields; what it leaves out is as in ``"default"``.
+    """Read a YAML mapping of `RefineConfig`'s fields; others are those of ``"default"``.
 
     Raises:
         FileNotFoundError: No file at that path.
         TypeError: An unknown field, or a value of a wrong type.
-        ValueError: No mapping, an unknown preset, or a value outside its range.
+        ValueError: Not a mapping, an unknown preset, or a value outside its range.
     """
     from omegaconf import DictConfig, OmegaConf
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"refine: no file {path}")
+        raise FileNotFoundError(
+            f"refine must be the path of a file, got {path}, where there is none"
+        )
     loaded = OmegaConf.load(path)
     if not isinstance(loaded, DictConfig):
-        raise ValueError(f"refine: got {path}, accepted is a mapping of RefineConfig's fields")
+        raise ValueError(f"refine must be a file with RefineConfig's fields, got {path}")
     try:
-        return refine_from_mapping(OmegaConf.to_container(loaded, resolve=True))
+        fields = cast("dict[Any, Any]", OmegaConf.to_container(loaded, resolve=True))
+        return refine_from_mapping(fields)
     except (TypeError, ValueError) as error:
         raise type(error)(f"refine={path}: {error}") from error
 
 
 def refine_from_mapping(fields: Mapping[Any, Any]) -> RefineConfig:
-    """Replace fields of a preset, that under the key ``"preset"`` or else ``"default"``."""
+    """Replace fields of a preset: the one under the key ``"preset"``, or else ``"default"``."""
     values = {str(key): value for key, value in fields.items()}
     return RefineConfig.preset(values.pop("preset", "default"), **values)
 
 
 def with_refine_files(arguments: Sequence[str]) -> list[str]:
-    """Make ``refine=PATH.yaml`` something that Hydra knows: an option of the group ``refine``.
+    """Turn ``refine=PATH.yaml`` into an option of Hydra's group ``refine``.
 
     Several files, as in ``-m refine=a.yaml,b.yaml``, are several options.
 
@@ -71,13 +74,13 @@ def with_refine_files(arguments: Sequence[str]) -> list[str]:
 
 
 def check_refine_keys(arguments: Sequence[str]) -> None:
-    """Refuse a threshold that does not exist, for which Hydra would propose to append it.
+    """Refuse a threshold that does not exist; Hydra's own message would suggest appending it.
 
     Args:
         arguments: Of the command line.
 
     Raises:
-        TypeError: An override of ``refine`` names no field of `RefineConfig`.
+        TypeError: An override of ``refine`` is not a field of `RefineConfig`.
     """
     known = {field.name for field in fields(RefineConfig)}
     for argument in arguments:

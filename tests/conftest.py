@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_random_sam import OfficialSam, build_random_sam
@@ -23,9 +25,24 @@ def official_sam() -> OfficialSam:
     return OfficialSam(build_random_sam(), "official")
 
 
+@pytest.fixture
+def make(random_sam) -> Callable[..., Any]:
+    """Makes the callback of most tests, with the random SAM; arguments replace its own."""
+    from lightning_stubs import NUM_CLASSES, REFINE  # loads Lightning
+
+    from lightning_samrefine import SAMRefineCallback
+
+    def build(**kwargs: Any) -> SAMRefineCallback:
+        return SAMRefineCallback(
+            random_sam, **{"num_classes": NUM_CLASSES, "refine": REFINE, **kwargs}
+        )
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """The folder of real data; tests that ask for it are marked `data`."""
+    """The folder of real data; tests that use it are marked `data`."""
     default = Path(__file__).parents[2] / "shared" / "data"
     root = Path(os.environ.get("SAMREFINE_DATA", default))
     if not (root / "camvid").is_dir():

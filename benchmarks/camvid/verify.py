@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.camvid.data import ESPNET_WEIGHTS, STORED_PREDICTIONS, VOID, camvid
 from benchmarks.camvid.espnet import ESPNetSegmenter
-from lightning_samrefine.metrics.comparison import ConfusionMatrix, class_iou
+from lightning_samrefine.metrics import ConfusionMatrix, class_iou
 
 # mIoU over the test frames that came with the data, 12-way argmax, a predicted void is wrong.
 EXPECTED_MIOU: Mapping[str, float] = MappingProxyType({"full": 0.5705, "half": 0.4721})

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.domains.pairs import IGNORED
-from lightning_samrefine.metrics.comparison import trimap_band
+from lightning_samrefine.metrics import trimap_band
 
 TRIMAP_WIDTH = 3
 _RESAMPLES = 1000

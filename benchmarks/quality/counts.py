@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.camvid.data import VOID
-from lightning_samrefine.metrics.comparison import ConfusionMatrix, class_iou, trimap_band
+from lightning_samrefine.metrics import ConfusionMatrix, class_iou, trimap_band
 
 TRIMAP_WIDTH = 3
 _RESAMPLES = 2000

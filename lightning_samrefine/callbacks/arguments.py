@@ -1,23 +1,101 @@
-"""Checks of the callback's arguments, before any work is done."""
+"""The arguments that the callbacks share, checked before any work is done."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_samrefine.adapters.batch_adapter import AdapterFunction, BatchAdapter
+from lightning_samrefine.adapters.denormalize import Denormalize
+from lightning_samrefine.adapters.scores import ScoresKind
 from lightning_samrefine.config import PRESETS, RefineConfig
 from lightning_samrefine.config_files import is_refine_file, read_refine, refine_from_mapping
 from lightning_samrefine.models import SAM_NAMES, Promptable
 from lightning_samrefine.utils.precision import PRECISIONS
 from lightning_samrefine.utils.validation import as_integer, check_count
 
+Thresholds = Mapping[str, Any] | RefineConfig | str
+"""What `parse_refine` reads."""
+
+
+@dataclass(frozen=True)
+class SharedArguments:
+    """What every callback needs to know of SAM, the classes, and a user's batches.
+
+    Attributes:
+        sam: A name for `load_sam`, or a `Promptable`.
+        checkpoint: The weights of a named SAM, see `load_sam`.
+        num_classes: C, None until the module's is known.
+        class_names: C names, or None.
+        refine: The thresholds.
+        precision: SAM's autocast, see `Refiner`.
+        adapter: Reads batches; its number of classes is not set yet.
+    """
+
+    sam: str | Promptable
+    checkpoint: str | Path | None
+    num_classes: int | None
+    class_names: list[str] | None
+    refine: RefineConfig
+    precision: str
+    adapter: BatchAdapter
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        sam: str | Promptable,
+        checkpoint: str | Path | None,
+        num_classes: int | None,
+        class_names: Sequence[str] | None,
+        refine: Thresholds,
+        precision: str,
+        image_key: str | None,
+        scores_key: str | None,
+        scores_kind: ScoresKind,
+        image_mean: Sequence[float] | float | None,
+        image_std: Sequence[float] | float | None,
+        image_range: Literal["0-255", "0-1"] | None,
+        adapter: AdapterFunction | None,
+        target_key: str | None = None,
+        needs_target: bool = True,
+    ) -> SharedArguments:
+        """Check and convert the arguments of a callback's constructor.
+
+        Raises:
+            TypeError: An argument of a wrong type.
+            ValueError: An argument outside its range.
+            MisconfigurationException: A number of classes that contradicts the names.
+        """
+        check_sam(sam, checkpoint, precision)
+        names = parse_class_names(class_names)
+        return cls(
+            sam=sam,
+            checkpoint=checkpoint,
+            num_classes=parse_num_classes(num_classes, names),
+            class_names=names,
+            refine=parse_refine(refine),
+            precision=precision,
+            adapter=BatchAdapter(
+                image_key=image_key,
+                target_key=target_key,
+                scores_key=scores_key,
+                scores_kind=scores_kind,
+                rgb=Denormalize(image_mean, image_std, image_range),
+                function=adapter,
+                needs_target=needs_target,
+            ),
+        )
+
 
 def check_sam(sam: Any, checkpoint: Any, precision: Any) -> None:
-    """Refuse what is no SAM, a checkpoint for a loaded one, and an unknown precision.
+    """Refuse anything but a SAM, a checkpoint beside a loaded SAM, and an unknown precision.
 
     Raises:
         TypeError: Neither a name nor a `Promptable`.
@@ -25,32 +103,33 @@ def check_sam(sam: Any, checkpoint: Any, precision: Any) -> None:
     """
     if not isinstance(sam, str | Promptable):
         raise TypeError(
-            f"sam: got {type(sam).__name__}, accepted is a name for load_sam or a Promptable"
+            f"sam must be a name for load_sam or a Promptable, got {type(sam).__name__}"
         )
     if isinstance(sam, str) and sam not in SAM_NAMES:
         raise ValueError(
             f"sam must be {', '.join(map(repr, SAM_NAMES))} or a Promptable, got {sam!r}"
         )
     if not isinstance(sam, str) and checkpoint is not None:
-        raise ValueError("checkpoint: got one beside a loaded model, accepted is None there")
+        raise ValueError(f"checkpoint must be None beside a loaded model, got {checkpoint!r}")
     if precision not in PRECISIONS:
         raise ValueError(
-            f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}"
+            f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}"
         )
 
 
 def check_trainer(owner: str, trainer: Trainer) -> None:
     """Refuse a Trainer of the package pytorch_lightning.
 
-    It is a copy of `lightning.pytorch` whose classes are others: a Trainer of the one takes
-    callbacks of the other, which do not recognize its loggers and states.
+    That package is a copy of `lightning.pytorch` with classes of its own: its Trainer accepts
+    callbacks of `lightning.pytorch`, which do not recognize its loggers and states.
 
     Args:
         owner: Class name of the callback.
-        trainer: What called ``setup``.
+        trainer: The Trainer that called ``setup``.
 
     Raises:
-        MisconfigurationException: The Trainer, or a base class of it, is of pytorch_lightning.
+        MisconfigurationException: The Trainer's class, or a base class of it, comes from
+            pytorch_lightning.
     """
     if any(base.__module__.startswith("pytorch_lightning.") for base in type(trainer).__mro__):
         raise MisconfigurationException(
@@ -60,16 +139,16 @@ def check_trainer(owner: str, trainer: Trainer) -> None:
         )
 
 
-def parse_refine(refine: RefineConfig | Mapping[str, Any] | str) -> RefineConfig:
+def parse_refine(refine: Thresholds) -> RefineConfig:
     """Read thresholds: a config, a preset's name, a YAML file, or fields that replace a preset's.
 
     Args:
-        refine: A mapping's key ``"preset"`` names the preset, ``"default"`` without it. A string
-            that ends in ``.yaml`` or ``.yml`` is a path, see `read_refine`.
+        refine: The key ``"preset"`` of a mapping is the preset's name, ``"default"`` without the
+            key. A string that ends in ``.yaml`` or ``.yml`` is a path, see `read_refine`.
 
     Raises:
         TypeError: Another type, or an unknown field.
-        ValueError: An unknown preset, a value outside its range, or a file that is no mapping.
+        ValueError: An unknown preset, a value outside its range, or a file without a mapping.
         FileNotFoundError: No file at that path.
     """
     if isinstance(refine, RefineConfig):
@@ -86,8 +165,8 @@ def parse_refine(refine: RefineConfig | Mapping[str, Any] | str) -> RefineConfig
     if isinstance(refine, Mapping):
         return refine_from_mapping(refine)
     raise TypeError(
-        f"refine: got {type(refine).__name__}, accepted is a RefineConfig, a preset's name, or a "
-        "mapping of RefineConfig's fields"
+        "refine must be a RefineConfig, a preset's name, the path of a .yaml file, or a mapping of "
+        f"RefineConfig's fields, got {type(refine).__name__}"
     )
 
 
@@ -95,25 +174,25 @@ def parse_class_names(class_names: Sequence[str] | None) -> list[str] | None:
     """Return the names as a list.
 
     Raises:
-        TypeError: No sequence of strings.
-        ValueError: A name that comes twice: its figures could not be told apart.
+        TypeError: Not a sequence of strings.
+        ValueError: Two equal names: their figures could not be told apart.
     """
     if class_names is None:
         return None
     names = list(class_names)
     if isinstance(class_names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"class_names: got {class_names!r}, accepted is a sequence of strings")
+        raise TypeError(f"class_names must be a sequence of strings, got {class_names!r}")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"class_names: got {', '.join(twice)} more than once")
+        raise ValueError(f"class_names must differ, got {', '.join(twice)} more than once")
     return names
 
 
 def parse_name(name: str | None) -> str | None:
-    """Return the name unless a logger or a file system would change it.
+    """Return the name; refuse one that a logger or a file system would change.
 
     Raises:
-        TypeError: No string.
+        TypeError: Not a string.
         ValueError: Empty, or with other characters than letters, digits, ``_``, ``-`` and ``.``.
     """
     if name is None:
@@ -129,11 +208,11 @@ def parse_name(name: str | None) -> str | None:
 
 
 def parse_num_classes(num_classes: int | None, class_names: Sequence[str] | None) -> int | None:
-    """Return the number of classes, from the names where it is None, None without either.
+    """Return the number of classes, or the number of names if it is None; None without either.
 
     Raises:
-        TypeError: No integer.
-        MisconfigurationException: Below 2, or other than the number of names.
+        TypeError: Not an integer.
+        MisconfigurationException: Below 2, or different from the number of names.
     """
     if num_classes is None:
         num_classes = None if class_names is None else len(class_names)
@@ -142,27 +221,28 @@ def parse_num_classes(num_classes: int | None, class_names: Sequence[str] | None
     num_classes = check_count("num_classes", num_classes)
     if num_classes < 2:
         raise MisconfigurationException(
-            "num_classes: got 1, accepted is at least 2: a one-channel binary model has 2 classes, "
+            "num_classes must be at least 2, got 1: a one-channel binary model has 2 classes, "
             "background and foreground"
         )
     if class_names is not None and len(class_names) != num_classes:
         raise MisconfigurationException(
-            f"class_names: got {len(class_names)} names, accepted are num_classes={num_classes}"
+            f"class_names must be num_classes={num_classes} names, got {len(class_names)}"
         )
     return num_classes
 
 
 def num_classes_of(pl_module: LightningModule) -> int:
-    """Ask a module for its number of classes; 1 is a binary model's, which makes 2.
+    """Return a module's number of classes; a binary model's 1 means 2 classes.
 
     Raises:
-        MisconfigurationException: It does not say.
+        MisconfigurationException: The module has no such attribute or hyperparameter.
     """
     for owner in (pl_module, pl_module.hparams):
         value = as_integer(getattr(owner, "num_classes", None))
         if value is not None and value >= 1:
             return max(value, 2)
     raise MisconfigurationException(
-        f"num_classes: got None, and {type(pl_module).__name__} has neither num_classes nor "
-        "hparams.num_classes; set SAMRefineCallback(num_classes=…) to the number of classes"
+        f"num_classes must be given where the module has none, got None, and "
+        f"{type(pl_module).__name__} has neither num_classes nor hparams.num_classes; set "
+        "SAMRefineCallback(num_classes=…) to the number of classes"
     )

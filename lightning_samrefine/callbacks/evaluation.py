@@ -1,82 +1,214 @@
-"""What one pass over one dataloader adds up to: figures, and the images worth looking at."""
+"""One pass over the validation or test loaders: from batches to figures, history and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+from lightning.pytorch import LightningModule, Trainer
 
-from lightning_samrefine.adapters.batch_adapter import RefineInputs
-from lightning_samrefine.callbacks.real_samples import RealSamples
+from lightning_samrefine.adapters.forward_hooks import ScoresCapture
+from lightning_samrefine.adapters.nested import batch_size
+from lightning_samrefine.callbacks.loader_evaluation import LoaderEvaluation
+from lightning_samrefine.callbacks.monitors import warn_monitors, warn_unscored
+from lightning_samrefine.callbacks.presenter import (
+    Evaluated,
+    Presenter,
+    batch_label,
+    logged_step,
+    sample_names,
+)
+from lightning_samrefine.callbacks.real_samples import evaluation_dataloaders
+from lightning_samrefine.callbacks.run_state import RunState
+from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.metrics.comparison import RefinementComparison
-from lightning_samrefine.refine.results import Refinement
-from lightning_samrefine.reporting.panels import PanelPicker
-from lightning_samrefine.reporting.report.gallery import Gallery
+from lightning_samrefine.reporting.loggers import safe_names
 
 
-class LoaderEvaluation:
-    """Collects raw and refined predictions of one dataloader on one process.
-
-    Args:
-        dataloader: The loader, to tell its real samples from a sampler's repeats.
-        comparison: Takes the figures.
-        panels: How many images to keep for panels.
-        gallery: Keeps images and regions for the report, None without one.
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured, and under which names it is logged.
 
     Attributes:
-        picker: The images for panels.
+        ignore_index: Target value that is not counted, or None.
+        trimap_width: Half-width in pixels of the band around borders.
+        max_batches: Number of batches measured of each loader, None for all.
+        class_names: C names, None for "0", "1", …
+        name: What the names of figures and files are told apart by, None for nothing.
+        refine: The thresholds as the user gave them, for the report.
+    """
+
+    ignore_index: int | None
+    trimap_width: int
+    max_batches: int | None
+    class_names: list[str] | None
+    name: str | None
+    refine: RefineConfig
+
+    def prefix(self, stage: str) -> str:
+        """Return what the names of figures begin with, such as ``"val"`` or ``"val/fast"``."""
+        return stage if self.name is None else f"{stage}/{self.name}"
+
+    def covers(self, batch_idx: int) -> bool:
+        """Whether a batch is measured."""
+        return self.max_batches is None or batch_idx < self.max_batches
+
+
+class Evaluation:
+    """One pass over the validation or test loaders.
+
+    Args:
+        trainer: The Trainer that runs it.
+        pl_module: The user's module; forward hooks stay on it until `close`.
+        state: The run's SAM.
+        options: What is measured.
+        presenter: Shows the results.
+        draws: Whether panels and charts are drawn, see `Presenter.draws`.
     """
 
     def __init__(
         self,
-        dataloader: Any,
-        comparison: RefinementComparison,
-        panels: int,
-        gallery: Gallery | None = None,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        state: RunState,
+        options: EvaluationOptions,
+        presenter: Presenter,
+        draws: bool,
     ) -> None:
-        self._samples = RealSamples(dataloader)
-        self.comparison = comparison
-        self.picker = PanelPicker(panels)
-        self.gallery = gallery
+        state.bind(pl_module)
+        state.recheck_weights()
+        self._state, self._options, self._presenter = state, options, presenter
+        self._module, self._draws = pl_module, draws
+        self._evaluated: list[Evaluated] = []
+        num_classes = state.num_classes
+        names = safe_names(options.class_names or map(str, range(num_classes)), trainer.loggers)
+        self._capture = ScoresCapture(pl_module, num_classes)
+        # New ones each time: metric states from an epoch under inference_mode could not be
+        # updated in a later one under no_grad.
+        self._loaders = [
+            LoaderEvaluation(
+                loader,
+                RefinementComparison(
+                    num_classes, options.ignore_index, names, options.trimap_width
+                ).to(trainer.strategy.root_device),
+                presenter.panels if draws else 0,
+                presenter.gallery(trainer, num_classes, options.ignore_index),
+            )
+            for loader in evaluation_dataloaders(trainer)
+        ]
 
-    def real(self, inputs: RefineInputs) -> RefineInputs:
-        """Count the next batch, and return its samples without a sampler's repeats."""
-        return inputs.first(self._samples.take(len(inputs)))
+    def arm(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """Note a batch before the module's step, and capture the scores of the step."""
+        if self._options.covers(batch_idx):
+            self._capture.arm(batch, dataloader_idx)
 
-    def lose(self, count: int) -> None:
-        """Count a batch of so many samples that could not be read."""
-        lost = self._samples.take(count)
-        self.comparison.counts.update(images=lost, failed=lost)
-
-    @torch.no_grad()
-    def add(
-        self,
-        inputs: RefineInputs,
-        refinements: Sequence[Refinement | None],
-        seconds: float,
-        names: Sequence[str],
+    def take(
+        self, trainer: Trainer, batch: Any, outputs: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
-        """Add the B real samples of a batch.
+        """Read a batch after the module's step, refine it and compare; see `RunState.read`.
+
+        In the sanity check the reading is rehearsed, so that a wrong set-up is reported before an
+        epoch was trained, and nothing is refined.
 
         Args:
-            inputs: B samples with targets.
-            refinements: B refinements, None where refining failed: the raw prediction stands.
-            seconds: What refining took.
-            names: What to call the samples in panels and report.
+            trainer: The Trainer that runs the evaluation.
+            batch: As the dataloader yields it.
+            outputs: The return value of the step.
+            batch_idx: The batch's number.
+            dataloader_idx: The loader's number.
         """
-        counts = self.comparison.counts
-        counts.update(images=len(inputs), seconds=seconds)
-        for index, refinement in enumerate(refinements):
-            raw, target = inputs.labels[index], inputs.targets[index]
-            if refinement is None:
-                self.comparison.update(raw, raw, target)
-                counts.update(failed=1)
+        if not self._options.covers(batch_idx):
+            return
+        inputs = self._state.read(
+            batch,
+            outputs,
+            self._capture,
+            dataloader_idx,
+            len(self._loaders),
+            self._options.ignore_index,
+        )
+        if self._state.is_left_out(dataloader_idx):
+            return
+        loader = self._loaders[dataloader_idx]
+        if inputs is None:
+            if not trainer.sanity_checking:
+                loader.lose(batch_size(batch))
+            return
+        inputs = loader.real(inputs)
+        if trainer.sanity_checking:
+            loader.rehearse(inputs)
+        elif len(inputs) > 0:
+            names = sample_names(batch, len(inputs), batch_label(trainer, batch_idx))
+            refinements, seconds = self._state.refine(inputs, dataloader_idx)
+            loader.add(inputs, refinements, seconds, names)
+
+    def check_figures(self, trainer: Trainer) -> None:
+        """Warn of figures that may never be logged, before an epoch is trained. Collective."""
+        results = [loader.comparison.result() for loader in self._loaders]
+        for result in results:
+            warn_unscored(result, "of the sanity check")
+        warn_monitors(trainer, self._options.prefix("val"), results)
+
+    def finish(self, trainer: Trainer, stage: str) -> list[dict[str, Any]]:
+        """Log the figures of every loader. A collective call.
+
+        Args:
+            trainer: The Trainer that runs the evaluation.
+            stage: ``"val"`` or ``"test"``.
+
+        Returns:
+            An entry for the history for each loader with an image.
+        """
+        self._state.end_pass()
+        if self._state.cache is not None:
+            self._state.cache.end_epoch(stage)
+        entries = []
+        for index, loader in enumerate(self._loaders):
+            result = loader.comparison.result()  # a collective call, also of a loader left out
+            if result.counts[0] == 0 and len(self._loaders) > 1:
                 continue
-            refined, regions = refinement.labels, refinement.regions
-            counts.update(regions=len(regions), accepted=len(refinement.pred_iou))
-            (found,) = self.comparison.update(raw, refined, target, regions)
-            image, name = inputs.images[index], names[index]
-            self.picker.offer(name, image, raw, refined, target, found.valid, regions)
-            if self.gallery is not None:
-                self.gallery.add(name, image, raw, refined, target, regions, found)
+            warn_unscored(result, "of this evaluation")
+            suffix = f"/dataloader_idx_{index}" if len(self._loaders) > 1 else ""
+            figures = result.figures()
+            self._log(trainer, stage, suffix, figures)
+            where = {"stage": stage, "epoch": trainer.current_epoch, "step": logged_step(trainer)}
+            entries.append({**where, "dataloader_idx": index, **figures, **result.details()})
+            if self._options.class_names is not None:  # in pictures they are what the user wrote
+                result = replace(result, class_names=tuple(self._options.class_names))
+            self._evaluated.append(Evaluated(stage, index, suffix, loader, result))
+        return entries
+
+    def present(self, trainer: Trainer, history: Sequence[Mapping[str, Any]]) -> None:
+        """Show what `finish` measured in panels, charts and the report. A collective call.
+
+        Args:
+            trainer: The Trainer that runs the evaluation.
+            history: The running fit's, this evaluation included.
+        """
+        if not self._evaluated:
+            return
+        sam, options = self._state.sam, self._options
+        about = {"SAM": f"{sam.name} on {sam.device}", "ignore_index": str(options.ignore_index)}
+        if options.name is not None:
+            about["name"] = options.name
+        self._presenter.present(
+            trainer, self._evaluated, self._draws, history, options.refine, about
+        )
+
+    def close(self) -> None:
+        """Take the forward hooks off the module."""
+        self._capture.remove()
+
+    def _log(self, trainer: Trainer, stage: str, suffix: str, figures: Mapping[str, float]) -> None:
+        if trainer.barebones:  # which forbids logging, see `SAMRefineCallback.setup`
+            return
+        prefix = self._options.prefix(stage)
+        self._module.log_dict(
+            {f"{prefix}/{key}{suffix}": value for key, value in figures.items()},
+            add_dataloader_idx=False,
+            # The processes hold equal values already; their maximum changes no bit. Without
+            # sync_dist Lightning warns, key by key, that they might differ.
+            sync_dist=True,
+            reduce_fx="max",
+        )

@@ -1,10 +1,10 @@
-"""Warnings, in time, of figures that cannot come: nothing is scored, or a class has no pixel."""
+"""Warnings, before an epoch is trained, of figures that may never be logged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_samrefine.metrics.comparison import SIDES, ComparisonResult
@@ -14,11 +14,11 @@ _MEANS = ("miou_", "trimap_miou_", "boundary_", "mdice_", "pixel_acc_", "class_a
 
 
 def warn_unscored(result: ComparisonResult, where: str) -> None:
-    """Warn if images were seen and none of their pixels is scored.
+    """Warn if none of the images has a scored pixel.
 
     Args:
         result: Of one dataloader.
-        where: What to call the images, such as ``"of the sanity check"``.
+        where: Describes the images, such as ``"of the sanity check"``.
     """
     images = result.counts[0]
     if images == 0 or int(result.matrices["raw"].sum()) > 0:
@@ -58,8 +58,9 @@ def warn_monitors(trainer: Trainer, prefix: str, results: Sequence[ComparisonRes
 
 
 def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:
-    """Yield who monitors, and what."""
-    for callback in trainer.callbacks:
+    """Yield the class that monitors a figure, and the figure's name."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    for callback in callbacks:
         if isinstance(monitor := getattr(callback, "monitor", None), str):
             yield type(callback).__name__, monitor
     for config in trainer.lr_scheduler_configs:

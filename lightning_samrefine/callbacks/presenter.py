@@ -1,4 +1,4 @@
-"""What an evaluation is shown as: panels and charts for loggers and disk, and the report."""
+"""Shows an evaluation: panels and charts for loggers and disk, and the report."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import distributed
 
-from lightning_samrefine.callbacks.evaluation import LoaderEvaluation
+from lightning_samrefine.callbacks.collective import gather_on_zero, is_distributed
+from lightning_samrefine.callbacks.loader_evaluation import LoaderEvaluation
 from lightning_samrefine.metrics.comparison import ComparisonResult
 from lightning_samrefine.reporting.charts import draw_class_bars, draw_reliability
 from lightning_samrefine.reporting.curves import curve_unit
@@ -38,8 +38,8 @@ class Evaluated:
     Attributes:
         stage: ``"val"`` or ``"test"``.
         index: The loader's number.
-        suffix: ``"/dataloader_idx_<i>"`` where loaders are several, else empty.
-        loader: What was collected.
+        suffix: ``"/dataloader_idx_<i>"`` with several loaders, else empty.
+        loader: The images and regions that were collected.
         result: Its figures, the classes named as the user does.
     """
 
@@ -51,18 +51,18 @@ class Evaluated:
 
 
 class Presenter:
-    """Shows evaluations, each to every logger that can, and all of them in one report.
+    """Shows evaluations: each in every logger that takes pictures, and all of them in one report.
 
-    Every process calls it: what the others saw is gathered on rank zero, which alone writes. What
-    cannot be drawn or written costs a warning, and never the run.
+    Every process calls it: rank zero gathers the others' images and alone writes. An error in
+    drawing or writing is a warning and never ends the run.
 
     Args:
-        panels: How many images to draw, half that gained and half that lost the most.
+        panels: Number of images drawn, half that gained and half that lost the most.
         panels_every_n_epochs: Inside ``fit``, draw panels and charts for every n-th epoch.
         panels_width: Their width in pixels.
         report: Where the report goes: a path, True for ``report.html`` in the Trainer's log folder,
             False for none.
-        name: What pictures and files are told apart by where a Trainer has several callbacks.
+        name: Part of the names of pictures and files, where a Trainer has several callbacks.
 
     Raises:
         TypeError: An argument of a wrong type.
@@ -81,7 +81,7 @@ class Presenter:
         check_count("panels_every_n_epochs", panels_every_n_epochs)
         check_count("panels_width", panels_width, least=200)
         if not isinstance(report, bool | str | Path):
-            raise TypeError(f"report: got {report!r}, accepted is True, False or a path")
+            raise TypeError(f"report must be True, False or a path, got {report!r}")
         self.panels = panels
         self.panels_every_n_epochs = panels_every_n_epochs
         self.panels_width = panels_width
@@ -92,7 +92,7 @@ class Presenter:
         self._report_paths: dict[Path, Path] = {}
 
     def emptied(self) -> Presenter:
-        """Return one with the same settings and no evaluation, which can be pickled."""
+        """Return a presenter with the same settings and no evaluation, which can be pickled."""
         return Presenter(
             self.panels, self.panels_every_n_epochs, self.panels_width, self.report, self.name
         )
@@ -100,15 +100,15 @@ class Presenter:
     def gallery(
         self, trainer: Trainer, num_classes: int, ignore_index: int | None
     ) -> Gallery | None:
-        """Return a new gallery for one loader, None where there is no report to fill."""
-        if self.report is False or trainer.fast_dev_run:
+        """Return a new gallery for one loader, None without a report."""
+        if self.report is False or _is_trial(trainer):
             return None
         return Gallery(num_classes, ignore_index, folder=_log_folder(trainer))
 
     def draws(self, trainer: Trainer, validations: int) -> bool:
         """Whether panels are drawn after ``validations`` earlier ones of a fit."""
         due = not _fitting(trainer) or validations % self.panels_every_n_epochs == 0
-        return self.panels > 0 and due and not trainer.fast_dev_run
+        return self.panels > 0 and due and not _is_trial(trainer)
 
     def present(
         self,
@@ -119,25 +119,25 @@ class Presenter:
         thresholds: Any,
         about: Mapping[str, str],
     ) -> None:
-        """Show what a pass over all loaders gave. A collective call.
+        """Show the results of a pass over all loaders. A collective call.
 
         Args:
-            trainer: For loggers, log folder and epoch.
-            evaluations: One a loader.
+            trainer: Has loggers, log folder and epoch.
+            evaluations: One per loader.
             draws: Whether panels and charts are due, see `draws`.
             history: The running fit's, these evaluations included.
-            thresholds: A dataclass of the refinement's settings.
-            about: What else the report says of the run, by name.
+            thresholds: The refinement's settings, a dataclass.
+            about: Further facts for the report, by name.
         """
         folder = _log_folder(trainer)
         for evaluated in evaluations:
             if draws:
                 picker = evaluated.loader.picker
-                for panels in _gather(picker.panels()):
+                for panels in gather_on_zero(picker.panels()):
                     picker.merge(panels)
             gallery = evaluated.loader.gallery
             if gallery is not None:
-                for exported in _gather(gallery.export() if _is_distributed() else {}):
+                for exported in gather_on_zero(gallery.export() if is_distributed() else {}):
                     gallery.absorb(exported)
             if not trainer.is_global_zero and gallery is not None:
                 gallery.close()
@@ -147,8 +147,8 @@ class Presenter:
             for evaluated in evaluations:
                 if draws:
                     self._draw(trainer, folder / "panels", evaluated)
-                if evaluated.loader.gallery is not None:
-                    self._add_section(trainer, evaluated, history)
+                if (gallery := evaluated.loader.gallery) is not None:
+                    self._add_section(trainer, evaluated, gallery, history)
             if self._sections:
                 path = self._report_path(folder)
                 facts = {
@@ -193,7 +193,7 @@ class Presenter:
         return file if self.name is None else f"{self.name}_{file}"
 
     def _report_path(self, folder: Path) -> Path:
-        """Return where the report goes: in a log folder always the same file for this callback."""
+        """Return the report's path: in a log folder always the same file for this callback."""
         if isinstance(self.report, Path):
             return self.report
         path = folder / self._named(REPORT_NAME)
@@ -202,9 +202,13 @@ class Presenter:
         return self._report_paths[path]
 
     def _add_section(
-        self, trainer: Trainer, evaluated: Evaluated, history: Sequence[Mapping[str, Any]]
+        self,
+        trainer: Trainer,
+        evaluated: Evaluated,
+        gallery: Gallery,
+        history: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Take a loader's evaluation into the report, in place of its last one."""
+        """Add a loader's evaluation to the report, in place of its previous one."""
         stage, index = evaluated.stage, evaluated.index
         key = (stage, evaluated.suffix)
         if key in self._sections:
@@ -217,13 +221,13 @@ class Presenter:
             epoch=trainer.current_epoch if in_epochs else None,
             step=logged_step(trainer) if in_epochs and curve_unit(same) == "step" else None,
             result=evaluated.result,
-            gallery=evaluated.loader.gallery,
+            gallery=gallery,
             curve=same if in_epochs else (),
         )
 
 
 def sample_names(batch: Any, count: int, fallback: str) -> list[str]:
-    """Name the samples of a batch: by its own names where it has some, else by position.
+    """Return the names of a batch's samples: its own if it has some, else by position.
 
     Args:
         batch: As the dataloader yields it; a mapping may hold strings under a usual key.
@@ -240,9 +244,13 @@ def sample_names(batch: Any, count: int, fallback: str) -> list[str]:
 
 
 def batch_label(trainer: Trainer, batch_idx: int) -> str:
-    """Return what to call a batch, the process included where there are several."""
+    """Return a batch's name for the user, with the process if there are several."""
     rank = f"rank {trainer.global_rank}, " if trainer.world_size > 1 else ""
     return f"{rank}batch {batch_idx}"
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector
 
 
 def _fitting(trainer: Trainer) -> bool:
@@ -258,7 +266,7 @@ def logged_step(trainer: Trainer) -> int:
 
 
 def _log_folder(trainer: Trainer) -> Path:
-    """Return a folder of this run where its loggers have one. A collective call."""
+    """Return a folder of this run alone if its loggers have one. A collective call."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # reading log_dir is collective
     logger = trainer.logger
     shared = not isinstance(logger, CSVLogger | TensorBoardLogger)
@@ -272,7 +280,7 @@ def _log_folder(trainer: Trainer) -> Path:
 
 
 def _free(path: Path) -> Path:
-    """Return the path, with a version where a file is there already, as `ModelCheckpoint` does."""
+    """Return the path, with a version if a file is there already, as `ModelCheckpoint` does."""
     free, version = path, 0
     while free.exists():
         version += 1
@@ -280,22 +288,8 @@ def _free(path: Path) -> Path:
     return free
 
 
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _gather(value: Any) -> list[Any]:
-    """Return the other processes' values on rank zero, nothing on the others."""
-    if not _is_distributed() or distributed.get_world_size() == 1:
-        return []
-    zero = distributed.get_rank() == 0
-    values = [None] * distributed.get_world_size() if zero else None
-    distributed.gather_object(value, values)
-    return values[1:] if values is not None else []
-
-
 def _command() -> str:
-    """Return the command line that started this process, ready to be pasted."""
+    """Return the command line that started this process, quoted for a shell."""
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
     program = Path(sys.argv[0]).name or "python"

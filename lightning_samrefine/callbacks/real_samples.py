@@ -1,11 +1,13 @@
-"""The loaders of an evaluation, and which of a process's samples are real.
+"""The loaders of an evaluation, and the samples of a process that are not repeats.
 
-DistributedSampler repeats samples to make ranks even; a metric must not count them twice.
+DistributedSampler repeats samples so that all ranks have equally many; metrics must not count them
+twice.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sized
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,7 +15,7 @@ from torch.utils.data import DistributedSampler
 
 
 def evaluation_dataloaders(trainer: Trainer) -> list[Any]:
-    """Return the loaders of the running evaluation; one where all are drawn from at once."""
+    """Return the loaders of the running evaluation; a single one if batches combine them."""
     if trainer.testing:
         loop = trainer.test_loop
     elif trainer.state.fn == TrainerFn.FITTING:
@@ -22,11 +24,13 @@ def evaluation_dataloaders(trainer: Trainer) -> list[Any]:
         loop = trainer.validate_loop
     # trainer.val_dataloaders may be those of an earlier fit, and does not tell the mode.
     combined = loop._combined_loader
+    if combined is None:
+        return []
     return list(combined.flattened) if loop._is_sequential else [combined]
 
 
 class RealSamples:
-    """Counts the samples of one dataloader on one process, and tells the repeated ones apart.
+    """Counts the samples of one dataloader on one process, without a sampler's repeats.
 
     Rank r of R yields entries r, r + R, r + 2R, … of a list that repeats its own beginning where
     the data set's N samples do not divide by R. So only the last samples of a rank can be
@@ -41,7 +45,7 @@ class RealSamples:
         sampler = _distributed_sampler(dataloader)
         self._left: int | None = None
         if sampler is not None:
-            size, ranks = len(sampler.dataset), sampler.num_replicas
+            size, ranks = len(cast("Sized", sampler.dataset)), sampler.num_replicas
             self._left = max(0, -((sampler.rank - size) // ranks))
 
     def take(self, batch_size: int) -> int:
@@ -53,7 +57,7 @@ class RealSamples:
         return real
 
 
-def _distributed_sampler(dataloader: Any) -> DistributedSampler | None:
+def _distributed_sampler(dataloader: Any) -> DistributedSampler[Any] | None:
     # A loader made with batch_sampler= has a sampler that it does not use.
     batch_sampler = getattr(dataloader, "batch_sampler", None)
     for owner in (batch_sampler, dataloader):

@@ -1,11 +1,10 @@
-"""The Lightning callback: hooks only, from an evaluation's batches to its logged figures."""
+"""The Lightning callback: the hooks of validation and test, and what its arguments mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,53 +12,25 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs
-from lightning_samrefine.adapters.denormalize import Denormalize
-from lightning_samrefine.adapters.forward_hooks import ScoresCapture
-from lightning_samrefine.adapters.nested import batch_size
+from lightning_samrefine.adapters.batch_adapter import AdapterFunction
+from lightning_samrefine.adapters.scores import ScoresKind
 from lightning_samrefine.adapters.targets import (
     DEFAULT_IGNORE_INDEX,
     IgnoreIndex,
     parse_ignore_index,
 )
-from lightning_samrefine.callbacks.arguments import (
-    check_sam,
-    check_trainer,
-    parse_class_names,
-    parse_name,
-    parse_num_classes,
-    parse_refine,
-)
-from lightning_samrefine.callbacks.evaluation import LoaderEvaluation
-from lightning_samrefine.callbacks.monitors import warn_monitors, warn_unscored
-from lightning_samrefine.callbacks.presenter import (
-    Evaluated,
-    Presenter,
-    batch_label,
-    logged_step,
-    sample_names,
-)
-from lightning_samrefine.callbacks.real_samples import evaluation_dataloaders
-from lightning_samrefine.callbacks.run_state import RunState
-from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.metrics.comparison import RefinementComparison
+from lightning_samrefine.callbacks.arguments import SharedArguments, Thresholds, parse_name
+from lightning_samrefine.callbacks.evaluation import Evaluation, EvaluationOptions
+from lightning_samrefine.callbacks.presenter import Presenter
+from lightning_samrefine.callbacks.sam_callback import SAMCallback
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, make_cache
-from lightning_samrefine.reporting.loggers import safe_names
 from lightning_samrefine.utils.validation import check_count
 
 _STAGES = ("fit", "validate", "test")
 
 
-@dataclass
-class _Evaluation:
-    """One pass over the validation or test loaders, with one entry per loader."""
-
-    capture: ScoresCapture
-    loaders: list[LoaderEvaluation]
-
-
-class SAMRefineCallback(Callback):
+class SAMRefineCallback(SAMCallback):
     """Refines every prediction of an evaluation with SAM and logs raw against refined figures.
 
     Logs in ``validate`` (alone and inside ``fit``) under ``val/`` and in ``test`` under ``test/``:
@@ -71,9 +42,9 @@ class SAMRefineCallback(Callback):
     reads batches without SAM, and warns of monitored figures that may never be logged.
 
     The user's model is not run again and not changed; nothing goes into checkpoints, and training
-    sees the same random numbers as without the callback. Where every image of a loader's first
-    batch fails to be refined, the set-up is wrong and the first error is raised. An image that
-    fails later keeps its raw prediction, with one warning a kind of failure, and is counted in
+    sees the same random numbers as without the callback. If every image of a loader's first batch
+    fails to be refined, the set-up is wrong and the first error is raised. An image that fails
+    later keeps its raw prediction, with one warning per kind of failure, and is counted in
     ``refine_failed_images``.
 
     Args:
@@ -104,16 +75,17 @@ class SAMRefineCallback(Callback):
         max_batches: Measure the first n batches of each loader (of each process), raw and refined
             alike; None for all.
         trimap_width: Half-width in pixels of the band around borders.
-        panels: So many images an evaluation, those that gained and those that lost the most, are
-            drawn as image | raw | refined | truth | changed pixels, with every region's box and
-            predicted IoU: into ``panels/`` of the Trainer's log folder, and into TensorBoard, W&B
-            and MLflow, along with charts of classes and of predicted IoU. 0 draws none.
-        panels_every_n_epochs: Inside ``fit``, draw the first validation and every n-th after it, of
-            those that are measured. Pictures are filed under the step of Lightning's figures.
+        panels: Number of images drawn per evaluation, half of those that gained and half of those
+            that lost the most, as image | raw | refined | truth | changed pixels, with every
+            region's box and predicted IoU: into ``panels/`` of the Trainer's log folder, and into
+            TensorBoard, W&B and MLflow, along with charts of classes and of predicted IoU. 0 draws
+            none.
+        panels_every_n_epochs: Inside ``fit``, draw the first measured validation and every n-th
+            after it. Pictures are logged under the same step as Lightning's figures.
         panels_width: Width of the panels in pixels.
-        report: Write a self-contained page to look at after every evaluation: ``report.html`` in
-            the log folder where True (``report-v1.html`` where another run has left one), or the
-            path given, which is replaced. ``Trainer(fast_dev_run=True)`` writes neither panels nor
+        report: Write a self-contained HTML page after every evaluation. True writes
+            ``report.html`` in the log folder (``report-v1.html`` if another run has left one), a
+            path replaces the file there. ``Trainer(fast_dev_run=True)`` writes neither panels nor
             report.
         image_key: Where the image is in the batch, such as ``"image"``, ``"data.image"`` or
             ``"0"``; None searches, see `lightning_samrefine.adapters.batch_adapter.BatchAdapter`.
@@ -153,6 +125,9 @@ class SAMRefineCallback(Callback):
         >>> trainer = Trainer(callbacks=[callback])
     """
 
+    _FAILURES: ClassVar[str] = "refine_failed_images"
+    _OF_A_RUN: ClassVar[tuple[str, ...]] = ("_attached", "_evaluation")
+
     def __init__(
         self,
         sam: str | Promptable = "vit_t",
@@ -160,7 +135,7 @@ class SAMRefineCallback(Callback):
         num_classes: int | None = None,
         ignore_index: IgnoreIndex = "auto",
         class_names: Sequence[str] | None = None,
-        refine: Mapping[str, Any] | RefineConfig | str = "default",
+        refine: Thresholds = "default",
         precision: str = "auto",
         cache: Literal["memory", "disk"] | EmbeddingCache | None = "memory",
         cache_gb: float | None = None,
@@ -174,48 +149,46 @@ class SAMRefineCallback(Callback):
         image_key: str | None = None,
         target_key: str | None = None,
         scores_key: str | None = None,
-        scores_kind: Literal["auto", "logits", "probs", "labels"] = "auto",
+        scores_kind: ScoresKind = "auto",
         image_mean: Sequence[float] | float | None = None,
         image_std: Sequence[float] | float | None = None,
         image_range: Literal["0-255", "0-1"] | None = None,
-        adapter: Callable[..., Any] | None = None,
+        adapter: AdapterFunction | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__()
-        check_sam(sam, checkpoint, precision)
+        super().__init__(
+            SharedArguments.of(
+                sam=sam,
+                checkpoint=checkpoint,
+                num_classes=num_classes,
+                class_names=class_names,
+                refine=refine,
+                precision=precision,
+                image_key=image_key,
+                target_key=target_key,
+                scores_key=scores_key,
+                scores_kind=scores_kind,
+                image_mean=image_mean,
+                image_std=image_std,
+                image_range=image_range,
+                adapter=adapter,
+            )
+        )
         make_cache(cache, cache_gb)  # refuses what it cannot make
-        every_n_epochs = check_count("every_n_epochs", every_n_epochs)
-        trimap_width = check_count("trimap_width", trimap_width)
-        if max_batches is not None:
-            max_batches = check_count("max_batches", max_batches)
-        ignore_index = parse_ignore_index(ignore_index)
-        self.sam = sam
-        self.checkpoint = checkpoint
-        self.class_names = parse_class_names(class_names)
-        self.num_classes = parse_num_classes(num_classes, self.class_names)
-        # "auto" is settled against the classes when these are known, see `TargetCheck`.
-        self.ignore_index = DEFAULT_IGNORE_INDEX if ignore_index == "auto" else ignore_index
-        self._ignore_index = ignore_index
-        self.refine_config = parse_refine(refine)
-        self.precision = precision
         self.cache = cache
         self.cache_gb = cache_gb
-        self.every_n_epochs = every_n_epochs
-        self.max_batches = max_batches
-        self.trimap_width = trimap_width
+        self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
+        self.max_batches = None if max_batches is None else check_count("max_batches", max_batches)
+        self.trimap_width = check_count("trimap_width", trimap_width)
+        # "auto" is settled against the classes when these are known, see `TargetCheck`.
+        self._ignore_index = parse_ignore_index(ignore_index)
+        self.ignore_index = (
+            DEFAULT_IGNORE_INDEX if self._ignore_index == "auto" else self._ignore_index
+        )
         self.name = parse_name(name)
         self.presenter = Presenter(panels, panels_every_n_epochs, panels_width, report, self.name)
         self.history: list[dict[str, Any]] = []
-        self.adapter = BatchAdapter(
-            image_key=image_key,
-            target_key=target_key,
-            scores_key=scores_key,
-            scores_kind=scores_kind,
-            rgb=Denormalize(image_mean, image_std, image_range),
-            function=adapter,
-        )
-        self._attached: RunState | None = None
-        self._evaluation: _Evaluation | None = None
+        self._evaluation: Evaluation | None = None
         # Of the running fit: finished validations, and where its part of the history begins.
         self._validations = 0
         self._history_start = 0
@@ -225,54 +198,40 @@ class SAMRefineCallback(Callback):
     def state_key(self) -> str:
         return super().state_key if self.name is None else self._generate_state_key(name=self.name)
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
-        # Lightning binds the module's log to the callback: pickling it would drag the module along.
-        state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {
-            **state,
-            "_attached": None,
-            "_evaluation": None,
-            "presenter": self.presenter.emptied(),
-        }
+        return {**super().__getstate__(), "presenter": self.presenter.emptied()}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in _STAGES:
             return
-        check_trainer(type(self).__name__, trainer)
-        self._release()
         _check_different(trainer)
         if trainer.barebones:
             rank_zero_warn(
                 "SAMRefineCallback: Trainer(barebones=True) logs nothing; the figures are in the "
                 "callback's history alone"
             )
-        # Without a second epoch nothing in memory would be asked for again.
+        # Without a second epoch nothing is read again from memory.
         once = self.cache == "memory" and stage != "fit"
-        self._attached = RunState(
-            type(self).__name__,
-            "refine_failed_images",
-            self.sam,
-            self.checkpoint,
-            self.refine_config,
-            self.precision,
-            trainer.strategy.root_device,
-            None if once else make_cache(self.cache, self.cache_gb),
-            self._ignore_index,
-        )
+        cache = None if once else make_cache(self.cache, self.cache_gb)
+        self._attach(trainer, cache, self._ignore_index)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run_state.bind(self.adapter, self.num_classes, pl_module, self.class_names)
+        self._run_state.bind(pl_module)
         self._validations = 0
         self._history_start = len(self.history)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The sanity check rehearses the reading of batches, so that a wrong set-up is reported
-        # before an epoch was trained; SAM has no part in it.
-        if trainer.sanity_checking or self._is_due(trainer):
-            self._start(trainer, pl_module)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        due = not fitting or self._validations % self.every_n_epochs == 0
+        if due or trainer.sanity_checking:
+            draws = self.presenter.draws(trainer, self._validations)
+            self._evaluation = Evaluation(
+                trainer, pl_module, self._run_state, self._options, self.presenter, draws
+            )
 
     @override
     def on_validation_batch_start(
@@ -283,8 +242,8 @@ class SAMRefineCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._evaluation is not None and self._is_measured(batch_idx):
-            self._evaluation.capture.arm(batch, dataloader_idx)
+        if self._evaluation is not None:
+            self._evaluation.arm(batch, batch_idx, dataloader_idx)
 
     @override
     def on_validation_batch_end(
@@ -296,24 +255,8 @@ class SAMRefineCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        evaluation = self._evaluation
-        if evaluation is None or not self._is_measured(batch_idx):
-            return
-        inputs = self._run_state.read(
-            batch,
-            outputs,
-            evaluation.capture,
-            dataloader_idx,
-            len(evaluation.loaders),
-            self.ignore_index,
-        )
-        if self._run_state.is_left_out(dataloader_idx):
-            return
-        if trainer.sanity_checking:
-            self._rehearse(evaluation.loaders[dataloader_idx], inputs)
-        else:
-            label = batch_label(trainer, batch_idx)
-            self._take(evaluation.loaders[dataloader_idx], inputs, batch, label, dataloader_idx)
+        if self._evaluation is not None:
+            self._evaluation.take(trainer, batch, outputs, batch_idx, dataloader_idx)
 
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
@@ -321,16 +264,16 @@ class SAMRefineCallback(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            self._check_figures(trainer)
-        else:
-            self._report(trainer, "val")
+        if not trainer.sanity_checking:
+            self._finish(trainer, "val")
             self._validations += 1
+        elif self._evaluation is not None:
+            self._evaluation.check_figures(trainer)
         self._end_evaluation()
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, "test")
+        self._finish(trainer, "test")
         self._end_evaluation()
 
     @override
@@ -344,129 +287,30 @@ class SAMRefineCallback(Callback):
         self._release()
 
     @property
-    def _run_state(self) -> RunState:
-        if self._attached is None:
-            raise MisconfigurationException(
-                "SAMRefineCallback: SAM is not loaded; the Trainer calls setup before any "
-                "evaluation, and so must whoever calls the hooks without one"
-            )
-        return self._attached
-
-    def _is_due(self, trainer: Trainer) -> bool:
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        return not fitting or self._validations % self.every_n_epochs == 0
-
-    def _is_measured(self, batch_idx: int) -> bool:
-        return self.max_batches is None or batch_idx < self.max_batches
-
-    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        adapter = self._run_state.bind(self.adapter, self.num_classes, pl_module, self.class_names)
-        self._run_state.refiner.refiner.recheck_weights()
-        num_classes = adapter.num_classes
-        device = trainer.strategy.root_device
-        names = safe_names(self.class_names or map(str, range(num_classes)), trainer.loggers)
-        panels = self.presenter.panels if self.presenter.draws(trainer, self._validations) else 0
-        self._evaluation = _Evaluation(
-            ScoresCapture(pl_module, num_classes),
-            # New ones each time: metric states from an epoch under inference_mode could not be
-            # updated in a later one under no_grad.
-            [
-                LoaderEvaluation(
-                    loader,
-                    RefinementComparison(
-                        num_classes, self.ignore_index, names, self.trimap_width
-                    ).to(device),
-                    panels,
-                    self.presenter.gallery(trainer, num_classes, self.ignore_index),
-                )
-                for loader in evaluation_dataloaders(trainer)
-            ],
+    def _options(self) -> EvaluationOptions:
+        return EvaluationOptions(
+            ignore_index=self.ignore_index,
+            trimap_width=self.trimap_width,
+            max_batches=self.max_batches,
+            class_names=self.class_names,
+            name=self.name,
+            refine=self.refine_config,
         )
 
-    def _take(
-        self,
-        loader: LoaderEvaluation,
-        inputs: RefineInputs | None,
-        batch: Any,
-        label: str,
-        dataloader_idx: int,
-    ) -> None:
-        """Refine and compare a batch; None for one that could not be read."""
-        if inputs is None:
-            loader.lose(batch_size(batch))
-            return
-        inputs = loader.real(inputs)
-        if len(inputs) > 0:
-            names = sample_names(batch, len(inputs), label)
-            loader.add(inputs, *self._run_state.refiner(inputs, dataloader_idx), names)
-
-    def _rehearse(self, loader: LoaderEvaluation, inputs: RefineInputs | None) -> None:
-        """Count the targets of the sanity check, with raw predictions alone."""
-        if inputs is None:
-            return
-        inputs = loader.real(inputs)
-        loader.comparison.counts.update(images=len(inputs))
-        for labels, target in zip(inputs.labels, inputs.targets, strict=True):
-            loader.comparison.update(labels, labels, target)
-
-    def _check_figures(self, trainer: Trainer) -> None:
-        """Warn of figures that may never come, before an epoch is trained. A collective call."""
-        loaders = [] if self._evaluation is None else self._evaluation.loaders
-        results = [loader.comparison.result() for loader in loaders]
-        for result in results:
-            warn_unscored(result, "of the sanity check")
-        warn_monitors(trainer, "val" if self.name is None else f"val/{self.name}", results)
-
-    def _report(self, trainer: Trainer, stage: str) -> None:
-        """Log the figures of every loader, remember them, and show what they come from."""
-        loaders = [] if self._evaluation is None else self._evaluation.loaders
-        if loaders:
-            self._run_state.end_pass()
-        if loaders and (cache := self._run_state.refiner.refiner.cache) is not None:
-            cache.end_epoch(stage)
-        evaluated: list[Evaluated] = []
-        for index, loader in enumerate(loaders):
-            result = loader.comparison.result()  # a collective call, also of a loader left out
-            if result.counts[0] == 0 and len(loaders) > 1:
-                continue
-            figures = result.figures()
-            warn_unscored(result, "of this evaluation")
-            suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""
-            prefix = stage if self.name is None else f"{stage}/{self.name}"
-            if not trainer.barebones:  # which forbids to log, see `setup`
-                self.log_dict(
-                    {f"{prefix}/{key}{suffix}": value for key, value in figures.items()},
-                    add_dataloader_idx=False,
-                    # The processes hold equal values already, of which the maximum changes no bit;
-                    # without sync_dist Lightning warns, key by key, that they might differ.
-                    sync_dist=True,
-                    reduce_fx="max",
-                )
-            where = {"stage": stage, "epoch": trainer.current_epoch, "step": logged_step(trainer)}
-            where["dataloader_idx"] = index
-            self.history.append({**where, **figures, **result.details()})
-            if self.class_names is not None:  # in pictures they are what the user wrote
-                result = replace(result, class_names=tuple(self.class_names))
-            evaluated.append(Evaluated(stage, index, suffix, loader, result))
-        if evaluated:
-            sam = self._run_state.refiner.refiner.sam
-            about = {"SAM": f"{sam.name} on {sam.device}", "ignore_index": str(self.ignore_index)}
-            if self.name is not None:
-                about["name"] = self.name
-            draws = self.presenter.draws(trainer, self._validations)
-            history = self.history[self._history_start :]
-            self.presenter.present(trainer, evaluated, draws, history, self.refine_config, about)
+    def _finish(self, trainer: Trainer, stage: str) -> None:
+        if self._evaluation is not None:
+            self.history += self._evaluation.finish(trainer, stage)
+            self._evaluation.present(trainer, self.history[self._history_start :])
 
     def _end_evaluation(self) -> None:
         if self._evaluation is not None:
-            self._evaluation.capture.remove()
+            self._evaluation.close()
             self._evaluation = None
 
+    @override
     def _release(self) -> None:
         self._end_evaluation()
-        if self._attached is not None:
-            self._attached.release()
-            self._attached = None
+        super()._release()
 
 
 def _check_different(trainer: Trainer) -> None:
@@ -475,7 +319,8 @@ def _check_different(trainer: Trainer) -> None:
     Raises:
         MisconfigurationException: Two of one name, or with one report.
     """
-    found = [part for part in trainer.callbacks if isinstance(part, SAMRefineCallback)]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    found = [part for part in callbacks if isinstance(part, SAMRefineCallback)]
     # Some file systems do not tell upper from lower case.
     names = [None if part.name is None else part.name.casefold() for part in found]
     for part, name in zip(found, names, strict=True):

@@ -1,11 +1,9 @@
-"""SAM and what goes with it, from a Trainer's setup to its teardown."""
+"""What a run holds from setup to teardown: SAM, and what is known of the batches."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from lightning_samrefine.adapters.reading_summary import summarize
 from lightning_samrefine.adapters.roles import MissingTargetError
 from lightning_samrefine.adapters.scores import BinaryKind
 from lightning_samrefine.adapters.targets import IgnoreIndex, TargetCheck
-from lightning_samrefine.callbacks.arguments import num_classes_of
+from lightning_samrefine.callbacks.arguments import SharedArguments, num_classes_of
 from lightning_samrefine.callbacks.safe_refiner import SafeRefiner, isolated_rng
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models import Promptable, load_sam
@@ -30,62 +28,60 @@ from lightning_samrefine.models.base import accepts_masks, drop_derived
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 from lightning_samrefine.refine.class_filter import check_classes
 from lightning_samrefine.refine.refiner import Refiner
+from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.validation import WrongValuesError
 
 
 class RunState:
-    """A loaded SAM, the refiner around it, and what a run has learnt about its batches.
+    """A loaded SAM, the refiner around it, and what a run has learned about its batches.
 
-    A loaded SAM is moved to the device, a named one loaded there, without a trace in the global
-    random states.
+    A loaded SAM is moved to the device, a named one is loaded there. The global random states stay
+    as they were.
 
     Args:
-        owner: What a message begins with.
+        owner: What messages begin with.
         counted_in: Where failures are counted, for the warning.
-        sam: A name for `load_sam`, or a `Promptable`.
-        checkpoint: See `load_sam`.
-        config: Thresholds.
-        precision: See `Refiner`.
-        device: Where SAM is to be.
+        shared: SAM, thresholds, classes, and how batches are read.
+        device: SAM's device during the run.
         cache: Keeps embeddings, None for none.
-        ignore_index: Target value that is not counted; of no use where no targets are read.
+        ignore_index: Target value that is not counted; unused where no targets are read.
 
     Attributes:
-        refiner: Holds SAM.
-        adapter: With the number of classes settled, None until `bind`.
+        refiner: Refines single images, and raises where one fails; `refine` does not.
 
     Raises:
         ValueError: As `load_sam` and `Refiner` raise it.
-        FileNotFoundError: No checkpoint there.
+        FileNotFoundError: No checkpoint at the path.
     """
 
     def __init__(
         self,
         owner: str,
         counted_in: str,
-        sam: str | Promptable,
-        checkpoint: str | Path | None,
-        config: RefineConfig,
-        precision: str,
+        shared: SharedArguments,
         device: torch.device,
         cache: EmbeddingCache | None = None,
         ignore_index: IgnoreIndex = None,
     ) -> None:
-        self._owner = owner
+        self._owner, self._shared = owner, shared
         self._warn_once = _WarnOnce(owner, counted_in)
-        self._own_sam, self._home = (None, None) if isinstance(sam, str) else (sam, sam.device)
+        sam = shared.sam
+        # A user's own model, and the device to move it back to.
+        self._borrowed = None if isinstance(sam, str) else (sam, sam.device)
         with isolated_rng(device):
             if isinstance(sam, str):
-                sam = load_sam(sam, checkpoint, device)
+                sam = load_sam(sam, shared.checkpoint, device)
             else:
                 sam.module.to(device)
-            self.refiner = SafeRefiner(Refiner(sam, config, precision, cache), self._warn_once)
-        self.adapter: BatchAdapter | None = None
+            self.refiner = Refiner(sam, shared.refine, shared.precision, cache)
+        self.cache = cache
+        self._safe = SafeRefiner(self.refiner, self._warn_once)
+        self._adapter: BatchAdapter | None = None
         # One a loader, for each settles the range of its own images.
         self._adapters: dict[int, BatchAdapter] = {}
         self._ignore_index = ignore_index
         self._check_targets: TargetCheck | None = None
-        # Loaders of which a batch was read: what fails there later is no set-up error.
+        # Loaders with a batch that was read: what fails there later is not an error of the set-up.
         self._understood: dict[int, Roles | None] = {}
         # Loaders without targets, which are left out.
         self._without_targets: set[int] = set()
@@ -93,35 +89,61 @@ class RunState:
         # Loaders that were read to their end once: a wrong value there later ends no run.
         self._passed: set[int] = set()
 
-    def bind(
-        self,
-        adapter: BatchAdapter,
-        num_classes: int | None,
-        pl_module: LightningModule,
-        class_names: Sequence[str] | None = None,
-    ) -> BatchAdapter:
+    @property
+    def sam(self) -> Promptable:
+        """The loaded SAM."""
+        return self.refiner.sam
+
+    @property
+    def config(self) -> RefineConfig:
+        """The thresholds in use: the user's, less what this SAM cannot do."""
+        return self.refiner.config
+
+    @property
+    def num_classes(self) -> int:
+        """C, known from `bind` on."""
+        assert self._adapter is not None, "bind comes first"
+        assert self._adapter.num_classes is not None
+        return self._adapter.num_classes
+
+    def bind(self, pl_module: LightningModule) -> None:
         """Settle the number of classes, after the module's own setup and before any evaluation.
 
         Raises:
-            MisconfigurationException: Nobody says how many there are, or the default ignore_index
-                is one of them.
+            MisconfigurationException: Neither the arguments nor the module have the number, or the
+                default ignore_index is one of the classes.
         """
         self._announced.clear()
-        if self.adapter is None:
-            num_classes = num_classes or num_classes_of(pl_module)
-            try:
-                self._check_targets = TargetCheck(num_classes, self._ignore_index)
-            except ValueError as error:
-                raise MisconfigurationException(f"{self._owner}: {error}") from error
-            refiner = self.refiner.refiner
-            check_classes(refiner.config, num_classes, class_names)
-            self.adapter = replace(adapter, num_classes=num_classes, device=refiner.sam.device)
-            masks = "" if accepts_masks(refiner.sam) else ", which takes no mask prompts,"
-            rank_zero_info(
-                f"{self._owner}: SAM {refiner.sam.name}{masks} on {refiner.sam.device} refines "
-                f"{num_classes} classes with {refiner.config}"
-            )
-        return self.adapter
+        if self._adapter is not None:
+            return
+        num_classes = self._shared.num_classes or num_classes_of(pl_module)
+        try:
+            self._check_targets = TargetCheck(num_classes, self._ignore_index)
+        except ValueError as error:
+            raise MisconfigurationException(f"{self._owner}: {error}") from error
+        check_classes(self.config, num_classes, self._shared.class_names)
+        self._adapter = replace(
+            self._shared.adapter, num_classes=num_classes, device=self.sam.device
+        )
+        masks = "" if accepts_masks(self.sam) else ", which takes no mask prompts,"
+        rank_zero_info(
+            f"{self._owner}: SAM {self.sam.name}{masks} on {self.sam.device} refines "
+            f"{num_classes} classes with {self.config}"
+        )
+
+    def recheck_weights(self) -> None:
+        """Drop what the cache holds of other weights, where SAM's have changed."""
+        self.refiner.recheck_weights()
+
+    def refine(
+        self, inputs: RefineInputs, dataloader_idx: int = 0
+    ) -> tuple[list[Refinement | None], float]:
+        """Refine a batch; an image that fails is None, see `SafeRefiner`."""
+        return self._safe(inputs, dataloader_idx)
+
+    def trust(self, dataloader_idx: int) -> None:
+        """Note that an earlier run of the same set-up has refined an image of this loader."""
+        self._safe.trust(dataloader_idx)
 
     @torch.no_grad()
     def read(
@@ -133,31 +155,31 @@ class RunState:
         loaders: int = 1,
         ignore_index: int | None = None,
     ) -> RefineInputs | None:
-        """Read a batch, and log at the first of an evaluation what is read.
+        """Read a batch; the first batch of an evaluation is also described in the log.
 
-        Values that no batch may hold, such as a target outside the classes, raise until the whole
-        loader was read once, however late they come: the labels of the batches before them are
-        likely to mean something else as well, and the figures would be wrong. In a later epoch of
-        a loader that was all right the batch is left out, counted and warned of, like any other
-        that cannot be read: a training run is not lost for it.
+        Impossible values, such as a target outside the classes, raise until the whole loader was
+        read once, however late they come: the labels of earlier batches probably mean something
+        else, too, and the figures would be wrong. Once a loader was read without an error, such a
+        batch is left out in later epochs, counted and warned of, like any other unreadable batch:
+        the training run goes on.
 
         Args:
             batch: As the dataloader yields it; what the step has taken out of it is put back.
-            outputs: What the step returned.
-            capture: What left the network.
+            outputs: The return value of the step.
+            capture: The scores that left the network.
             dataloader_idx: The loader's number.
-            loaders: How many there are; of several, those without targets are left out.
+            loaders: Number of loaders; if there are several, those without targets are left out.
             ignore_index: For the log.
 
         Returns:
-            None for a batch that cannot be read although others of its loader could, and for a
-            loader that `is_left_out`.
+            None for an unreadable batch of a loader with readable ones, and for a loader that
+            `is_left_out`.
 
         Raises:
             ValueError: The first batch of a loader cannot be read.
             WrongValuesError: As described.
         """
-        assert self.adapter is not None  # bind comes before any batch
+        assert self._adapter is not None  # bind comes before any batch
         assert self._check_targets is not None
         if self.is_left_out(dataloader_idx):
             return None
@@ -166,7 +188,7 @@ class RunState:
         try:
             adapter = self._adapters.setdefault(
                 dataloader_idx,
-                replace(self.adapter, rgb=self.adapter.rgb.fresh(), binary=BinaryKind()),
+                replace(self._adapter, rgb=self._adapter.rgb.fresh(), binary=BinaryKind()),
             )
             captured, seen = capture.take(outputs)
             reading = adapter.read(batch, outputs, captured, seen, settled, capture.given)
@@ -198,7 +220,7 @@ class RunState:
         return reading.inputs
 
     def is_left_out(self, dataloader_idx: int) -> bool:
-        """Whether a loader has no targets, and others have."""
+        """Whether a loader has no targets while others have some."""
         return dataloader_idx in self._without_targets
 
     def end_pass(self) -> None:
@@ -206,16 +228,17 @@ class RunState:
         self._passed.update(self._understood)
 
     def release(self) -> None:
-        """Move a user's own SAM back to where it was; what it keeps on the device is dropped."""
-        if self._own_sam is not None:
-            drop_derived(self._own_sam)
-            self._own_sam.module.to(self._home)
+        """Move a user's own SAM back to its device, and drop what was derived from its weights."""
+        if self._borrowed is not None:
+            sam, device = self._borrowed
+            drop_derived(sam)
+            sam.module.to(device)
 
 
 class _WarnOnce:
-    """Warns of the first failure of each kind, on whatever process it happens.
+    """Warns of the first failure of each kind, on any process.
 
-    An object of its own: the refiner holds it, and must not hold on to itself through it.
+    A class of its own, so that the refiner does not hold a reference to itself.
     """
 
     def __init__(self, owner: str, counted_in: str) -> None:
@@ -234,5 +257,5 @@ class _WarnOnce:
 
 
 def _warn(message: str) -> None:
-    """Warn on whatever process it happens."""
+    """Warn on any process."""
     warnings.warn(rank_prefixed_message(message, rank_zero_only.rank), RuntimeWarning, stacklevel=3)

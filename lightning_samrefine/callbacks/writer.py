@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_prefixed_message
@@ -17,20 +16,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_samrefine.adapters.batch_adapter import BatchAdapter
-from lightning_samrefine.adapters.denormalize import Denormalize
+from lightning_samrefine.adapters.batch_adapter import AdapterFunction
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.nested import batch_size
 from lightning_samrefine.adapters.sample_names import Stem, find_stems
-from lightning_samrefine.callbacks.arguments import (
-    check_sam,
-    check_trainer,
-    parse_class_names,
-    parse_num_classes,
-    parse_refine,
-)
-from lightning_samrefine.callbacks.run_state import RunState
-from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.adapters.scores import ScoresKind
+from lightning_samrefine.callbacks.arguments import SharedArguments, Thresholds
+from lightning_samrefine.callbacks.collective import Together
+from lightning_samrefine.callbacks.sam_callback import SAMCallback
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.predictions.encoding import MAX_CLASSES, PROBS_KINDS, ProbsKind
 from lightning_samrefine.predictions.fingerprints import Fingerprint
@@ -46,7 +39,7 @@ _NAME = "SAMRefineWriter"
 
 @dataclass
 class _Writing:
-    """What lives from the start of prediction to its end."""
+    """What a prediction holds from its start to its end."""
 
     capture: ScoresCapture
     provenance: Provenance
@@ -54,7 +47,7 @@ class _Writing:
     run: PredictionRun
 
 
-class SAMRefineWriter(BasePredictionWriter):
+class SAMRefineWriter(SAMCallback, BasePredictionWriter):
     """Refines the predictions of ``Trainer.predict`` with SAM and writes them to a folder.
 
     For each image a label map ``labels/<stem>.png`` (palette indices up to 255 classes, 16-bit
@@ -118,6 +111,9 @@ class SAMRefineWriter(BasePredictionWriter):
         >>> trainer = Trainer(callbacks=[writer])
     """
 
+    _FAILURES: ClassVar[str] = "counts.failed"
+    _OF_A_RUN: ClassVar[tuple[str, ...]] = ("_attached", "_writing", "_lock")
+
     def __init__(
         self,
         folder: str | Path,
@@ -125,7 +121,7 @@ class SAMRefineWriter(BasePredictionWriter):
         checkpoint: str | Path | None = None,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
-        refine: Mapping[str, Any] | RefineConfig | str = "default",
+        refine: Thresholds = "default",
         precision: str = "auto",
         probs: ProbsKind | None = None,
         overwrite: bool = False,
@@ -133,93 +129,78 @@ class SAMRefineWriter(BasePredictionWriter):
         stem_key: str | None = None,
         image_key: str | None = None,
         scores_key: str | None = None,
-        scores_kind: Literal["auto", "logits", "probs", "labels"] = "auto",
+        scores_kind: ScoresKind = "auto",
         image_mean: Sequence[float] | float | None = None,
         image_std: Sequence[float] | float | None = None,
         image_range: Literal["0-255", "0-1"] | None = None,
-        adapter: Callable[..., Any] | None = None,
+        adapter: AdapterFunction | None = None,
     ) -> None:
-        super().__init__(write_interval="batch")
-        check_sam(sam, checkpoint, precision)
+        shared = SharedArguments.of(
+            sam=sam,
+            checkpoint=checkpoint,
+            num_classes=num_classes,
+            class_names=class_names,
+            refine=refine,
+            precision=precision,
+            image_key=image_key,
+            scores_key=scores_key,
+            scores_kind=scores_kind,
+            image_mean=image_mean,
+            image_std=image_std,
+            image_range=image_range,
+            adapter=adapter,
+            needs_target=False,
+        )
+        super().__init__(shared)
         check_count("queue_size", queue_size)
         if probs is not None and probs not in PROBS_KINDS:
             raise ValueError(
-                f"probs: got {probs!r}, accepted are {', '.join(map(repr, PROBS_KINDS))} and None"
+                f"probs must be {', '.join(map(repr, PROBS_KINDS))} or None, got {probs!r}"
             )
         if stem_key is not None and not isinstance(stem_key, str):
-            raise TypeError(f"stem_key: got {stem_key!r}, accepted is a string or None")
-        self.folder = Path(folder)
-        self.sam = sam
-        self.checkpoint = checkpoint
-        self.class_names = parse_class_names(class_names)
-        self.num_classes = parse_num_classes(num_classes, self.class_names)
-        if self.num_classes is not None and self.num_classes > MAX_CLASSES:
+            raise TypeError(f"stem_key must be a string or None, got {stem_key!r}")
+        if shared.num_classes is not None and shared.num_classes > MAX_CLASSES:
             raise ValueError(
-                f"num_classes: got {self.num_classes}, accepted are at most {MAX_CLASSES}, the "
-                "values of a 16-bit PNG but the one for unknown pixels"
+                f"num_classes must be at most {MAX_CLASSES}, the values of a 16-bit PNG but the "
+                f"one for unknown pixels, got {shared.num_classes}"
             )
-        self.refine_config = parse_refine(refine)
-        self.precision = precision
+        self.folder = Path(folder)
         self.probs = probs
         self.overwrite = overwrite
         self.queue_size = queue_size
         self.stem_key = stem_key
-        self.adapter = BatchAdapter(
-            image_key=image_key,
-            scores_key=scores_key,
-            scores_kind=scores_kind,
-            rgb=Denormalize(image_mean, image_std, image_range),
-            function=adapter,
-            needs_target=False,
-        )
         self.counts = PredictCounts()
         self._files = OutputFolder(self.folder)
         self._lock: FolderLock | None = None
-        self._attached: RunState | None = None
         self._writing: _Writing | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {**state, "_attached": None, "_writing": None, "_lock": None}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":
             return
-        check_trainer(_NAME, trainer)
         super().setup(trainer, pl_module, stage)
         self._release()
         try:
             self._files.check()
         except ValueError as error:
             raise MisconfigurationException(f"{_NAME}: {error}") from error
-        self._attached = RunState(
-            _NAME,
-            "counts.failed",
-            self.sam,
-            self.checkpoint,
-            self.refine_config,
-            self.precision,
-            trainer.strategy.root_device,
-        )
+        self._attach(trainer)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        attached = self._run_state
-        num_classes = attached.bind(
-            self.adapter, self.num_classes, pl_module, self.class_names
-        ).num_classes
+        self._run_state.bind(pl_module)
+        num_classes = self._run_state.num_classes
         if trainer.predict_loop.return_predictions:
             rank_zero_warn(
                 f"{_NAME}: Lightning keeps every prediction in memory; "
                 "trainer.predict(..., return_predictions=False) does not"
             )
         self.counts = PredictCounts()
-        with _Together(trainer, MisconfigurationException):
-            provenance = self._provenance(attached, pl_module, num_classes)
+        with Together(_NAME, trainer, MisconfigurationException):
+            provenance = self._provenance(pl_module)
             generation = self._prepare(trainer, provenance) if trainer.is_global_zero else 0
         generation = trainer.strategy.broadcast(generation)
-        with _Together(trainer, MisconfigurationException):
+        with Together(_NAME, trainer, MisconfigurationException):
             if not trainer.is_global_zero:
                 self._lock = FolderLock(self._files.locks)
                 self._lock.acquire(trainer.global_rank)
@@ -260,9 +241,9 @@ class SAMRefineWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        attached, writing = self._run_state, self._writing
+        state, writing = self._run_state, self._writing
         assert writing is not None  # on_predict_start comes before any batch
-        inputs = attached.read(batch, prediction, writing.capture, dataloader_idx)
+        inputs = state.read(batch, prediction, writing.capture, dataloader_idx)
         if inputs is None:
             self.counts.unread += batch_size(batch)
             return
@@ -277,11 +258,11 @@ class SAMRefineWriter(BasePredictionWriter):
             if not writing.run.is_done(*named)
         ]
         if len(missing) < len(stems):
-            attached.refiner.trust(dataloader_idx)
+            state.trust(dataloader_idx)
         if not missing:
             return
         wanted = inputs.take(missing)
-        refinements, _ = attached.refiner(wanted, dataloader_idx)
+        refinements, _ = state.refine(wanted, dataloader_idx)
         for position, (index, refinement) in enumerate(zip(missing, refinements, strict=True)):
             writing.run.write(stems[index], found[index], wanted, position, refinement)
 
@@ -310,27 +291,15 @@ class SAMRefineWriter(BasePredictionWriter):
         finally:
             self._release()
 
-    @property
-    def _run_state(self) -> RunState:
-        if self._attached is None:
-            raise MisconfigurationException(
-                f"{_NAME}: SAM is not loaded; the Trainer calls setup before it predicts, and so "
-                "must whoever calls the hooks without one"
-            )
-        return self._attached
-
-    def _provenance(
-        self, attached: RunState, pl_module: LightningModule, num_classes: int | None
-    ) -> Provenance:
-        sam = attached.refiner.refiner.sam
-        adapter, rgb = self.adapter, self.adapter.rgb
+    def _provenance(self, pl_module: LightningModule) -> Provenance:
+        state, adapter, rgb = self._run_state, self.adapter, self.adapter.rgb
         return Provenance.of(
             self.refine_config,
-            sam,
-            str(autocast_dtype(self.precision, sam.device) or torch.float32),
+            state.sam,
+            str(autocast_dtype(self.precision, state.sam.device) or torch.float32),
             pl_module,
             {
-                "num_classes": num_classes,
+                "num_classes": state.num_classes,
                 "probs": self.probs,
                 "image_key": adapter.image_key,
                 "scores_key": adapter.scores_key,
@@ -343,7 +312,7 @@ class SAMRefineWriter(BasePredictionWriter):
         )
 
     def _prepare(self, trainer: Trainer, provenance: Provenance) -> int:
-        """Get the folder ready, on one process; return the run's number."""
+        """Prepare the folder, on one process; return the run's number."""
         self._files.check()
         self._lock = FolderLock(self._files.locks)
         self._lock.acquire(rank=0)
@@ -360,7 +329,7 @@ class SAMRefineWriter(BasePredictionWriter):
         if writing is None:
             rank_zero_warn(f"{_NAME}: no batch came, nothing was written")
             return
-        with _Together(trainer, RuntimeError):
+        with Together(_NAME, trainer, RuntimeError):
             self._close()
         if self.counts.unread:
             message = (
@@ -370,11 +339,13 @@ class SAMRefineWriter(BasePredictionWriter):
             warnings.warn(
                 rank_prefixed_message(message, trainer.global_rank), RuntimeWarning, stacklevel=2
             )
-        with _Together(trainer, ValueError):
+        with Together(_NAME, trainer, ValueError):
             if trainer.is_global_zero:
-                self._tell(self._files.finish(writing.generation, _hashes(writing.provenance)))
+                self._log_counts(
+                    self._files.finish(writing.generation, _hashes(writing.provenance))
+                )
 
-    def _tell(self, done: Finished) -> None:
+    def _log_counts(self, done: Finished) -> None:
         failed = sum(done.rows["failed"].to_pylist())
         rank_zero_info(
             f"{_NAME}: {done.kept} images kept, {done.redone} redone, {done.written} new; "
@@ -383,50 +354,22 @@ class SAMRefineWriter(BasePredictionWriter):
         )
 
     def _close(self) -> None:
-        """Write what waits to be written."""
+        """Write what is still in the queue."""
         if self._writing is None:
             return
         self._writing.capture.remove()
         self._writing.run.close()
 
+    @override
     def _release(self) -> None:
-        if self._attached is not None:
-            self._attached.release()
+        super()._release()
         if self._lock is not None:
             self._lock.release()
-        self._attached = self._writing = self._lock = None
-
-
-class _Together(contextlib.AbstractContextManager[None]):
-    """A step that all processes take, and at which all fail where one of them does.
-
-    Without it the others would wait for the one that failed until the process group times out.
-
-    Args:
-        trainer: Whose processes all come here.
-        refusal: What the other processes raise, and what a `ValueError` or an `OSError` becomes;
-            those stay what they are beside a `RuntimeError`.
-    """
-
-    def __init__(self, trainer: Trainer, refusal: type[Exception]) -> None:
-        self._strategy, self._processes = trainer.strategy, trainer.world_size
-        self._refusal = refusal
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is not None and not isinstance(error, Exception):
-            return  # Lightning ends the other processes
-        if self._strategy.reduce_boolean_decision(error is None, all=True):
-            return
-        own = None if error is None else f"{type(error).__name__}: {error}"
-        messages = [self._strategy.broadcast(own, src=rank) for rank in range(self._processes)]
-        if error is None:
-            raise self._refusal(f"{_NAME}: {next(filter(None, messages))}")
-        if isinstance(error, ValueError | OSError) and self._refusal is not RuntimeError:
-            raise self._refusal(f"{_NAME}: {error}") from error
+        self._writing = self._lock = None
 
 
 def _known_stems(dataloaders: Any) -> Iterator[str]:
-    """Return the names that data sets list beforehand; any others are checked as they come."""
+    """Return the names that data sets list in advance; others are checked batch by batch."""
     several = dataloaders if isinstance(dataloaders, list | tuple) else [dataloaders]
     for index, dataloader in enumerate(several):
         names = getattr(getattr(dataloader, "dataset", None), "names", None)

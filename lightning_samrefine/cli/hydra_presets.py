@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, make_dataclass
-from types import NoneType, UnionType
+from types import GenericAlias, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def storable_type(hint: Any) -> Any:
-    """Return the type that OmegaConf knows for one of Python's; Any for what it has none for."""
+    """Return OmegaConf's equivalent of a Python type; Any if it has none."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         known = [storable_type(arg) for arg in args if arg is not NoneType]
@@ -37,6 +37,6 @@ def storable_type(hint: Any) -> Any:
         kinds = {type(arg) for arg in args}
         return kinds.pop() if len(kinds) == 1 else Any
     if origin is tuple and args[1:] == (Ellipsis,):
-        return list[args[0]]
+        return GenericAlias(list, args[:1])  # list[…] of a type known at run time
     # Mappings too: Hydra cannot override one that is None (an AttributeError in OmegaConf's merge).
     return hint if hint in (int, float, bool, str) else Any

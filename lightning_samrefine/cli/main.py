@@ -1,14 +1,15 @@
-"""The `samrefine` command: a Hydra app that builds a run, runs it and reports what it gave."""
+"""The `samrefine` command: a Hydra app that builds a run, runs it and reports its figures."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import os
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -32,8 +33,18 @@ if TYPE_CHECKING:
 
 TASKS = ("validate", "test", "fit", "tune", "predict", "check")
 
-# What the data module knows better than the command line, where the config leaves it null.
+# Taken from the data module where the config has null.
 INHERITED = ("num_classes", "class_names", "ignore_index", "image_mean", "image_std", "image_range")
+
+# Arguments of `SAMRefineCallback` that `TuneCallback` does not have.
+_OF_AN_EVALUATION = (
+    "every_n_epochs",
+    "name",
+    "panels",
+    "panels_every_n_epochs",
+    "panels_width",
+    "report",
+)
 
 _FOLDER_MARK = "<output_dir>"
 
@@ -87,7 +98,8 @@ def run(cfg: DictConfig) -> float | None:
     _check_config(cfg)
     refine = _refine_config(cfg)
     if cfg.task == "check":
-        return _check_machine(cfg, refine)
+        _check_machine(cfg, refine)
+        return None
     tuning = _tune_settings(cfg) if cfg.task == "tune" else None
 
     from lightning.pytorch import seed_everything
@@ -98,7 +110,7 @@ def run(cfg: DictConfig) -> float | None:
     if cfg.seed is not None:
         seed_everything(cfg.seed, workers=True, verbose=False)
     if tuning is not None:
-        cfg.callback._target_ = tuning.callback
+        _use_tune_callback(cfg, tuning.callback)
     datamodule = _build(cfg, "data")
     _check_segmenter(cfg, datamodule)
     for key in ("segmenter", "callback", "writer"):
@@ -140,9 +152,9 @@ def _job(cfg: DictConfig) -> float | None:
         sentence = explain(error)
         if sentence is None:
             raise
-        if sentence.startswith("checkpoint: "):  # of `load_sam`, for which the command has two keys
+        if re.match(r"checkpoint(:| must) ", sentence):  # of `load_sam`; the command has two keys
             key = "model" if "model" in cfg.sam else "checkpoint"
-            sentence = f"sam.{key}: {sentence.partition(': ')[2]}"
+            sentence = f"sam.{key}{sentence.removeprefix('checkpoint')}"
         sys.exit(f"samrefine: {sentence}\n(HYDRA_FULL_ERROR=1 shows where)")
 
 
@@ -171,9 +183,10 @@ def _check_config(cfg: DictConfig) -> None:
         example = f"{missing[0]}=VALUE"
         raise SetupError(f"No value for {', '.join(missing)}; give it as in: samrefine {example}")
     if cfg.task not in TASKS:
-        raise SetupError(f"task: got {cfg.task!r}, accepted are {', '.join(TASKS)}")
+        raise SetupError(f"task must be one of {', '.join(TASKS)}, got {cfg.task!r}")
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
-        raise SetupError(f"ckpt_path: no file {Path(cfg.ckpt_path).absolute()}")
+        path = Path(cfg.ckpt_path).absolute()
+        raise SetupError(f"ckpt_path must be a file, got {path}, where there is none")
 
 
 def _original_cwd() -> Path:
@@ -218,18 +231,31 @@ def _check_segmenter(cfg: DictConfig, datamodule: LightningDataModule) -> None:
 
 def _refine_config(cfg: DictConfig) -> RefineConfig:
     try:
-        return RefineConfig.preset("algorithm4", **OmegaConf.to_container(cfg.refine, resolve=True))
+        return RefineConfig.preset("algorithm4", **_plain(cfg.refine))
     except (TypeError, ValueError) as error:
         raise SetupError(f"refine: {error}") from error
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    """Return a node as a dict, its interpolations resolved."""
+    return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))
 
 
 def _tune_settings(cfg: DictConfig) -> TuneSettings:
     from lightning_samrefine.tune.settings import TuneSettings
 
     try:
-        return TuneSettings(**OmegaConf.to_container(cfg.tune, resolve=True))
+        return TuneSettings(**_plain(cfg.tune))
     except (TypeError, ValueError) as error:
         raise SetupError(f"tune: {error}") from error
+
+
+def _use_tune_callback(cfg: DictConfig, target: str) -> None:
+    """Make the node ``callback`` that of a tuning, without what only an evaluation has."""
+    cfg.callback._target_ = target
+    with open_dict(cfg.callback):
+        for key in _OF_AN_EVALUATION:
+            cfg.callback.pop(key, None)
 
 
 def _build(cfg: DictConfig, key: str, **objects: Any) -> Any:
@@ -260,9 +286,11 @@ def _save_config(cfg: DictConfig, path: Path) -> None:
     resolved = copy.deepcopy(cfg)
     resolved.output_dir = _FOLDER_MARK
     text = OmegaConf.to_yaml(resolved, resolve=True).replace(_FOLDER_MARK, "${output_dir}")
-    resolved = OmegaConf.create(text)
-    resolved.output_dir = OmegaConf.to_container(cfg)["output_dir"]
-    OmegaConf.save(resolved, path)
+    saved = OmegaConf.create(text)
+    OmegaConf.update(
+        saved, "output_dir", cast("dict[str, Any]", OmegaConf.to_container(cfg))["output_dir"]
+    )
+    OmegaConf.save(saved, path)
 
 
 def _build_trainer(cfg: DictConfig, refine: RefineConfig) -> Trainer:

@@ -1,4 +1,4 @@
-"""Is the gain more than luck with these images? A paired bootstrap of the difference in mIoU."""
+"""How far does the gain depend on the images drawn? A paired bootstrap of the gain in mIoU."""
 
 from __future__ import annotations
 
@@ -146,13 +146,13 @@ def _image_totals(raw: np.ndarray, refined: np.ndarray) -> np.ndarray:
     for name, matrices in (("raw", raw), ("refined", refined)):
         if matrices.ndim != 3 or matrices.shape[2] - matrices.shape[1] not in (0, 1):
             raise ValueError(
-                f"{name}: got shape {matrices.shape}, accepted is (N, C, C) or (N, C, C + 1)"
+                f"{name} must have shape (N, C, C) or (N, C, C + 1), got {matrices.shape}"
             )
     if raw.shape != refined.shape:
-        raise ValueError(f"refined: got shape {refined.shape}, accepted is raw's, {raw.shape}")
+        raise ValueError(f"refined must have raw's shape {raw.shape}, got {refined.shape}")
     if not np.array_equal(raw.sum(axis=2), refined.sum(axis=2)):
         raise ValueError(
-            "refined: got other sums of rows than raw's, accepted are the same images' pixels"
+            "refined must be of the same images, got other sums of rows than raw's"
         )
     num_classes = raw.shape[1]
     diagonals = (np.diagonal(matrices, axis1=1, axis2=2) for matrices in (raw, refined))
@@ -169,21 +169,13 @@ def _image_totals(raw: np.ndarray, refined: np.ndarray) -> np.ndarray:
     )
 
 
-def image_gains(totals: np.ndarray) -> np.ndarray:
-    """Return each image's own mIoU, (N, 2) float64 raw and refined, NaN without a scored pixel."""
-    true, raw_hits, raw_called, refined_hits, refined_called = np.moveaxis(totals, 1, 0)
-    return np.stack(
-        [_miou(true, raw_hits, raw_called), _miou(true, refined_hits, refined_called)], axis=1
-    )
-
-
 def _check_draws(images: int, resamples: int, confidence: float) -> None:
     if images == 0:
-        raise ValueError("totals: got no image, accepted is at least one")
+        raise ValueError("totals must have at least one image, got none")
     if resamples < 1:
-        raise ValueError(f"resamples: got {resamples}, accepted is at least 1")
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence: got {confidence}, accepted is a number in (0, 1)")
+        raise ValueError(f"confidence must be a number in (0, 1), got {confidence}")
 
 
 def _draw(rng: np.random.Generator, resamples: int, images: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Boundary IoU and boundary F1: are the borders where they should be?"""
+"""Boundary IoU and boundary F1: how well the borders of classes fit."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Borders:
 
 
 class BorderCounts(Metric):
-    """Counts what Boundary IoU and boundary F1 are made of, class by class.
+    """Counts the pixels that Boundary IoU and boundary F1 are computed from, class by class.
 
     Where the target is ignored a prediction counts as ignored too: such pixels are in no band and
     make no border, so that a prediction without a wrong pixel scores 1. Counts are summed over the

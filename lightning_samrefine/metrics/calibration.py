@@ -1,4 +1,8 @@
-"""Is SAM's predicted IoU worth gating on? Predicted against true IoU of every region."""
+"""Predicted against true IoU of every region: is SAM's predicted IoU a good threshold?
+
+Not torchmetrics' calibration error and AUROC: these keep every region, in floats whose sums depend
+on batches and processes, where whole numbers take constant memory and add up exactly.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from lightning_samrefine.refine.results import Regions
 from lightning_samrefine.utils.device import Download, upload
 
 BINS = 10
-# Ranks of predicted IoU that AUROC tells apart.
+# Levels of predicted IoU that AUROC distinguishes.
 _RANKS = 4096
 # Sums of fractions are kept as whole millionths, which add up to the same in any order.
 _UNIT = 1_000_000
@@ -60,20 +64,21 @@ def score_regions(regions: Regions, raw: Tensor, target: Tensor, valid: Tensor) 
         ValueError: Regions without masks.
     """
     if regions.masks is None:
-        raise ValueError("regions: got no masks, accepted are those that a refinement returns")
+        raise ValueError("regions must have masks, as a refinement returns them, got none")
     (height, width), (rows, columns) = target.shape, regions.masks.shape[1:]
     y = (torch.arange(rows) + 0.5) * (height / rows)
     x = (torch.arange(columns) + 0.5) * (width / columns)
     cells = upload(y.long()[:, None] * width + x.long()[None], target.device)
     # numpy counts bools an order of magnitude faster than torch does on the CPU.
     at_cells = [values.flatten()[cells] for values in (raw, target, valid)]
-    raw, target, known, masks = Download(*at_cells, regions.masks).wait()
+    at_raw, at_true, known, masks = Download(*at_cells, regions.masks).wait()
     boxes = regions.extents.numpy()
     row_ends = np.searchsorted(y.numpy(), boxes[:, 1::2])
     column_ends = np.searchsorted(x.numpy(), boxes[:, 0::2])
     iou = np.full((len(regions), 2), np.nan)
     of_class = {
-        c: ((target == c) & known, (raw == c) & known) for c in regions.classes.unique().tolist()
+        c: ((at_true == c) & known, (at_raw == c) & known)
+        for c in regions.classes.unique().tolist()
     }
     for index, c in enumerate(regions.classes.tolist()):
         truth, found = of_class[c]
@@ -96,8 +101,8 @@ class Calibration:
     """Predicted IoU against true IoU.
 
     Attributes:
-        regions: How many had ground truth.
-        better: How many of them SAM's mask fits better than the raw prediction did.
+        regions: Number of regions with ground truth.
+        better: Number of them that SAM's mask fits better than the raw prediction does.
         bin_regions: (10,) int64, regions by predicted IoU in tenths.
         bin_pred_iou: (10,) float64, their mean predicted IoU, NaN in an empty bin.
         bin_true_iou: (10,) float64, their mean true IoU.
@@ -116,7 +121,7 @@ class Calibration:
 
     @classmethod
     def of(cls, bins: Tensor, ranks: Tensor) -> Calibration:
-        """Read the counts of a `RegionCalibration`."""
+        """Compute it from the counts of a `RegionCalibration`."""
         regions, pred_sum, true_sum = bins.cpu()
         worse, better = ranks.cpu()
         total = int(regions.sum())
@@ -133,7 +138,7 @@ class Calibration:
 
 
 class RegionCalibration(Metric):
-    """Counts regions by predicted IoU, accepted and rejected alike.
+    """Counts regions by predicted IoU, accepted and rejected ones.
 
     Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, with IoU for accuracy.
     Everything is counted in whole numbers: predicted IoUs closer than 1/4096 are ties for AUROC.
@@ -184,10 +189,10 @@ def _windows(masks: np.ndarray, height: int, width: int) -> Tensor:
     """Return the (N, 4) float32 boxes of (N, h, w) masks in image pixels, one cell wider."""
     sides = []
     for axis, size in ((1, width), (2, height)):  # columns that hold any of the mask, then rows
-        used = masks.any(axis=axis)
+        used: np.ndarray = np.any(masks, axis=axis)
         cells = used.shape[1]
         first, last = used.argmax(axis=1), cells - used[:, ::-1].argmax(axis=1)
-        some = used.any(axis=1)
+        some = np.any(used, axis=1)
         scale = size / cells
         sides.append((np.where(some, first - 1, 0) * scale, np.where(some, last + 1, 0) * scale))
     (x0, x1), (y0, y1) = sides

@@ -1,4 +1,4 @@
-"""What became of the pixels that refinement changed."""
+"""Counts of the pixels that refinement changed: fixed, broken, or wrong in another way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Raw against refined: everything that one evaluation counts, and the figures read from it.
+"""Raw against refined: what one evaluation counts, and the figures computed from the counts.
 
 Pixels and regions are counted in int64, image by image, so the figures are those of the whole
 data set and do not depend on batch sizes, on the order of images or on the number of processes.
@@ -16,11 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_samrefine.metrics.bootstrap import (
-    BootstrapInterval,
-    bootstrap_totals,
-    image_gains,
-)
+from lightning_samrefine.metrics.bootstrap import BootstrapInterval, bootstrap_totals
 from lightning_samrefine.metrics.boundary import (
     BorderCounts,
     Borders,
@@ -37,27 +33,14 @@ from lightning_samrefine.metrics.calibration import (
 from lightning_samrefine.metrics.changes import KINDS, ChangeCounts, ChangedPixels
 from lightning_samrefine.metrics.confusion import (
     BandedConfusion,
-    ConfusionMatrix,
     check_shape,
     class_iou,
     matrix_scores,
 )
 from lightning_samrefine.metrics.per_image import ImageTotals
-from lightning_samrefine.metrics.trimap import KnownLabels, trimap_band, valid_pixels
+from lightning_samrefine.metrics.trimap import KnownLabels, valid_pixels
 from lightning_samrefine.refine.results import Regions
 from lightning_samrefine.utils.device import upload
-
-__all__ = [
-    "SIDES",
-    "ComparisonResult",
-    "ConfusionMatrix",
-    "ImageComparison",
-    "RefinementComparison",
-    "RefinementCounts",
-    "class_iou",
-    "trimap_band",
-    "valid_pixels",
-]
 
 SIDES = ("raw", "refined")
 TRIMAP_WIDTHS = (1, 3, 5, 10)
@@ -119,7 +102,7 @@ class ImageComparison:
 
 
 class RefinementComparison(nn.Module):
-    """Everything that one evaluation says about raw against refined.
+    """Counts everything that raw and refined predictions are compared by.
 
     Args:
         num_classes: C.
@@ -144,11 +127,9 @@ class RefinementComparison(nn.Module):
     ) -> None:
         super().__init__()
         if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(
-                f"class_names: got {len(class_names)} names, accepted are {num_classes}"
-            )
+            raise ValueError(f"class_names must be {num_classes} names, got {len(class_names)}")
         if trimap_width < 1:
-            raise ValueError(f"trimap_width: got {trimap_width}, accepted is at least 1")
+            raise ValueError(f"trimap_width must be at least 1, got {trimap_width}")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.class_names = list(class_names or map(str, range(num_classes)))
@@ -172,7 +153,7 @@ class RefinementComparison(nn.Module):
             raw: (…, H, W) integer, the raw prediction.
             refined: (…, H, W) integer, the refined one.
             target: (…, H, W) integer.
-            regions: What SAM was asked about a single image, to be measured too.
+            regions: The prompted regions of a single image, measured as well.
 
         Returns:
             One entry an image.
@@ -184,7 +165,9 @@ class RefinementComparison(nn.Module):
             check_shape(name, labels, target)
         height, width = target.shape[-2:]
         maps = (labels.reshape(-1, height, width) for labels in (raw, refined, target))
-        return [self._add(*image, regions) for image in zip(*maps, strict=True)]
+        return [
+            self._add(one, other, truth, regions) for one, other, truth in zip(*maps, strict=True)
+        ]
 
     def _add(
         self, raw: Tensor, refined: Tensor, target: Tensor, regions: Regions | None
@@ -219,9 +202,9 @@ class RefinementComparison(nn.Module):
         return ImageComparison((matrices[0], matrices[1]), changes, valid, scores, region_changes)
 
     def reset(self) -> None:
-        """Forget everything. Do so where an epoch starts, not where it ends.
+        """Reset all metrics. Call it at the start of an epoch, not at its end.
 
-        A state made under ``inference_mode`` cannot be updated outside it.
+        A state created under ``inference_mode`` cannot be updated outside it.
         """
         for metric in self._metrics():
             metric.reset()
@@ -251,7 +234,7 @@ class RefinementComparison(nn.Module):
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """The counts of a whole evaluation, on the CPU, and what they say.
+    """The counts of a whole evaluation, on the CPU, and the figures computed from them.
 
     Attributes:
         class_names: C names.
@@ -299,12 +282,8 @@ class ComparisonResult:
         matrix = self.matrices[side][self.widths.index(width)]
         return class_iou(matrix, self.ignore_index).nanmean().item()
 
-    def image_miou(self) -> np.ndarray:
-        """Return each image's own mIoU, (N, 2) float64, see `image_gains`."""
-        return image_gains(self.totals)
-
     def figures(self) -> dict[str, float]:
-        """Read what is logged.
+        """Return the figures that are logged.
 
         Returns:
             As fractions, for raw and refined: ``miou_*`` and ``trimap_miou_*``, ``boundary_iou_*``
@@ -349,13 +328,13 @@ class ComparisonResult:
         return {name: value for name, value in figures.items() if not math.isnan(value)}
 
     def details(self) -> dict[str, float]:
-        """Read what is kept in the callback's history and the report, and not logged.
+        """Return further figures, for the callback's history and the report; not logged.
 
         Returns:
             ``trimap_<w>px_miou_*`` for every width, ``refine_swapped_px``; and for every class
             ``dice_*/<class>``, ``boundary_iou_*/<class>``, ``boundary_f1_*/<class>`` and
             ``fixed_px/<class>``, ``broken_px/<class>``, ``swapped_px/<class>`` by true class.
-            What does not occur is left out.
+            Classes that do not occur are left out.
         """
         details: dict[str, float] = {}
         for side in SIDES:

@@ -69,10 +69,10 @@ class ConfusionMatrix(Metric):
 
 
 class BandedConfusion(Metric):
-    """Confusion matrices of the whole image and of bands around its borders, counted at once.
+    """Confusion matrices of the whole image and of bands around its borders, counted together.
 
-    Bands of growing width lie inside one another, so that a pixel belongs to one ring: that of
-    the narrowest band it is in. One count by ring, true and predicted class holds them all.
+    Bands of growing width lie inside one another. A pixel belongs to one ring: that of the
+    narrowest band around it. One count by ring, true class and predicted class holds them all.
 
     Args:
         num_classes: C.
@@ -98,7 +98,7 @@ class BandedConfusion(Metric):
         """Count one image.
 
         Args:
-            prediction: (H, W), known where the target is.
+            prediction: (H, W), known at the same pixels as the target.
             target: (H, W).
             rings: (H, W) uint8, the target's `KnownLabels.rings` for the same widths.
 
@@ -123,15 +123,15 @@ class BandedConfusion(Metric):
 
 
 def check_shape(name: str, prediction: Tensor, target: Tensor) -> None:
-    """Refuse a prediction that is not of the target's shape.
+    """Refuse a prediction of another shape than the target's.
 
     Raises:
         ValueError: As described.
     """
     if prediction.shape != target.shape:
         raise ValueError(
-            f"{name}: got shape {tuple(prediction.shape)}, accepted is the target's, "
-            f"{tuple(target.shape)}"
+            f"{name} must have the target's shape {tuple(target.shape)}, got shape "
+            f"{tuple(prediction.shape)}"
         )
 
 
@@ -166,7 +166,7 @@ def count_values(values: Tensor, size: int) -> Tensor:
 
 
 def class_iou(matrix: Tensor, ignore_index: int | None = None) -> Tensor:
-    """Return the intersection over union of every class, the field's Jaccard index.
+    """Return the intersection over union (Jaccard index) of every class.
 
     Args:
         matrix: (C, C + 1) int64, see `ConfusionMatrix`.
@@ -181,7 +181,7 @@ def class_iou(matrix: Tensor, ignore_index: int | None = None) -> Tensor:
 
 
 def matrix_scores(matrix: Tensor, ignore_index: int | None = None) -> dict[str, Tensor]:
-    """Read every score of the field from one confusion matrix.
+    """Return the usual scores of one confusion matrix.
 
     Args:
         matrix: (C, C + 1) int64, see `ConfusionMatrix`.
@@ -211,7 +211,7 @@ def matrix_scores(matrix: Tensor, ignore_index: int | None = None) -> dict[str, 
 
 
 def class_totals(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a class's pixels that are right, that are its own, and that were called it.
+    """Return the pixels of every class that are right, that are its own, and predicted as it.
 
     Args:
         matrix: (…, C, C + 1) int64.
@@ -225,7 +225,7 @@ def class_totals(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unscored(scores: Tensor, ignore_index: int | None) -> Tensor:
-    """Overwrite the score of the class that is not scored, where it is in [0, C), with NaN.
+    """Set the score of the class that is not scored, if it is in [0, C), to NaN.
 
     Args:
         scores: (C,) float.

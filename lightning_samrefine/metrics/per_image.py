@@ -1,4 +1,4 @@
-"""Each image's own class totals, so that images can be resampled after the epoch."""
+"""The class totals of every single image, so that images can be resampled after the epoch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MERGE_EVERY = 256
 
 
 class ImageTotals(Metric):
-    """Keeps, of every image, the totals of the classes that occur in it: some 200 bytes an image.
+    """Keeps the totals of the classes that occur in each image: about 200 bytes per image.
 
     Args:
         num_classes: C.
@@ -36,7 +36,7 @@ class ImageTotals(Metric):
         self._start()
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Remove all images."""
         super().reset()
         self._start()
 

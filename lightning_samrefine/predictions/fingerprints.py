@@ -1,4 +1,4 @@
-"""What a written image was made from, told apart from another image or another raw prediction."""
+"""Fingerprints of an image and its raw prediction, to notice when one of them has changed."""
 
 from __future__ import annotations
 
@@ -74,5 +74,5 @@ def content_hash(tensor: Tensor) -> str:
     """Return 16 hexadecimal digits of a tensor's type, shape and bytes, on any device."""
     digest = hashlib.blake2b(repr((tensor.dtype, tuple(tensor.shape))).encode(), digest_size=8)
     flat = tensor.detach().contiguous().cpu().reshape(-1)
-    digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

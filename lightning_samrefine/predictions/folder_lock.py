@@ -95,9 +95,9 @@ class FolderLock:
             except Timeout:
                 if has_waited:
                     raise ValueError(
-                        f"folder: got {self._folder.parent}, which another run is writing to "
-                        f"({self._owner_text()}), accepted is a folder that no run holds: wait for "
-                        "that run, end it, or name another folder"
+                        "folder must not be in use, got "
+                        f"{self._folder.parent}, which another run is writing to "
+                        f"({self._owner_text()}): wait for that run, end it, or take another folder"
                     ) from None
                 rank_zero_info(
                     f"{self._folder.parent} is held by another run ({self._owner_text()}); "

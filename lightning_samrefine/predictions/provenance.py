@@ -86,7 +86,7 @@ class Provenance:
             raise ValueError(f"no JSON ({error})") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             got = found.get("format") if isinstance(found, dict) else type(found).__name__
-            raise ValueError(f"format {got!r}, accepted is {FORMAT}")
+            raise ValueError(f"format must be {FORMAT}, got {got!r}")
         parts = {key: found.get(key) for key in ("refine", "sam", "segmenter", "inputs")}
         if not all(isinstance(part, dict) for part in parts.values()):
             raise ValueError("not all of refine, sam, segmenter and inputs are objects")

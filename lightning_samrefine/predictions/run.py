@@ -193,8 +193,8 @@ class PredictionRun:
 
 def _clash(stem: str, things: str) -> ValueError:
     return ValueError(
-        f"stem: got {stem!r} for two different {things}, accepted are names that differ, without "
-        "the suffix of an image file as well: set stem_key to where the batch has them"
+        f"stem must differ between images, without the suffix of an image file as well, got "
+        f"{stem!r} for two different {things}: set stem_key to where the batch has other names"
     )
 
 

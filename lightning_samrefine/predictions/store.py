@@ -1,4 +1,4 @@
-"""A folder of predictions that is whole at any moment, and that a later run may complete.
+"""A folder of predictions that is valid at any moment, and that a later run may complete.
 
 labels/STEM.png           label maps
 probs/STEM.safetensors    probabilities, where they are wanted
@@ -20,6 +20,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from lightning_samrefine.predictions.manifest import (
     Contents,
     Journal,
@@ -29,8 +32,6 @@ from lightning_samrefine.predictions.manifest import (
     holds,
     journal_files,
     manifest_bytes,
-    pa,
-    pc,
 )
 from lightning_samrefine.predictions.provenance import Provenance
 
@@ -39,7 +40,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run has left.
+    """Counts of a finished run.
 
     Attributes:
         rows: The manifest's.
@@ -83,7 +84,7 @@ class Spellings:
 
 
 class OutputFolder:
-    """Knows where everything lies.
+    """The files of a folder: reads, checks and writes them.
 
     Args:
         path: The folder; several processes may share it.
@@ -108,21 +109,21 @@ class OutputFolder:
         return self.path / "probs" / f"{stem}.safetensors"
 
     def check(self) -> None:
-        """Refuse a folder that holds something else.
+        """Refuse a folder with other content.
 
         Raises:
             ValueError: It is no folder, or neither empty nor one of an earlier run.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"folder: got {self.path}, which is a file, accepted is a folder")
+            raise ValueError(f"folder must be a folder, got the file {self.path}")
         if self.path.is_dir() and not self._run.exists():
             found = sorted(
                 p.name for p in self.path.iterdir() if p not in (self._partial, self.locks)
             )
             if found:
                 raise ValueError(
-                    f"folder: got {self.path}, which holds {', '.join(found[:_SHOWN])} and no "
-                    "run.json; accepted is a new or an empty folder, or one of an earlier run"
+                    "folder must be new, empty or of an earlier run, got "
+                    f"{self.path}, which holds {', '.join(found[:_SHOWN])} and no run.json"
                 )
 
     def prepare(self, provenance: Provenance, overwrite: bool) -> int:
@@ -142,8 +143,9 @@ class OutputFolder:
         differences = self._differences(provenance)
         if differences and not overwrite:
             raise ValueError(
-                f"folder: got {self.path}, which an earlier run wrote with other settings "
-                f"({'; '.join(differences)}). Accepted is another folder, the same settings, or "
+                "folder must be of a run with the same settings, got "
+                f"{self.path}, which an earlier run wrote with others "
+                f"({'; '.join(differences)}): take another folder, the same settings, or "
                 "overwrite=True, which removes those results"
             )
         if differences:
@@ -186,8 +188,8 @@ class OutputFolder:
                 except OSError as error:
                     if error.errno == errno.ENAMETOOLONG:
                         raise ValueError(
-                            f"stem: got {stem!r}, for which {probe.name} is no name that the file "
-                            f"system takes ({error.strerror}), accepted is a shorter one"
+                            f"stem must be shorter, got {stem!r}: the file system refuses "
+                            f"{probe.name} ({error.strerror})"
                         ) from error
 
     def folds_case(self) -> bool:
@@ -258,9 +260,9 @@ class OutputFolder:
         ambiguous = contents.ambiguous(generation)
         if ambiguous:
             raise ValueError(
-                f"stem: {len(ambiguous)} names mean different images, of which only one each was "
-                f"kept ({', '.join(ambiguous[:_SHOWN])}); accepted are names that differ: set "
-                "stem_key to where the batch has them. There is no manifest"
+                f"stem must differ between images, got {len(ambiguous)} names of several images "
+                f"({', '.join(ambiguous[:_SHOWN])}), one of which was kept for each name: set "
+                "stem_key to where the batch has different ones. There is no manifest"
             )
         met = contents.seen.filter(pc.equal(contents.seen["generation"], generation))["stem"]
         met = pc.unique(met)

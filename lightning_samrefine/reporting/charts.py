@@ -36,7 +36,7 @@ def draw_class_bars(result: ComparisonResult, title: str = "IoU by class") -> Fi
     for side, shift in zip(SIDES, (-0.2, 0.2), strict=True):
         values = np.nan_to_num(iou[side][shown])
         axes.barh(rows + shift, values, height=0.38, color=SIDE_COLORS[side], label=side)
-    for row, index in zip(rows, shown, strict=True):
+    for row, index in enumerate(shown):
         gain = iou["refined"][index] - iou["raw"][index]
         if np.isnan(gain):
             continue

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 
 def curve_unit(history: Sequence[Mapping[str, float]]) -> str:
-    """Return ``"epoch"``, or ``"step"`` where an epoch has several evaluations."""
+    """Return ``"epoch"``, or ``"step"`` if an epoch has several evaluations."""
     epochs = [figures["epoch"] for figures in history]
     return "epoch" if len(set(epochs)) == len(epochs) else "step"
 
@@ -17,7 +17,7 @@ def draw_curve(history: Sequence[Mapping[str, float]]) -> Figure:
     """Draw mIoU and trimap mIoU, raw and refined, over epochs, or over steps.
 
     Args:
-        history: One mapping an evaluation, in order: ``epoch``, ``step`` where an epoch comes
+        history: One mapping per evaluation, in order: ``epoch``, ``step`` if an epoch comes
             twice, and the names of `RefinementComparison.compute`.
 
     Returns:
@@ -27,7 +27,7 @@ def draw_curve(history: Sequence[Mapping[str, float]]) -> Figure:
         ValueError: An empty history.
     """
     if not history:
-        raise ValueError("history: got no evaluation, accepted is at least one")
+        raise ValueError("history must have at least one evaluation, got none")
     unit = curve_unit(history)
     figure = Figure(figsize=(10, 4), layout="constrained")
     panes = figure.subplots(1, 2, sharex=True)

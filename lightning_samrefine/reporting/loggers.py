@@ -1,4 +1,4 @@
-"""Pictures and names for whatever loggers a Trainer has."""
+"""Pictures and names for the loggers of a Trainer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _KEPT_ASCII = re.compile(r"[^A-Za-z0-9_ .-]")
 
 
 def safe_names(class_names: Iterable[str], loggers: Sequence[Logger] = ()) -> list[str]:
-    """Make names that every logger of a run keeps apart.
+    """Return names of classes that stay different in every logger of a run.
 
-    A class's figures are logged under one name to all loggers. Characters that one of them would
-    change become "_"; where MLflow is among them, letters lose their accents and what is not
-    ASCII becomes "_" too. Where that makes two names alike, the classes' numbers are added.
+    A class's figures have one name in all loggers. Characters that one of them would change become
+    "_"; with MLflow letters lose their accents and other characters than ASCII become "_", too. If
+    that makes two names equal, the classes' numbers are added.
 
     Args:
         class_names: C names, all different.
@@ -65,9 +65,9 @@ def _key(name: str) -> str:
 
 
 def rasterize(figure: Figure, width: int | None = None) -> Image.Image:
-    """Draw a figure as an RGB image, ``width`` pixels wide where given.
+    """Draw a figure as an RGB image, ``width`` pixels wide unless None.
 
-    Neither side gets longer than 32,000 pixels: a figure that would is drawn smaller.
+    Neither side gets longer than 32,000 pixels: larger figures are drawn smaller.
     """
     dpi = 100 if width is None else width / figure.get_figwidth()
     dpi = min(dpi, _LONGEST_SIDE / max(figure.get_size_inches()))
@@ -80,16 +80,16 @@ def rasterize(figure: Figure, width: int | None = None) -> Image.Image:
 def show_pictures(
     loggers: Sequence[Logger], pictures: Mapping[str, Image.Image], step: int
 ) -> None:
-    """Give pictures to the loggers that can show them; the others are left alone.
+    """Log pictures to the loggers that take them.
 
-    TensorBoard and MLflow (as artifacts) are known; any other logger shows pictures through a
-    method ``log_image(key, images, step)``, as W&B's does. A logger that fails, as one whose server
-    is away does, costs its pictures and a warning.
+    These are TensorBoard, MLflow (as artifacts), and any other logger with a method
+    ``log_image(key, images, step)``, such as W&B's. A logger that raises, for example because its
+    server is unreachable, loses its pictures, with a warning.
 
     Args:
         loggers: The Trainer's. Call on rank zero alone.
         pictures: By name, such as ``"val/panels"``.
-        step: The step to file them under.
+        step: The step to log them under.
     """
     for logger in loggers:
         try:
@@ -109,5 +109,5 @@ def _show(logger: Logger, name: str, picture: Image.Image, step: int) -> None:
         path = Path(name)
         artifact = path.with_name(f"{path.name}_step_{step:06d}.png").as_posix()
         logger.experiment.log_image(logger.run_id, picture, artifact_file=artifact)
-    elif callable(getattr(logger, "log_image", None)):
-        logger.log_image(key=name, images=[picture], step=step)
+    elif callable(log_image := getattr(logger, "log_image", None)):
+        log_image(key=name, images=[picture], step=step)

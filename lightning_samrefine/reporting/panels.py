@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class Panel:
     """One image of an evaluation, on the CPU.
 
     Attributes:
-        name: What to call the image, such as ``"batch 3, image 0"``.
+        name: The image's name, such as ``"batch 3, image 0"``.
         gain: Share of the labelled pixels that refinement turned right less those it turned
             wrong, in [-1, 1].
         image: (3, H, W) uint8 RGB.
@@ -55,11 +56,11 @@ class Panel:
 
 
 class PanelPicker:
-    """Keeps the images that gained and those that lost the most, whatever their number.
+    """Keeps the images that gained and those that lost the most, in constant memory.
 
     Args:
-        count: How many to keep at most: half of them the best, half the worst (the larger half
-            the best).
+        count: Maximum number kept: half of them the best, half the worst (the larger half the
+            best).
     """
 
     def __init__(self, count: int) -> None:
@@ -86,10 +87,10 @@ class PanelPicker:
         gain = (fixed.sum() - right.sum()).item() / max(int(valid.sum()), 1)
         if not self._takes(gain):
             return
-        tensors = (image, raw, refined, target, valid)
         # SAM's masks would keep a megabyte an image, on its device.
         light = replace(regions, masks=None)
-        self._keep(Panel(name, gain, *(tensor.cpu() for tensor in tensors), light))
+        labels = (raw.cpu(), refined.cpu(), target.cpu())
+        self._keep(Panel(name, gain, image.cpu(), *labels, valid.cpu(), light))
 
     def merge(self, panels: Sequence[Panel]) -> None:
         """Keep those of another picker's panels that are among the extremes."""
@@ -117,7 +118,7 @@ class PanelPicker:
 
 
 def change_kinds(raw: Tensor, refined: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Return 0 where nothing that is scored changed, else 1 + the index in `CHANGE_COLORS`.
+    """Return 1 + the index in `CHANGE_COLORS` of changed scored pixels, 0 elsewhere.
 
     Args:
         raw: (H, W) integer.
@@ -147,7 +148,7 @@ def _changes_picture(panel: Panel) -> np.ndarray:
 
 
 def draw_panels(panels: Sequence[Panel], class_names: Sequence[str], title: str) -> Figure:
-    """Draw one row a panel, as high as its image asks for, within bounds.
+    """Draw one row per panel, as high as its image within bounds.
 
     Args:
         panels: At least one.
@@ -158,10 +159,10 @@ def draw_panels(panels: Sequence[Panel], class_names: Sequence[str], title: str)
         A matplotlib figure that belongs to no global state: save it, or give it to a logger.
 
     Raises:
-        ValueError: No panel.
+        ValueError: Without a panel.
     """
     if not panels:
-        raise ValueError("panels: got none, accepted is at least one")
+        raise ValueError("panels must be at least one, got none")
     heights = [_row_height(*panel.image.shape[1:]) for panel in panels]
     size = (_WIDTH, 0.9 + sum(heights) + 0.3 * len(heights))
     figure = Figure(figsize=size, layout="constrained")
@@ -237,7 +238,10 @@ def _legend(panels: Sequence[Panel], class_names: Sequence[str]) -> list[Patch]:
         if 0 <= index < len(class_names)
     ]
     entries += [Patch(color=color, label=word) for word, color in CHANGE_COLORS.items()]
-    boxes = (("accepted", _ACCEPTED, "-"), ("rejected", _REJECTED, "--"))
+    boxes: tuple[tuple[str, str, Literal["-", "--"]], ...] = (
+        ("accepted", _ACCEPTED, "-"),
+        ("rejected", _REJECTED, "--"),
+    )
     entries += [
         Patch(fill=False, edgecolor=color, linestyle=style, label=f"region {word} (predicted IoU)")
         for word, color, style in boxes

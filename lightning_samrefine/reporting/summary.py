@@ -1,4 +1,4 @@
-"""What a run leaves behind: the metrics as a flat JSON file and as a table."""
+"""The metrics of a run as a flat JSON file and as tables on the console."""
 
 from __future__ import annotations
 

@@ -1,71 +1,189 @@
-"""The callback of `samrefine task=tune`: it reads batches like any other, and hands them on."""
+"""The callback of `samrefine task=tune`: it reads a validation set and hands its samples on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_samrefine.adapters.batch_adapter import RefineInputs
-from lightning_samrefine.callbacks.evaluation import LoaderEvaluation
-from lightning_samrefine.callbacks.refine_callback import SAMRefineCallback
+from lightning_samrefine.adapters.batch_adapter import AdapterFunction, RefineInputs
+from lightning_samrefine.adapters.forward_hooks import ScoresCapture
+from lightning_samrefine.adapters.scores import ScoresKind
+from lightning_samrefine.adapters.targets import (
+    DEFAULT_IGNORE_INDEX,
+    IgnoreIndex,
+    parse_ignore_index,
+)
+from lightning_samrefine.callbacks.arguments import SharedArguments, Thresholds
+from lightning_samrefine.callbacks.real_samples import evaluation_dataloaders
+from lightning_samrefine.callbacks.sam_callback import SAMCallback
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.models import Promptable
+from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, make_cache
 from lightning_samrefine.refine.refiner import Refiner
 from lightning_samrefine.tune.counts import Scoring
+from lightning_samrefine.utils.validation import check_count
 
 Visitor = Callable[[Refiner, RefineInputs], None]
 
 
-class TuneCallback(SAMRefineCallback):
-    """Hands the samples of a validation set to a visitor; nothing is refined or logged here.
+class TuneCallback(SAMCallback):
+    """Hands the samples of a validation set to a visitor, batch by batch.
 
-    Takes the arguments of `SAMRefineCallback`.
+    Takes the arguments of `SAMRefineCallback` that concern SAM, the classes, and the reading of
+    batches. With ``cache="memory"`` embeddings are kept for the callback's whole life, so that the
+    second pass of a tuning does not encode the images again.
 
     Attributes:
-        visitor: From what is scored to who takes the samples; called when that is known.
+        visitor: Takes how the samples are scored, once that is known, and returns what takes the
+            samples of the pass.
+
+    Raises:
+        MisconfigurationException: In ``setup``, more than one process.
     """
+
+    _OF_A_RUN: ClassVar[tuple[str, ...]] = ("_attached", "_capture", "_visit")
 
     visitor: Callable[[Scoring], Visitor] | None = None
 
+    def __init__(
+        self,
+        sam: str | Promptable = "vit_t",
+        checkpoint: str | Path | None = None,
+        num_classes: int | None = None,
+        ignore_index: IgnoreIndex = "auto",
+        class_names: Sequence[str] | None = None,
+        refine: Thresholds = "default",
+        precision: str = "auto",
+        cache: Literal["memory", "disk"] | EmbeddingCache | None = "memory",
+        cache_gb: float | None = None,
+        max_batches: int | None = None,
+        trimap_width: int = 3,
+        image_key: str | None = None,
+        target_key: str | None = None,
+        scores_key: str | None = None,
+        scores_kind: ScoresKind = "auto",
+        image_mean: Sequence[float] | float | None = None,
+        image_std: Sequence[float] | float | None = None,
+        image_range: Literal["0-255", "0-1"] | None = None,
+        adapter: AdapterFunction | None = None,
+    ) -> None:
+        super().__init__(
+            SharedArguments.of(
+                sam=sam,
+                checkpoint=checkpoint,
+                num_classes=num_classes,
+                class_names=class_names,
+                refine=refine,
+                precision=precision,
+                image_key=image_key,
+                target_key=target_key,
+                scores_key=scores_key,
+                scores_kind=scores_kind,
+                image_mean=image_mean,
+                image_std=image_std,
+                image_range=image_range,
+                adapter=adapter,
+            )
+        )
+        self.cache = make_cache(cache, cache_gb)
+        self.max_batches = None if max_batches is None else check_count("max_batches", max_batches)
+        self.trimap_width = check_count("trimap_width", trimap_width)
+        self._given_ignore_index = parse_ignore_index(ignore_index)
+        self._capture: ScoresCapture | None = None
+        self._visit: Visitor | None = None
+        self._loaders = 0
+
+    @property
+    def ignore_index(self) -> int | None:
+        """Target value that is not counted, or None."""
+        given = self._given_ignore_index
+        return DEFAULT_IGNORE_INDEX if given == "auto" else given
+
     @property
     def acting_config(self) -> RefineConfig:
-        """What refines: ``refine_config``, or what stands in for it with SAM as it is."""
-        return self._run_state.refiner.refiner.config
+        """The thresholds in use, see `RunState.config`."""
+        return self._run_state.config
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
             raise MisconfigurationException(
-                f"task=tune: got {trainer.world_size} processes, accepted is one: trainer.devices=1"
+                f"trainer.devices must be 1 with task=tune, got {trainer.world_size} processes"
             )
-        super().setup(trainer, pl_module, stage)
-
-    @override
-    @torch.no_grad()
-    def _take(
-        self,
-        loader: LoaderEvaluation,
-        inputs: RefineInputs | None,
-        batch: Any,
-        label: str,
-        dataloader_idx: int,
-    ) -> None:
-        if inputs is not None:
-            self._visit(self._run_state.refiner.refiner, inputs)
+        self._attach(trainer, self.cache, self._given_ignore_index)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_start(trainer, pl_module)
-        adapter = self._run_state.bind(self.adapter, self.num_classes, pl_module, self.class_names)
-        scoring = Scoring(adapter.num_classes, self.ignore_index, self.trimap_width)
+        state = self._run_state
+        state.bind(pl_module)
+        state.recheck_weights()
         if self.visitor is None:
-            raise MisconfigurationException("TuneCallback: got no visitor to hand samples to")
-        self._visit = self.visitor(scoring)
+            raise MisconfigurationException("TuneCallback.visitor must be set, got None")
+        self._visit = self.visitor(Scoring(state.num_classes, self.ignore_index, self.trimap_width))
+        self._capture = ScoresCapture(pl_module, state.num_classes)
+        self._loaders = len(evaluation_dataloaders(trainer))
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._capture is not None and self._covers(batch_idx):
+            self._capture.arm(batch, dataloader_idx)
+
+    @override
+    @torch.no_grad()
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._capture is None or self._visit is None or not self._covers(batch_idx):
+            return
+        state = self._run_state
+        inputs = state.read(
+            batch, outputs, self._capture, dataloader_idx, self._loaders, self.ignore_index
+        )
+        if inputs is not None:
+            self._visit(state.refiner, inputs)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_evaluation()
+        self._end_pass()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._release()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def _covers(self, batch_idx: int) -> bool:
+        return self.max_batches is None or batch_idx < self.max_batches
+
+    def _end_pass(self) -> None:
+        if self._capture is not None:
+            self._capture.remove()
+        self._capture = self._visit = None
+
+    @override
+    def _release(self) -> None:
+        self._end_pass()
+        super()._release()

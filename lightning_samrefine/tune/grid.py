@@ -1,4 +1,4 @@
-"""The thresholds that are tried."""
+"""The grid of thresholds that a tuning tries."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ class Grid:
         pred_iou_thresh: Values of τ_iou.
 
     Raises:
-        TypeError: No sequence of numbers.
-        ValueError: No value, one that comes twice, or one outside the range of `RefineConfig`.
+        TypeError: Not a sequence of numbers.
+        ValueError: No value, two equal ones, or one outside the range of `RefineConfig`.
     """
 
-    score_thresh: tuple[float, ...]
-    mask_prompt_scale: tuple[float, ...]
-    pred_iou_thresh: tuple[float, ...]
+    score_thresh: Sequence[float]
+    mask_prompt_scale: Sequence[float]
+    pred_iou_thresh: Sequence[float]
 
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, _values(field.name, getattr(self, field.name)))
 
     def acting_on(self, base: RefineConfig) -> Grid:
-        """Return the grid without thresholds that change nothing, those of ``base`` in their place.
+        """Return the grid with the values of ``base`` for thresholds without effect.
 
-        Where regions are not prompted none of the three has a part in the fusion, and without mask
-        prompts their scale has none.
+        Without prompted regions none of the three affects the fusion, and without mask prompts
+        their scale has no effect.
         """
         idle = set() if base.mask_prompts else {"mask_prompt_scale"}
         if not base.prompt_regions:
@@ -64,7 +64,7 @@ class Grid:
 
     @property
     def pairs(self) -> list[tuple[float, float]]:
-        """The combinations of τ_c and τ_m: SAM is asked once for each."""
+        """The combinations of τ_c and τ_m: SAM predicts masks once for each."""
         return list(product(self.score_thresh, self.mask_prompt_scale))
 
     @property
@@ -77,11 +77,10 @@ def _values(name: str, values: Any) -> tuple[float, ...]:
     """Return one threshold's values in ascending order."""
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(
-            f"{name}: got {values!r} of type {type(values).__name__}, accepted is a sequence of "
-            "numbers"
+            f"{name} must be a sequence of numbers, got {values!r} of type {type(values).__name__}"
         )
     for value in values:
         RefineConfig(**{name: value})
     if not values or len(set(values)) < len(values):
-        raise ValueError(f"{name}: got {list(values)}, accepted are one or more different numbers")
+        raise ValueError(f"{name} must be one or more different numbers, got {list(values)}")
     return tuple(sorted(float(value) for value in values))

@@ -1,4 +1,4 @@
-"""When a choice of thresholds is certain enough."""
+"""The rule that decides when a gain is certain enough."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Rule:
 
     Attributes:
         objective: What is maximized: mIoU of the whole images or of the trimap bands.
-        margin: A class is refined where the lower bound of its gain in IoU is above it. 0 asks
-            for certainty; -0.01 lets a class in that may lose a point.
+        margin: A class is refined if the lower bound of its gain in IoU is above it. 0 means
+            certainty; -0.01 admits a class that may lose a point.
         confidence: Of the bounds' two-sided intervals, in (0, 1).
-        resamples: How many times the images are drawn with replacement.
-        seed: Of the draws.
+        resamples: Number of times the images are drawn with replacement.
+        seed: Seed of the draws.
 
     Raises:
-        TypeError: No number.
+        TypeError: Not a number.
         ValueError: A value outside its range.
     """
 
@@ -36,12 +36,10 @@ class Rule:
         for name in ("margin", "confidence"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name}: got {value!r}, accepted is a number")
+                raise TypeError(f"{name} must be a number, got {value!r}")
         if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"objective: got {self.objective!r}, accepted are 'miou' and 'trimap_miou'"
-            )
+            raise ValueError(f"objective must be 'miou' or 'trimap_miou', got {self.objective!r}")
         if not -1 <= self.margin <= 1:
-            raise ValueError(f"margin: got {self.margin}, accepted is an IoU in [-1, 1]")
+            raise ValueError(f"margin must be an IoU in [-1, 1], got {self.margin}")
         if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence: got {self.confidence}, accepted is in (0, 1)")
+            raise ValueError(f"confidence must be in (0, 1), got {self.confidence}")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_samrefine.tune.grid import Grid
-from lightning_samrefine.tune.rule import Rule
+from lightning_samrefine.tune.rule import Objective, Rule
+from lightning_samrefine.utils.validation import check_count
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -36,7 +37,7 @@ class TuneSettings:
     score_thresh: Sequence[float]
     mask_prompt_scale: Sequence[float]
     pred_iou_thresh: Sequence[float]
-    objective: str = "miou"
+    objective: Objective = "miou"
     margin: float = 0.0
     confidence: float = 0.95
     folds: int = 5
@@ -46,10 +47,7 @@ class TuneSettings:
     def __post_init__(self) -> None:
         self.grid = Grid(self.score_thresh, self.mask_prompt_scale, self.pred_iou_thresh)
         self.rule = Rule(self.objective, self.margin, self.confidence)
-        if isinstance(self.folds, bool) or not isinstance(self.folds, int):
-            raise TypeError(f"folds: got {self.folds!r}, accepted is an integer of at least 2")
-        if self.folds < 2:
-            raise ValueError(f"folds: got {self.folds}, accepted is an integer of at least 2")
+        self.folds = check_count("folds", self.folds, least=2)
 
     def run(
         self,

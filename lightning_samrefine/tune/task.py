@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.metrics.bootstrap import BootstrapInterval, bootstrap_totals
 from lightning_samrefine.tune.callback import TuneCallback, Visitor
-from lightning_samrefine.tune.choice import Choice, Rule, best_cell, choose, folds
+from lightning_samrefine.tune.choice import Choice, best_cell, choose, folds
 from lightning_samrefine.tune.counts import GridCounts, Scoring
 from lightning_samrefine.tune.grid import Grid
+from lightning_samrefine.tune.rule import Rule
 from lightning_samrefine.tune.sweep import Sweep, Trial
 
 
@@ -109,10 +110,11 @@ def tune(
         ValueError: Fewer than two folds, or images that differ between the passes.
     """
     if fold_count < 2:
-        raise ValueError(f"folds: got {fold_count}, accepted is at least 2")
-    callback = next((part for part in trainer.callbacks if isinstance(part, TuneCallback)), None)
+        raise ValueError(f"folds must be at least 2, got {fold_count}")
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    callback = next((part for part in callbacks if isinstance(part, TuneCallback)), None)
     if callback is None:
-        raise MisconfigurationException("tune: got a Trainer without a TuneCallback")
+        raise MisconfigurationException("trainer must have a TuneCallback, got none")
 
     def visit(visitor: Callable[[Scoring], Visitor]) -> None:
         callback.visitor = visitor
@@ -130,8 +132,7 @@ def tune(
     grid, counts = sweep.grid, sweep.counts
     if len(counts) < 2:
         raise MisconfigurationException(
-            f"task=tune: got {len(counts)} images from the validation loader, accepted are at "
-            "least 2"
+            f"task=tune: the validation loader must have at least 2 images, got {len(counts)}"
         )
     every = np.arange(len(counts))
     choice = choose(counts, grid, every, rule)

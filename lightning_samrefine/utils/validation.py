@@ -40,13 +40,13 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     """Return an integer of at least ``least``, and refuse anything else.
 
     Raises:
-        TypeError: No integer.
+        TypeError: Not an integer.
         ValueError: Too small.
     """
-    accepted = f"accepted is an integer of at least {least}"
+    required = f"{name} must be an integer of at least {least}"
     number = as_integer(value)
     if number is None:
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, {accepted}")
+        raise TypeError(f"{required}, got {value!r} of type {type(value).__name__}")
     if number < least:
-        raise ValueError(f"{name}: got {value!r}, {accepted}")
+        raise ValueError(f"{required}, got {value!r}")
     return number

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_samrefine import SAMRefineCallback
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter
 from lightning_samrefine.adapters.denormalize import Denormalize
+from lightning_samrefine.callbacks.run_state import RunState
 from lightning_samrefine.utils.validation import WrongValuesError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -161,21 +162,21 @@ class TestSettledRange:
     def test_images_of_other_types_are_read_right(self, rgb, dtype):
         assert torch.equal(Denormalize()(rgb.to(dtype)), rgb)
 
-    def test_under_a_trainer_a_dark_batch_does_not_flip(self, random_sam):
+    def test_under_a_trainer_a_dark_batch_does_not_flip(self, random_sam, monkeypatch):
         """With ranges read batch by batch SAM would see the second image 255 times as bright."""
         dataset = Blobs(3)
         dataset.images = dataset.images.float()
         dataset.images[1] /= 255
         seen = []
+        refine = RunState.refine
 
-        def remember(pair):
-            seen.append(pair)
-            return pair
+        def remember(self, inputs, dataloader_idx):
+            seen.append(inputs)
+            return refine(self, inputs, dataloader_idx)
 
+        monkeypatch.setattr(RunState, "refine", remember)
         callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE)
         trainer = Trainer(**SILENT, callbacks=[callback])
-        take = callback._take
-        callback._take = lambda loader, inputs, *rest: take(loader, remember(inputs), *rest)
         trainer.validate(Segmenter(), DataLoader(dataset), verbose=False)
         assert [int(inputs.images[0].max()) > 1 for inputs in seen] == [True, False, True]
 

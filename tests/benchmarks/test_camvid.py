@@ -16,7 +16,7 @@ from PIL import Image
 
 from lightning_samrefine import RefineConfig
 from lightning_samrefine.cli import main as app
-from lightning_samrefine.metrics.comparison import ConfusionMatrix
+from lightning_samrefine.metrics import ConfusionMatrix
 
 sys.path.append(str(Path(__file__).parents[2]))
 

@@ -32,16 +32,6 @@ from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.metrics.comparison import RefinementComparison
 
 
-@pytest.fixture
-def make(random_sam):
-    def build(**kwargs):
-        return SAMRefineCallback(
-            random_sam, **{"num_classes": NUM_CLASSES, "refine": REFINE, **kwargs}
-        )
-
-    return build
-
-
 @pytest.fixture(scope="module")
 def reference(random_sam):
     """The figures of the plain case, to which other ways of running it must come."""
@@ -434,22 +424,38 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"sam": 3}, TypeError, "sam: got int"),
+            ({"sam": 3}, TypeError, "sam must be a name for load_sam or a Promptable, got int"),
             ({"sam": "vit_q"}, ValueError, r"sam must be 'tiny', .* or a Promptable, got 'vit_q'"),
-            ({"checkpoint": "x.pt"}, ValueError, "checkpoint: got one beside a loaded model"),
-            ({"num_classes": 1}, MisconfigurationException, "num_classes: got 1"),
-            ({"num_classes": 2.0}, TypeError, "num_classes: got 2.0"),
-            ({"class_names": ["a"]}, MisconfigurationException, "class_names: got 1 names"),
-            ({"class_names": "abc"}, TypeError, "class_names: got 'abc'"),
-            ({"class_names": ["a", "b", "a"]}, ValueError, "class_names: got a more than once"),
+            ({"checkpoint": "x.pt"}, ValueError, "checkpoint must be None beside a loaded model"),
+            (
+                {"num_classes": 1},
+                MisconfigurationException,
+                "num_classes .* at least 2, got 1",
+            ),
+            ({"num_classes": 2.0}, TypeError, "num_classes must be .*, got 2.0"),
+            (
+                {"class_names": ["a"]},
+                MisconfigurationException,
+                "class_names must be .*=3 names, got 1",
+            ),
+            (
+                {"class_names": "abc"},
+                TypeError,
+                "class_names must be .*, got 'abc'",
+            ),
+            (
+                {"class_names": ["a", "b", "a"]},
+                ValueError,
+                "class_names must differ, got a more",
+            ),
             ({"ignore_index": "255"}, TypeError, "ignore_index: got '255'"),
             ({"refine": "bets"}, ValueError, "refine must be .*, got 'bets'"),
             ({"refine": {"tau": 1}}, TypeError, "RefineConfig has no field tau"),
-            ({"refine": 0.5}, TypeError, "refine: got float"),
-            ({"precision": "fp8"}, ValueError, "precision: got 'fp8'"),
-            ({"every_n_epochs": 0}, ValueError, "every_n_epochs: got 0"),
-            ({"max_batches": True}, TypeError, "max_batches: got True"),
-            ({"trimap_width": 0}, ValueError, "trimap_width: got 0"),
+            ({"refine": 0.5}, TypeError, "refine must be .*, got float"),
+            ({"precision": "fp8"}, ValueError, "precision must be .*, got 'fp8'"),
+            ({"every_n_epochs": 0}, ValueError, "every_n_epochs must be .*, got 0"),
+            ({"max_batches": True}, TypeError, "max_batches must be .*, got True"),
+            ({"trimap_width": 0}, ValueError, "trimap_width must be .*, got 0"),
             ({"scores_kind": "soft"}, ValueError, "scores_kind: got 'soft'"),
             ({"image_mean": 0.5}, ValueError, "image_mean, image_std"),
             ({"adapter": 3}, TypeError, "adapter: got int"),

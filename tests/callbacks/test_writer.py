@@ -273,11 +273,11 @@ class TestRefusals:
                 return {**super().__getitem__(index), "name": "same" if index in (0, 3) else "x"}
 
         dataset, sam = Subset(Same(6), [0, 1, 3, 4, 5]), CountingSam()
-        with pytest.raises(ValueError, match=r"stem: got 'same' for two different images"):
+        with pytest.raises(ValueError, match=r"stem must differ .* got 'same' for two different i"):
             predict(tmp_path, DataLoader(dataset), sam=sam)
         assert sam.embedded == 2
         # A kill between the two does not hide it.
-        with pytest.raises(ValueError, match=r"stem: got 'same' for two different images"):
+        with pytest.raises(ValueError, match=r"stem must differ .* got 'same' for two different i"):
             predict(tmp_path, DataLoader(dataset), sam=sam)
         assert sam.embedded == 2
         assert not (tmp_path / "manifest.parquet").exists()
@@ -285,12 +285,12 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"probs": "float64"}, ValueError, "probs: got 'float64'"),
-            ({"queue_size": 0}, ValueError, "queue_size: got 0"),
-            ({"stem_key": 3}, TypeError, "stem_key: got 3"),
-            ({"num_classes": 70_000}, ValueError, "num_classes: got 70000"),
-            ({"sam": 3}, TypeError, "sam: got int"),
-            ({"checkpoint": "x.pt"}, ValueError, "checkpoint: got one beside"),
+            ({"probs": "float64"}, ValueError, "probs must be .*, got 'float64'"),
+            ({"queue_size": 0}, ValueError, "queue_size must be .*, got 0"),
+            ({"stem_key": 3}, TypeError, "stem_key must be .*, got 3"),
+            ({"num_classes": 70_000}, ValueError, "num_classes must be at most 65535.*got 70000"),
+            ({"sam": 3}, TypeError, "sam must be a name for load_sam or a Promptable, got int"),
+            ({"checkpoint": "x.pt"}, ValueError, "checkpoint must be None beside"),
             ({"refine": "bets"}, ValueError, "refine must be .*, got 'bets'"),
         ],
     )

@@ -27,8 +27,8 @@ def test_what_a_file_leaves_out_is_the_default(tmp_path):
     [
         ("pred_iou_tresh: 0.7", TypeError, r"refine=\S+mine.yaml: RefineConfig has no field pred"),
         ("stride: half", TypeError, r"refine=\S+mine.yaml: stride: got 'half' of type str"),
-        ("- 1", ValueError, r"refine: got \S+mine.yaml, accepted is a mapping"),
-        (None, FileNotFoundError, r"refine: no file \S+mine.yaml"),
+        ("- 1", ValueError, r"refine must be a file with .*, got \S+mine.yaml"),
+        (None, FileNotFoundError, r"refine must be .*, got \S+mine.yaml, where there is none"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, text, error, message):

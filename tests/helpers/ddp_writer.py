@@ -28,7 +28,7 @@ CASES = {
     "contents": "contents broke",
     "finish": "finish broke",
     "write": "the disk broke",
-    "names": "stem: got 'same' for two different images",
+    "names": "got 'same' for two different images",
 }
 
 

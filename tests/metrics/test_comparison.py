@@ -11,12 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from metric_cases import label_maps, loop_band, loop_iou
 
-from lightning_samrefine.metrics.comparison import (
-    ConfusionMatrix,
-    RefinementComparison,
-    class_iou,
-    trimap_band,
-)
+from lightning_samrefine.metrics import ConfusionMatrix, class_iou, trimap_band
+from lightning_samrefine.metrics.comparison import RefinementComparison
 
 pytestmark = pytest.mark.numerical
 
@@ -74,7 +70,7 @@ def test_counting_is_legal_and_exact_under_deterministic_algorithms():
 
 
 def test_shapes_that_differ_are_refused():
-    with pytest.raises(ValueError, match=r"prediction: got shape \(2, 3\), accepted is .*\(3, 2\)"):
+    with pytest.raises(ValueError, match=r"prediction must have .*\(3, 2\), got shape \(2, 3\)"):
         ConfusionMatrix(3).update(torch.zeros(2, 3).long(), torch.zeros(3, 2).long())
 
 
@@ -151,7 +147,7 @@ def test_reset_forgets_everything():
 
 
 def test_bad_arguments_name_themselves():
-    with pytest.raises(ValueError, match=r"class_names: got 2 names, accepted are 3"):
+    with pytest.raises(ValueError, match=r"class_names must be 3 names, got 2"):
         RefinementComparison(3, class_names=["a", "b"])
-    with pytest.raises(ValueError, match="trimap_width: got 0"):
+    with pytest.raises(ValueError, match="trimap_width must be at least 1, got 0"):
         RefinementComparison(3, trimap_width=0)

@@ -108,7 +108,7 @@ def test_a_figure_shows_labels_where_they_are(tmp_path):
     assert not changed[3:].any()
     save_figure(figure, tmp_path / "new" / "panels.png")
     assert Image.open(tmp_path / "new" / "panels.png").size[0] == 1600
-    with pytest.raises(ValueError, match="panels: got none"):
+    with pytest.raises(ValueError, match="panels must be at least one, got none"):
         draw_panels([], ["sky"], "")
 
 
@@ -174,5 +174,5 @@ def test_the_curve_has_one_point_an_epoch():
     raw, refined = axes[0].lines
     assert list(raw.get_xdata()) == [0, 1, 2]
     assert list(refined.get_ydata()) == pytest.approx([40, 50, 60])
-    with pytest.raises(ValueError, match="history: got no evaluation"):
+    with pytest.raises(ValueError, match="history must have at least one evaluation"):
         draw_curve([])

@@ -167,7 +167,7 @@ def test_a_report_of_nothing_scored_is_still_a_page(tmp_path):
     write_report(path, [ReportSection("val", None, comparison.result(), gallery)], FACTS)
     assert "No pixel was scored." in path.read_text(encoding="utf-8")
     assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
-    with pytest.raises(ValueError, match="sections: got none"):
+    with pytest.raises(ValueError, match="sections must be at least one, got none"):
         write_report(path, [], FACTS)
 
 
@@ -231,6 +231,7 @@ def browser(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 def test_a_reader_sorts_opens_and_sees_no_error(page, browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys

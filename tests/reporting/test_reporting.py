@@ -13,23 +13,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter, loader
+from lightning_stubs import REFINE, SILENT, Blobs, Segmenter, loader
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_samrefine
-from lightning_samrefine import RefineConfig, SAMRefineCallback
+from lightning_samrefine import RefineConfig
 
 OTHER = RefineConfig(min_region_area=4, pred_iou_thresh=0.4)
-
-
-@pytest.fixture
-def make(random_sam):
-    def build(**kwargs):
-        return SAMRefineCallback(
-            random_sam, **{"num_classes": NUM_CLASSES, "refine": REFINE, **kwargs}
-        )
-
-    return build
 
 
 def fit(callbacks, module=None, train=None, **kwargs):

@@ -131,10 +131,10 @@ def test_an_image_without_finite_scores_stays_raw(random_sam):
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        (([], [8.0], [0.5]), ValueError, "score_thresh: got \\[\\], accepted are one or more"),
-        (([0.0], [8.0, 8.0], [0.5]), ValueError, "mask_prompt_scale: got .*different numbers"),
+        (([], [8.0], [0.5]), ValueError, "score_thresh must be one or more .*, got \\[\\]"),
+        (([0.0], [8.0, 8.0], [0.5]), ValueError, "mask_prompt_scale must .*different numbers"),
         (([0.0], [8.0], [0.5, 1.5]), ValueError, "pred_iou_thresh: got 1.5, accepted is"),
-        (([0.0], [8.0], 0.5), TypeError, "pred_iou_thresh: got 0.5 of type float, accepted is"),
+        (([0.0], [8.0], 0.5), TypeError, "pred_iou_thresh must be .*, got 0.5 of type float"),
     ],
 )
 def test_a_wrong_grid_is_refused(values, error, message):
@@ -241,13 +241,13 @@ def test_what_was_written_is_what_was_measured(folder, tuned, tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("tune.margin=lots", r"^tune: margin: got 'lots', accepted is a number"),
-        ("tune.objective=dice", r"^tune: objective: got 'dice', accepted are 'miou' and"),
+        ("tune.margin=lots", r"^tune: margin must be a number, got 'lots'"),
+        ("tune.objective=dice", r"^tune: objective must be 'miou' or .*, got 'dice'"),
         (
             "tune.score_thresh=[1.0]",
             r"^tune: score_thresh: got 1.0, accepted is a number in \[0, 1",
         ),
-        ("tune.folds=1", r"^tune: folds: got 1, accepted is an integer of at least 2"),
+        ("tune.folds=1", r"^tune: folds must be an integer of at least 2, got 1"),
     ],
 )
 def test_wrong_settings_are_refused_before_any_work(folder, tmp_path, value, message):
@@ -257,7 +257,7 @@ def test_wrong_settings_are_refused_before_any_work(folder, tmp_path, value, mes
 
 def test_one_image_is_too_few(folder, tmp_path):
     values = overrides(folder, *SMALL, "trainer.limit_val_batches=1")
-    with pytest.raises(Exception, match="got 1 images from the validation loader, accepted are at"):
+    with pytest.raises(Exception, match="validation loader must have at least 2 images, got 1"):
         run(composed(tmp_path, *values))
 
 

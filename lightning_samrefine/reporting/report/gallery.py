@@ -48,7 +48,7 @@ class Gallery:
         ignore_index: Target value that is not scored, or None.
         folder: Where the temporary file goes, which has no name and vanishes with the process;
             the system's folder where that cannot be written.
-        max_images: How many images to show; the most changed ones where there are more.
+        max_images: Maximum number of images shown, the most changed first.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class Gallery:
         """Add one image.
 
         Args:
-            name: What to call it.
+            name: The image's name.
             image: (3, H, W) uint8 RGB.
             raw: (H, W) integer.
             refined: (H, W) integer.
             target: (H, W) integer.
             regions: N prompted regions, with masks where N > 0.
-            found: What the comparison found in the image.
+            found: The comparison's counts of the image.
         """
         self.images_seen += 1
         if self._broken:
@@ -135,14 +135,16 @@ class Gallery:
                 ],
             }
             self._keep(self._images, worth, name, entry, self.max_images)
-        if found.scores is not None and regions.masks is not None:
-            self._add_regions(name, image, target, regions, found)
+        self._add_regions(name, image, target, regions, found)
 
     def _add_regions(
         self, name: str, image: Tensor, target: Tensor, regions: Regions, found: ImageComparison
     ) -> None:
-        raw_iou, mask_iou = found.scores.raw_iou, found.scores.mask_iou
-        for index in found.scores.measured.nonzero()[:, 0].tolist():
+        scores, changes, masks = found.scores, found.region_changes, regions.masks
+        if scores is None or changes is None or masks is None:
+            return
+        raw_iou, mask_iou = scores.raw_iou, scores.mask_iou
+        for index in scores.measured.nonzero()[:, 0].tolist():
             region = regions[index]
             gain = (mask_iou[index] - raw_iou[index]).item()
             key = f"{name}, region {index}"
@@ -154,7 +156,7 @@ class Gallery:
                     places, worth, key, MAX_REGIONS
                 ):
                     continue
-                fixed, broken, _ = found.region_changes[index].tolist()
+                fixed, broken, _ = changes[index].tolist()
                 entry = {
                     "name": name,
                     "kind": kind,
@@ -165,7 +167,7 @@ class Gallery:
                     "fixed": fixed,
                     "broken": broken,
                     "crop": region_crop(
-                        image, target, found.valid, regions.masks[index],
+                        image, target, found.valid, masks[index],
                         region.class_index, tuple(regions.extents[index].tolist()),
                     ),
                 }  # fmt: skip
@@ -201,13 +203,13 @@ class Gallery:
             self._give_up("another process", error)
 
     def _give_up(self, name: str, error: OSError) -> None:
-        """Keep what there is: a full disk must not end the run."""
+        """Stop adding images: a full disk must not end the run."""
         self._broken = True
         message = f"the report shows no image from {name} on ({error})"
         warnings.warn(f"SAMRefineCallback: {message}", RuntimeWarning, stacklevel=3)
 
     def close(self) -> None:
-        """Give the disk's space back."""
+        """Free the disk's space."""
         self._file.close()
 
     def _export(self, places: list[_Place]) -> list[tuple[float, str, str]]:
@@ -231,10 +233,9 @@ class Gallery:
         if not _enters(places, worth, name, most):
             return
         data = text.encode("ascii")
-        # An entry that falls out leaves its room to the new one where that fits.
+        # An entry that is dropped leaves its place to the new one if that fits.
         left = heapq.heappop(places) if len(places) >= most else None
-        fits = left is not None and left.length >= len(data)
-        offset = left.offset if fits else self._end
+        offset = left.offset if left is not None and left.length >= len(data) else self._end
         self._file.seek(offset)
         self._file.write(data)
         self._end = max(self._end, offset + len(data))

@@ -62,11 +62,11 @@ def write_report(
         facts: Tables of names and values by heading: thresholds, versions, the command.
 
     Raises:
-        ValueError: No section.
+        ValueError: Without a section.
         OSError: The folder cannot be written.
     """
     if not sections:
-        raise ValueError("sections: got none, accepted is at least one")
+        raise ValueError("sections must be at least one, got none")
     page = _template().render(
         sections=[_context(index, section) for index, section in enumerate(sections)],
         facts=facts,
@@ -150,18 +150,19 @@ def _context(index: int, section: ReportSection) -> dict[str, Any]:
 def _headline(result: ComparisonResult) -> dict[str, float | None]:
     raw, refined = (result.scores[side]["miou"].item() for side in SIDES)
     interval = result.interval
-    bounded = interval is not None and math.isfinite(interval.low)
+    if interval is not None and not math.isfinite(interval.low):
+        interval = None
     return {
         "raw": raw,
         "refined": refined,
         "gain": refined - raw,
-        "low": interval.low if bounded else None,
-        "high": interval.high if bounded else None,
+        "low": None if interval is None else interval.low,
+        "high": None if interval is None else interval.high,
     }
 
 
 def _verdict(result: ComparisonResult) -> str:
-    """Say in a sentence what the gain means."""
+    """Return a sentence on what the gain means."""
     raw, refined = (result.scores[side]["miou"].item() for side in SIDES)
     if math.isnan(refined - raw):
         return "No pixel was scored."
@@ -232,7 +233,7 @@ def _charts(section: ReportSection) -> Iterator[dict[str, str]]:
 
 def _svg(figure: Figure, salt: str) -> str:
     """Return an inline SVG element whose text stays text, its ids different from other charts'."""
-    settings = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}
     buffer = StringIO()
     with matplotlib.rc_context(settings):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)

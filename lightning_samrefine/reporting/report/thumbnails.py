@@ -72,7 +72,7 @@ def image_tiles(
 def region_crop(
     image: Tensor, target: Tensor, valid: Tensor, mask: Tensor, c: int, box: tuple[float, ...]
 ) -> str:
-    """Show a region: its surroundings, tinted by where SAM's mask agrees with the truth.
+    """Draw a region and its surroundings, tinted by the agreement of SAM's mask with the truth.
 
     Args:
         image: (3, H, W) uint8 RGB.
@@ -96,7 +96,7 @@ def region_crop(
     found = mask[rows][:, columns].cpu().numpy()
     truth = (target[window] == c).cpu().numpy()
     known = valid[window].cpu().numpy()
-    picture = image[(slice(None), *window)].permute(1, 2, 0).cpu().numpy().astype(np.float32)
+    picture = image[:, top:bottom, left:right].permute(1, 2, 0).cpu().numpy().astype(np.float32)
     for color, where in zip(
         REGION_COLORS.values(), (found & truth, found & ~truth, ~found & truth), strict=True
     ):

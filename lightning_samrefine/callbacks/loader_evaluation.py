@@ -1,0 +1,90 @@
+"""What one pass over one dataloader collects: counts, and the images worth a look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lightning_samrefine.adapters.batch_adapter import RefineInputs
+from lightning_samrefine.callbacks.real_samples import RealSamples
+from lightning_samrefine.metrics.comparison import RefinementComparison
+from lightning_samrefine.refine.results import Refinement
+from lightning_samrefine.reporting.panels import PanelPicker
+from lightning_samrefine.reporting.report.gallery import Gallery
+
+
+class LoaderEvaluation:
+    """Collects raw and refined predictions of one dataloader on one process.
+
+    Args:
+        dataloader: The loader; its sampler decides which samples are repeats.
+        comparison: Counts pixels and regions.
+        panels: Number of images kept for panels.
+        gallery: Keeps images and regions for the report, None without one.
+
+    Attributes:
+        picker: The images for panels.
+    """
+
+    def __init__(
+        self,
+        dataloader: Any,
+        comparison: RefinementComparison,
+        panels: int,
+        gallery: Gallery | None = None,
+    ) -> None:
+        self._samples = RealSamples(dataloader)
+        self.comparison = comparison
+        self.picker = PanelPicker(panels)
+        self.gallery = gallery
+
+    def real(self, inputs: RefineInputs) -> RefineInputs:
+        """Count the next batch, and return it without the samples that the sampler repeats."""
+        return inputs.first(self._samples.take(len(inputs)))
+
+    def lose(self, count: int) -> None:
+        """Count a batch of ``count`` samples that could not be read."""
+        lost = self._samples.take(count)
+        self.comparison.counts.update(images=lost, failed=lost)
+
+    def rehearse(self, inputs: RefineInputs) -> None:
+        """Add the B real samples of a sanity check: the raw predictions alone, without SAM."""
+        assert inputs.targets is not None
+        self.comparison.counts.update(images=len(inputs))
+        for labels, target in zip(inputs.labels, inputs.targets, strict=True):
+            self.comparison.update(labels, labels, target)
+
+    @torch.no_grad()
+    def add(
+        self,
+        inputs: RefineInputs,
+        refinements: Sequence[Refinement | None],
+        seconds: float,
+        names: Sequence[str],
+    ) -> None:
+        """Add the B real samples of a batch.
+
+        Args:
+            inputs: B samples with targets.
+            refinements: B refinements, None where refining failed: the raw prediction stands.
+            seconds: Time that refining took.
+            names: Names of the samples in panels and report.
+        """
+        assert inputs.targets is not None
+        counts = self.comparison.counts
+        counts.update(images=len(inputs), seconds=seconds)
+        for index, refinement in enumerate(refinements):
+            raw, target = inputs.labels[index], inputs.targets[index]
+            if refinement is None:
+                self.comparison.update(raw, raw, target)
+                counts.update(failed=1)
+                continue
+            refined, regions = refinement.labels, refinement.regions
+            counts.update(regions=len(regions), accepted=len(refinement.pred_iou))
+            (found,) = self.comparison.update(raw, refined, target, regions)
+            image, name = inputs.images[index], names[index]
+            self.picker.offer(name, image, raw, refined, target, found.valid, regions)
+            if self.gallery is not None:
+                self.gallery.add(name, image, raw, refined, target, regions, found)
