@@ -325,7 +325,7 @@ def test_the_bootstrap_refuses_what_it_cannot_resample():
         paired_bootstrap(good[0], good[0])
     with pytest.raises(ValueError, match=r"refined must have raw's .*got \(2, 4, 5\)"):
         paired_bootstrap(good, good[:2])
-    with pytest.raises(ValueError, match="refined must be .* got other sums of rows than raw's"):
+    with pytest.raises(ValueError, match=r"refined must be .* got other sums of rows than raw's"):
         paired_bootstrap(good, good + 1)
     with pytest.raises(ValueError, match="totals must have at least one image"):
         paired_bootstrap(good[:0], good[:0])
