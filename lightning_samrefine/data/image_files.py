@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 # What Pillow raises for a damaged file; none of them names it.
 READ_ERRORS = (
@@ -83,7 +84,7 @@ def check_depth(image: Image.Image, name: str) -> None:
         ValueError: As described.
     """
     bits = 16 if image.format == "PNG" and ";16" in _raw_mode(image) else 8
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         bits = max(image.tag_v2.get(_TIFF_BITS, (8,)))
     if bits > 8 and image.mode not in ("I", "F") and not image.mode.startswith("I;"):
         raise ValueError(

@@ -229,7 +229,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         [sample["name"] for sample in samples],
         [tuple(sample["image"].shape[-2:]) for sample in samples],
     )
-    return default_collate(samples)
+    return default_collate(list(samples))
 
 
 def check_equal_sizes(

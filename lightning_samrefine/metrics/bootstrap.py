@@ -151,9 +151,7 @@ def _image_totals(raw: np.ndarray, refined: np.ndarray) -> np.ndarray:
     if raw.shape != refined.shape:
         raise ValueError(f"refined must have raw's shape {raw.shape}, got {refined.shape}")
     if not np.array_equal(raw.sum(axis=2), refined.sum(axis=2)):
-        raise ValueError(
-            "refined must be of the same images, got other sums of rows than raw's"
-        )
+        raise ValueError("refined must be of the same images, got other sums of rows than raw's")
     num_classes = raw.shape[1]
     diagonals = (np.diagonal(matrices, axis1=1, axis2=2) for matrices in (raw, refined))
     raw_hits, refined_hits = diagonals

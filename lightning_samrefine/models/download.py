@@ -1,4 +1,8 @@
-"""Published weights, fetched once into a folder that runs, ranks and jobs share."""
+"""Published weights, downloaded once into a folder that runs, ranks and jobs share.
+
+Not `torch.hub.download_url_to_file` or pooch: neither resumes an interrupted download, tries again,
+nor lets the other processes wait for the one that downloads.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from lightning_samrefine.utils.cache_dir import home
@@ -35,20 +40,20 @@ _BROKEN = (
     TimeoutError,
     ssl.SSLError,
 )
-_LASTING = (400, 401, 403, 404, 410, 451)  # answers that a further attempt will not change
+_LASTING = (400, 401, 403, 404, 410, 451)  # status codes that a further attempt will not change
 
 
 class DownloadError(FileNotFoundError):
-    """Weights that are not in the folder and could not be fetched."""
+    """Weights that are not in the folder and could not be downloaded."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file whose content is known before it is fetched.
+    """A file with a known size and hash.
 
     Attributes:
-        url: Where it is.
-        sha256: Of its content, 64 lower-case hexadecimal digits.
+        url: Its address.
+        sha256: Hash of its content, 64 lower-case hexadecimal digits.
         size: In bytes.
     """
 
@@ -58,7 +63,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """The URL's last part, under which the file is kept."""
+        """The file's name, the last part of the URL."""
         return self.url.rsplit("/", 1)[-1]
 
 
@@ -70,16 +75,16 @@ def weights_folder() -> Path:
 def fetch(file: RemoteFile, folder: Path | None = None) -> Path:
     """Return the path of a file, downloading it if it is not there yet.
 
-    One process downloads and the others wait for it. What arrived before an interruption is kept
-    in ``<name>.part`` and continued. The file gets its name only after its sha256 was checked, so
-    a file of that name is complete; of one that was put there by hand the size is checked.
+    One process downloads and the others wait for it. An interrupted download stays in
+    ``<name>.part`` and is continued. The file gets its name only after its sha256 was checked, so
+    a file of that name is complete; the size of a file that was put there by hand is checked.
 
     Args:
-        file: What to fetch.
-        folder: Where to keep it; `weights_folder` where None.
+        file: The file to download.
+        folder: The folder that keeps it; None for `weights_folder`.
 
     Raises:
-        DownloadError: It cannot be fetched, or is not what was expected. The message names the
+        DownloadError: It cannot be downloaded, or has another size or hash. The message has the
             URL, the folder and the sha256.
     """
     path = (weights_folder() if folder is None else folder) / file.name
@@ -110,8 +115,8 @@ def _is_there(file: RemoteFile, path: Path) -> bool:
     raise _failure(file, path, reason)
 
 
-def _only_process(path: Path) -> AcquireReturnProxy:
-    """Return a held lock that other processes wait for; the system frees that of a dead one."""
+def _only_process(path: Path) -> AbstractContextManager[Any]:
+    """Return a held lock that other processes wait for; the system frees a dead process's lock."""
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     try:
         return lock.acquire(timeout=0)
@@ -121,7 +126,7 @@ def _only_process(path: Path) -> AcquireReturnProxy:
 
 
 def _download(file: RemoteFile, path: Path) -> None:
-    """Fetch into ``<name>.part`` with as many attempts as it takes, check, and rename."""
+    """Download into ``<name>.part`` with as many attempts as it takes, check, and rename."""
     part = path.with_name(f"{path.name}.part")
     _log.info("Downloading %s to %s (%.0f MB)", file.url, path.parent, file.size / 1e6)
     if _size(part) > file.size:
@@ -136,7 +141,7 @@ def _download(file: RemoteFile, path: Path) -> None:
         part.unlink()
         if not resumed:
             raise _failure(file, path, f"what arrived has the sha256 {found}")
-        # What an earlier run left need not be the start of this file.
+        # What an earlier run left may be the start of another file.
         resumed = False
 
 
@@ -161,7 +166,7 @@ def _complete(file: RemoteFile, path: Path, part: Path) -> None:
             except _BROKEN as error:
                 reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
             arrived = _size(part)
-            # Further than ever: a short file that is started over again and again is no progress.
+            # Only new bytes count: a file that starts over again and again makes no progress.
             if arrived > furthest:
                 pauses, furthest = iter(_PAUSES_S), arrived
                 continue
@@ -176,7 +181,7 @@ def _complete(file: RemoteFile, path: Path, part: Path) -> None:
 
 
 def _receive(file: RemoteFile, path: Path, part: Path, bar: Any) -> None:
-    """Append what the server sends until it ends the connection."""
+    """Append the server's bytes until it ends the connection."""
     start = _size(part)
     headers = {"User-Agent": "lightning-samrefine", "Accept-Encoding": "identity"}
     if start:
@@ -200,7 +205,7 @@ def _receive(file: RemoteFile, path: Path, part: Path, bar: Any) -> None:
 
 
 def _continues(status: int, headers: Mapping[str, str], start: int) -> bool:
-    """Say whether a server sends the rest; one that knows no ranges sends all."""
+    """Whether a server sends only the rest; one without ranges sends the whole file."""
     return status == http.HTTPStatus.PARTIAL_CONTENT and headers.get(
         "Content-Range", ""
     ).startswith(f"bytes {start}-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -67,5 +68,5 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContext
 
 def _cpu_has_bf16() -> bool:
     # get_capabilities is younger than the oldest torch supported; without it float32 is safe.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
