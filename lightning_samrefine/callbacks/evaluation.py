@@ -28,14 +28,14 @@ from lightning_samrefine.reporting.loggers import safe_names
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is measured, and under which names it is logged.
+    """What an evaluation measures, and the names of its figures.
 
     Attributes:
         ignore_index: Target value that is not counted, or None.
         trimap_width: Half-width in pixels of the band around borders.
         max_batches: Number of batches measured of each loader, None for all.
         class_names: C names, None for "0", "1", …
-        name: What the names of figures and files are told apart by, None for nothing.
+        name: Part of the names of figures and files, None for no such part.
         refine: The thresholds as the user gave them, for the report.
     """
 

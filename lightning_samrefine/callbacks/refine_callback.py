@@ -91,7 +91,7 @@ class SAMRefineCallback(SAMCallback):
             ``"0"``; None searches, see `lightning_samrefine.adapters.batch_adapter.BatchAdapter`.
         target_key: Where the target is.
         scores_key: Where the scores are in what the step returned, or in the batch.
-        scores_kind: ``"logits"``, ``"probs"``, ``"labels"``, or ``"auto"`` to tell by values.
+        scores_kind: ``"logits"``, ``"probs"``, ``"labels"``, or ``"auto"`` to decide by the values.
         image_mean: The mean of your Normalize transform, undone for SAM.
         image_std: Its deviation.
         image_range: ``"0-1"`` or ``"0-255"``, the range before it; None guesses.
@@ -321,7 +321,7 @@ def _check_different(trainer: Trainer) -> None:
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     found = [part for part in callbacks if isinstance(part, SAMRefineCallback)]
-    # Some file systems do not tell upper from lower case.
+    # Some file systems treat upper and lower case as equal.
     names = [None if part.name is None else part.name.casefold() for part in found]
     for part, name in zip(found, names, strict=True):
         if names.count(name) > 1:

@@ -1,4 +1,4 @@
-"""Refining without risk to the run: later failures are counted, no random number is consumed."""
+"""Refines without risk to the run: later failures are counted, no random number is consumed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def isolated_rng(device: torch.device) -> Iterator[None]:
 
 
 class SafeRefiner:
-    """Refines what can be refined, and tells which images could not be.
+    """Refines a batch, and returns None for the images that fail.
 
     Args:
         refiner: Does the work.
@@ -47,7 +47,7 @@ class SafeRefiner:
     def __init__(self, refiner: Refiner, warn: Callable[[str, str], None]) -> None:
         self.refiner = refiner
         self._warn = warn
-        # Dataloaders of which an image was refined: what fails there later is no wrong set-up.
+        # Dataloaders with a refined image: what fails there later is not an error of the set-up.
         self._proven: set[int] = set()
 
     def __call__(
@@ -92,7 +92,7 @@ class SafeRefiner:
         return [None if isinstance(one, Exception) else one for one in outcomes], seconds
 
     def trust(self, dataloader_idx: int) -> None:
-        """Take note that the same set-up has refined an image of this loader before."""
+        """Note that the same set-up has refined an image of this loader before."""
         self._proven.add(dataloader_idx)
 
     def _refine(self, inputs: RefineInputs, wanted: list[int]) -> list[Refinement | Exception]:
@@ -106,7 +106,7 @@ class SafeRefiner:
                     [inputs.labels[index] for index in wanted],
                 )
             )
-        except Exception as error:  # whatever a model or a device may raise
+        except Exception as error:  # of any model or device
             _release_tensors(error)
             if len(wanted) == 1:
                 return [error]
@@ -122,7 +122,7 @@ def _release_tensors(error: BaseException | None) -> None:
 
 
 def _explained(error: Exception, images: int, dataloader_idx: int) -> Exception:
-    """Add to an error why it ends the run, where Python can (from 3.11 on)."""
+    """Add to an error why it ends the run (from Python 3.11 on)."""
     if hasattr(error, "add_note"):
         error.add_note(
             f"Refinement failed for all {images} images of the first batch of dataloader "

@@ -55,15 +55,15 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
     where wanted, and a row of ``manifest.parquet``: stem, size, regions, SAM's predicted IoUs,
     checksums of the files, hashes of thresholds and weights. ``run.json`` holds the settings.
 
-    The run may be killed at any moment. Started again, with any number of processes, it keeps what
-    is complete (by size and checksum), writes what is missing, damaged, or of an image or a raw
-    prediction that has changed, and ends in the same bytes as a run that was left alone, as far as
-    segmenter and SAM give the same bits whatever else is in their batch. (On a GPU set
+    The run may be killed at any moment. Started again, with any number of processes, it keeps
+    complete files (by size and checksum) and writes those that are missing, damaged, or of a
+    changed image or raw prediction. It ends with the same bytes as an uninterrupted run, if the
+    bits of segmenter and SAM do not depend on the other images of a batch. (On a GPU set
     ``max_prompts_per_batch``, or prompts on the images of a batch are decoded together.) Results of
     other thresholds, weights or settings are refused, and so are a second run while one writes to
     the folder, and a second image of one name.
 
-    Files are written by a thread of their own; where the disk is slower than SAM, SAM waits. Call
+    A thread writes the files; if the disk is slower than SAM, SAM waits. Call
     ``trainer.predict(..., return_predictions=False)``, or Lightning keeps all predictions in
     memory. Several processes need a folder that all of them see.
 
@@ -79,20 +79,20 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
             (C, H, W) under the name ``probs``, see `Refinement.completed_probs`. None writes none.
         overwrite: Whether results that another run left in the folder with other settings are
             removed. Results of the same settings are kept.
-        queue_size: How many images may wait to be written.
+        queue_size: Maximum number of images waiting to be written.
         stem_key: Where the images' names are in the batch, see `find_stems`. None looks under the
             usual names (``name``, ``path``, ``image_id``, …), else takes the number in the data
             set. With several dataloaders names begin with the loader's number and "/".
         image_key: As for `SAMRefineCallback`, like all that follow.
         scores_key: Where the scores are.
-        scores_kind: What they are.
+        scores_kind: The kind of scores.
         image_mean: The mean of your Normalize transform.
         image_std: Its deviation.
         image_range: The range before it.
         adapter: Replaces the search for image and scores; no target is needed.
 
     Attributes:
-        counts: What this process did, of type `PredictCounts`.
+        counts: This process's images by outcome, a `PredictCounts`.
 
     Raises:
         MisconfigurationException: No number of classes, a Trainer of pytorch_lightning, or a

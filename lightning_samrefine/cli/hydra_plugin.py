@@ -1,7 +1,7 @@
-"""Makes Hydra find the config group ``samrefine`` in anybody's app.
+"""Makes Hydra find the config group ``samrefine`` in every app of the environment.
 
-The wheel holds this module as ``hydra_plugins/lightning_samrefine_searchpath.py``. Hydra imports it
-at the start of every app of the environment, so it must load fast and never fail.
+The wheel contains this module as ``hydra_plugins/lightning_samrefine_searchpath.py``. Hydra imports
+it at the start of every app of the environment, so it must load fast and never fail.
 """
 
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
 class SAMRefineSearchPath(SearchPathPlugin):
-    """Appends the package's folder, after whatever the app itself has."""
+    """Appends the package's folder to the app's own search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Add the YAML files of the group, and the typed presets of its thresholds."""

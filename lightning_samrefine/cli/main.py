@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
     from lightning_samrefine.tune.settings import TuneSettings
 
-# torch and Lightning are imported where they are needed: `samrefine --help` answers without them.
+# torch and Lightning are imported where they are needed: `samrefine --help` works without them.
 
 TASKS = ("validate", "test", "fit", "tune", "predict", "check")
 

@@ -1,7 +1,7 @@
-"""Which errors of the command are wrong set-ups, told in one sentence, and which keep a traceback.
+"""Separates errors of the set-up, printed in one sentence, from those that keep a traceback.
 
-A mistyped path needs no traceback. An error in a user's own module or data set needs one, whatever
-its class is.
+A mistyped path needs no traceback. An error in a user's own module or data set needs one, of any
+class.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf.errors import OmegaConfBaseException
 
 _LONGEST_MESSAGE = 600
-# What stands between the command and its own parts. Code of anything else is the user's choice.
+# Packages between the command and its own parts. Code of any other package is the user's.
 _MACHINERY = {
     "lightning_samrefine",
     "hydra",
@@ -34,18 +34,18 @@ _OF_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\nOrigina
 
 
 class SetupError(Exception):
-    """A wrong set-up that one sentence explains; the cause is chained."""
+    """A wrong set-up, explained in one sentence; the cause is chained."""
 
 
 def explain(error: Exception) -> str | None:
-    """Describe in one sentence what is wrong with the set-up, or return None for other failures.
+    """Describe in one sentence what is wrong with the set-up; None for other failures.
 
     Args:
         error: As it left `lightning_samrefine.cli.main.run`.
 
     Returns:
-        None, too, for a ``ValueError`` or ``FileNotFoundError`` that code outside this package and
-        the libraries under it took part in.
+        None, too, for a ``ValueError`` or ``FileNotFoundError`` with code outside this package and
+        its libraries in the traceback.
     """
     # The cheap classes first: loading Lightning to report a mistyped path would take seconds.
     is_setup = (

@@ -1,4 +1,4 @@
-"""A lock that keeps a second run out of a folder of predictions for as long as one lives.
+"""A lock that keeps a second run out of a folder of predictions while one writes to it.
 
 Every process of a run locks a file of its own below ``.locks``, so that a new run also waits for
 processes that outlive their first one. The locks are the operating system's: they end with their
@@ -105,7 +105,7 @@ class FolderLock:
                 )
                 has_waited = True
                 continue
-            # A file that its owner removed after we had opened it keeps nobody out.
+            # A file that its owner removed after it was opened here locks nothing.
             if path.exists():
                 return lock
             lock.release()

@@ -93,11 +93,11 @@ class Journal:
 
 
 def file_columns(name: str, content: bytes | None) -> Row:
-    """Return the columns that tell what the file of ``labels`` or ``probs`` holds.
+    """Return the size and checksum columns of the file of ``labels`` or ``probs``.
 
     Args:
-        name: Of the file's kind.
-        content: None where there is no such file.
+        name: The file's kind.
+        content: The file's bytes, None without a file.
     """
     if content is None:
         return {f"{name}_bytes": None, f"{name}_crc32": None}
@@ -105,7 +105,7 @@ def file_columns(name: str, content: bytes | None) -> Row:
 
 
 def holds(path: Path, nbytes: int, crc32: int) -> bool:
-    """Whether a file is there and holds what `file_columns` told."""
+    """Whether a file exists with the size and checksum of `file_columns`."""
     try:
         return path.stat().st_size == nbytes and zlib.crc32(path.read_bytes()) == crc32
     except OSError:
@@ -113,13 +113,13 @@ def holds(path: Path, nbytes: int, crc32: int) -> bool:
 
 
 def journal_line(row: Mapping[str, Any]) -> bytes:
-    """Return a line that tells whether it is complete."""
+    """Return a line with a checksum of its own, by which a torn line is recognized."""
     text = json.dumps(row, separators=(",", ":"), sort_keys=True).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def parse_line(line: bytes) -> Row | None:
-    """Read what `journal_line` wrote, None where the line is torn or something else."""
+    """Read a line of `journal_line`; None for a torn or any other line."""
     checksum, _, text = line.rstrip(b"\n").partition(b" ")
     if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
         return None
@@ -131,7 +131,7 @@ def parse_line(line: bytes) -> Row | None:
 
 
 class JournalFollower:
-    """Reads what the other processes of a run append to their journals.
+    """Reads the lines that the other processes of a run append to their journals.
 
     Args:
         folder: Of all journals.
@@ -145,7 +145,7 @@ class JournalFollower:
         self._read: dict[Path, int] = {}
 
     def new_rows(self) -> Iterator[Row]:
-        """Return the rows that have come since the last call.
+        """Return the rows appended since the last call.
 
         Raises:
             OSError: A journal could not be read.
@@ -165,10 +165,10 @@ class JournalFollower:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder's manifest and journals say.
+    """The rows of a folder's manifest and journals.
 
     Attributes:
-        rows: Of `SCHEMA` and ``generation``, sorted by stem: for each image what was noted last.
+        rows: Columns of `SCHEMA` and ``generation``, sorted by stem: each image's last entry.
         seen: ``stem``, ``image`` and ``generation`` of every line, in no order.
     """
 
@@ -181,7 +181,7 @@ class Contents:
 
     @classmethod
     def load(cls, manifest: Path, journals: Path, before: int | None = None) -> Contents:
-        """Read a manifest and the journals on top of it; what is missing or damaged is left out.
+        """Read a manifest and the journals after it; missing or damaged parts are left out.
 
         Args:
             manifest: The Parquet file, generation −1.
@@ -197,7 +197,7 @@ class Contents:
         return cls(_last_of_each(pa.concat_tables(rows)), pa.concat_tables(seen))
 
     def find(self, stem: str) -> Row | None:
-        """Return an image's row, None where there is none."""
+        """Return an image's row, or None."""
         stems = self._stems
         # UTF-8 sorts as code points do.
         index = bisect.bisect_left(range(len(stems)), stem, key=lambda i: stems[i].as_py())
@@ -206,7 +206,7 @@ class Contents:
         return self.rows.slice(index, 1).to_pylist()[0]
 
     def ambiguous(self, generation: int) -> list[str]:
-        """Return the stems that named different images within one run."""
+        """Return the stems of several images within one run."""
         run = self.seen.filter(pc.equal(self.seen["generation"], generation))
         images = run.group_by("stem").aggregate([("image", "count_distinct")])
         several = images.filter(pc.greater(images["image_count_distinct"], 1))

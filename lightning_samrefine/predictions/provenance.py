@@ -1,4 +1,4 @@
-"""What a folder of predictions was made with: two runs may share it only where this is equal."""
+"""The settings and weights behind a folder of predictions; equal ones may share the folder."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lightning_samrefine.refine.cache.embedding_cache import weights_fingerprint
 # Raise this when the files change for the same settings.
 FORMAT = 2
 
-# A bound on memory, and what is compared with the run: they do not change the result.
+# A bound on memory, and names that are checked against the run: neither changes the result.
 _NOT_RESULT = ("max_prompts_per_batch", "class_names")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Everything that decides a prediction besides the image.
+    """Everything but the image that a prediction depends on.
 
     Attributes:
         refine: The thresholds that change the result, by name.
-        sam: Name and fingerprint of SAM's weights, and the type that it computes in.
+        sam: Name of SAM, fingerprint of its weights, and the dtype it computes in.
         segmenter: Class and fingerprint of the segmenter's weights, which is None where they
             could not be read.
         inputs: How images and scores are read, and what is written.
@@ -75,7 +75,7 @@ class Provenance:
 
     @classmethod
     def parse(cls, text: str | bytes) -> Provenance:
-        """Read what `dumps` wrote.
+        """Read the text of `dumps`.
 
         Raises:
             ValueError: Something else, or of another format.
@@ -97,7 +97,7 @@ class Provenance:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True) + "\n"
 
     def differences(self, other: Provenance) -> list[str]:
-        """Say where another run differs, in words; what either side does not know is equal."""
+        """Describe how another run differs; a value that is unknown on one side counts as equal."""
         mine, theirs = dict(_flat(asdict(self))), dict(_flat(asdict(other)))
         return [
             f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now"

@@ -1,4 +1,4 @@
-"""One process's share of a prediction run: which images are done, and the writing of the others."""
+"""One process's share of a prediction run: skips images that are done, and writes the others."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lightning_samrefine.predictions.store import OutputFolder, Spellings
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.background_writer import BackgroundWriter
 
-# How often a process looks at what the others have done.
+# Interval at which a process reads the others' journals.
 _LOOK_SECONDS = 1.0
 
 
 @dataclass
 class PredictCounts:
-    """What one process did with its images in a run.
+    """Counts of one process's images in a run.
 
     Attributes:
         written: Images whose files were written.
@@ -45,15 +45,15 @@ class PredictCounts:
 
 
 class PredictionRun:
-    """Writes images that are not done into a folder, each noted once its files are whole.
+    """Writes images that are not done into a folder, and notes each once its files are complete.
 
     Args:
         files: The folder, prepared for this run.
         generation: The run's number, see `OutputFolder.prepare`.
         rank: The process's number.
         probs: Which probabilities are written; None for none.
-        queue_size: How many images may wait to be written.
-        counts: Is kept up to date.
+        queue_size: Maximum number of images waiting to be written.
+        counts: Kept up to date.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class PredictionRun:
         self._background.put(write)
 
     def close(self) -> None:
-        """Write what waits to be written, and bring the journal to the disk.
+        """Write the images in the queue, and flush the journal to the disk.
 
         Raises:
             Exception: What writing an image raised, or `look_at_others`.
@@ -157,7 +157,7 @@ class PredictionRun:
             self._journal.close()
 
     def look_at_others(self) -> None:
-        """Compare names with those that the run's other processes have met since the last look.
+        """Compare names with those of the run's other processes since the last call.
 
         Raises:
             ValueError: A name means another image there.
@@ -181,7 +181,7 @@ class PredictionRun:
         known = self._met.get(stem)
         images = {found.image, self._met_elsewhere.get(stem, found.image)}
         if len(images | ({known[0]} if known else set())) > 1:
-            self._journal.keep(stem, found.image)  # whence the other process learns of it
+            self._journal.keep(stem, found.image)  # so that the other process learns of it
             raise _clash(stem, "images")
         if known is not None and known[1] != found.raw:
             raise _clash(stem, "predictions")

@@ -112,7 +112,7 @@ class OutputFolder:
         """Refuse a folder with other content.
 
         Raises:
-            ValueError: It is no folder, or neither empty nor one of an earlier run.
+            ValueError: A file, or a folder that is neither empty nor of an earlier run.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"folder must be a folder, got the file {self.path}")
@@ -127,7 +127,7 @@ class OutputFolder:
                 )
 
     def prepare(self, provenance: Provenance, overwrite: bool) -> int:
-        """Get ready for a run; one process does this before any writes.
+        """Prepare the folder for a run; one process does this before any file is written.
 
         Args:
             provenance: Of the run.
@@ -137,7 +137,7 @@ class OutputFolder:
             The run's generation, above those of all journals.
 
         Raises:
-            ValueError: The folder holds something else, or results of another provenance.
+            ValueError: The folder has other content, or results of another provenance.
         """
         self.check()
         differences = self._differences(provenance)
@@ -157,7 +157,7 @@ class OutputFolder:
         return 1 + max((generation for generation, _ in journal_files(self._journals)), default=-1)
 
     def contents(self, before: int | None = None) -> Contents:
-        """Read what is there, journals of generation ``before`` and later ones left out."""
+        """Read the manifest and the journals of generations below ``before``."""
         return Contents.load(self.manifest, self._journals, before)
 
     def journal(self, generation: int, rank: int) -> Journal:
@@ -204,7 +204,7 @@ class OutputFolder:
             return probe.with_name(probe.name.swapcase()).exists()
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write a file that appears whole or not at all, replacing an older one.
+        """Write a file atomically, replacing an older one.
 
         Raises:
             OSError: It could not be written.
@@ -226,7 +226,7 @@ class OutputFolder:
         """Write an image's files.
 
         Args:
-            row: What its row of the manifest says but for the files.
+            row: Its row of the manifest without the columns of files.
             labels: The label map's PNG.
             probs: The probabilities' safetensors, None where none are written.
 
@@ -242,7 +242,7 @@ class OutputFolder:
         return {**row, **file_columns("labels", labels), **file_columns("probs", probs)}
 
     def is_whole(self, row: Row) -> bool:
-        """Whether an image's files are there and hold what was written: size and checksum."""
+        """Whether an image's files exist with the size and checksum of its row."""
         return all(holds(path, size, checksum) for path, size, checksum in self._files(row))
 
     def finish(self, generation: int, constants: Mapping[str, str]) -> Finished:
@@ -267,7 +267,7 @@ class OutputFolder:
         met = contents.seen.filter(pc.equal(contents.seen["generation"], generation))["stem"]
         met = pc.unique(met)
         is_met = pc.is_in(contents.rows["stem"], met)
-        # What this run did not come by, of a larger data set say, is listed where it still is.
+        # Images that this run did not read, of a larger data set for example, stay listed.
         others = contents.rows.filter(pc.invert(is_met)).to_pylist()
         gone = pa.array([row["stem"] for row in others if not self.is_whole(row)], pa.string())
         rows = contents.rows.filter(pc.invert(pc.is_in(contents.rows["stem"], gone)))
@@ -294,7 +294,7 @@ class OutputFolder:
             return [f"{self._run.name} cannot be read: {error}"]
 
     def _clear(self) -> None:
-        """Remove the results; run.json goes last, for it says whose they are."""
+        """Remove the results; run.json goes last, because it has their settings."""
         for folder in (self._journals, self.path / "labels", self.path / "probs"):
             shutil.rmtree(folder, ignore_errors=True)
         self.manifest.unlink(missing_ok=True)
@@ -302,7 +302,7 @@ class OutputFolder:
 
 
 def _sync(folder: Path) -> None:
-    """Bring a folder's entries to the disk, where the system can."""
+    """Flush a folder's entries to the disk, if the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

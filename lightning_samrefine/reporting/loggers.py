@@ -95,7 +95,7 @@ def show_pictures(
         try:
             for name, picture in pictures.items():
                 _show(logger, name, picture, step)
-        except Exception as error:  # whatever a server, a disk or a plugin may raise
+        except Exception as error:  # of a server, a disk or a plugin
             rank_zero_warn(
                 f"SAMRefineCallback: {type(logger).__name__} took no pictures "
                 f"({type(error).__name__}: {error})"

@@ -1,4 +1,4 @@
-"""Choosing thresholds that help, and closing the classes of which that is not certain."""
+"""The choice of thresholds, and of the classes that gain by them with certainty."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen.
+    """The chosen thresholds and classes.
 
     Attributes:
-        cell: The best cell of the grid, all classes open.
+        cell: The best cell of the grid, with all classes refined.
         cell_of_class: C cells, of the same pair of τ_c and τ_m.
-        is_open: C flags.
-        low: C lower bounds of the gain in IoU, as they were when the class was closed, or at the
-            end where it is open.
+        is_open: C flags, True for a refined class.
+        low: C lower bounds of the gain in IoU: at the end for a refined class, for a frozen one
+            when it was frozen.
     """
 
     cell: int
@@ -34,7 +34,7 @@ class Choice:
     low: tuple[float, ...]
 
     def config(self, grid: Grid, base: RefineConfig) -> RefineConfig:
-        """Return the configuration that carries the choice."""
+        """Return the configuration with the chosen thresholds and classes."""
         cell = grid.cells[self.cell]
         opened = [c for c, is_open in enumerate(self.is_open) if is_open]
         own = {
@@ -52,15 +52,15 @@ class Choice:
 def choose(counts: GridCounts, grid: Grid, images: np.ndarray, rule: Rule) -> Choice:
     """Choose from the images of a sweep.
 
-    The best cell comes first. A class then gets another τ_iou where the objective gains by it with
-    certainty. Last, classes are closed one at a time, the least certain first, until the gain of
-    every open class has a lower bound above the margin; closing one changes the others' gains.
+    The best cell comes first. A class then gets a τ_iou of its own if the objective gains by it
+    with certainty. Last, classes are frozen one at a time, the least certain first, until the gain
+    of every refined class has a lower bound above the margin; freezing one changes the others'.
 
     Args:
-        counts: Of all images.
-        grid: Of the sweep.
-        images: (n,) integer, the images that may be looked at.
-        rule: When something is certain.
+        counts: The counts of all images.
+        grid: The grid of the sweep.
+        images: (n,) integer, the images to choose from.
+        rule: Decides what is certain.
     """
     cell = best_cell(counts, grid, images, rule.objective)
     resample = _Resamples(len(images), rule)
@@ -82,7 +82,7 @@ def choose(counts: GridCounts, grid: Grid, images: np.ndarray, rule: Rule) -> Ch
 
 
 def best_cell(counts: GridCounts, grid: Grid, images: np.ndarray, objective: Objective) -> int:
-    """Return the cell with the largest objective, of equals the one with the largest τ_iou."""
+    """Return the cell with the largest objective, of equal ones that with the largest τ_iou."""
     gains = np.array(
         [gain(counts.totals(cell, objective)[images]) for cell in range(len(grid.cells))]
     )
@@ -101,11 +101,11 @@ def class_ious(totals: np.ndarray) -> np.ndarray:
 
 
 def folds(images: int, count: int) -> list[np.ndarray]:
-    """Split images into neighbors: frames of one drive must not be on both sides.
+    """Split images into runs of neighbors, so that frames of one drive stay together.
 
     Args:
         images: N.
-        count: How many folds; no more than N are made.
+        count: Number of folds, at most N.
 
     Returns:
         Arrays of image numbers that together are 0 … N − 1.
@@ -122,7 +122,7 @@ def _own_threshold(
     rule: Rule,
     resample: _Resamples,
 ) -> list[int]:
-    """Move one class to the τ_iou with the largest objective, if that gains with certainty."""
+    """Give one class the τ_iou with the largest objective, if that gains with certainty."""
     every = np.ones(counts.num_classes, dtype=bool)
     first = cells[c] - cells[c] % len(grid.pred_iou_thresh)
     here = counts.mixed_totals(cells, every, rule.objective)[images]
@@ -138,7 +138,10 @@ def _own_threshold(
 
 
 class _Resamples:
-    """Images drawn with replacement, the same draws for every question.
+    """Images drawn with replacement, the same draws for every statistic.
+
+    Not `bootstrap_totals`: bounds of several statistics have to come from the same draws, and these
+    give the thresholds that were published.
 
     Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13.
     """

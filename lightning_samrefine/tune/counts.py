@@ -1,8 +1,8 @@
-"""What every cell of a grid changes in every image, small enough to keep.
+"""Counts of the pixels that every cell of a grid changes in every image.
 
-A label map differs from the raw one in few pixels, and of those only how many went from which
-class to which, over which true class, is kept. From it come the exact confusion totals of every
-cell, and those of cells mixed class by class.
+A refined label map differs from the raw one in few pixels. Only their number by raw label, refined
+label and true class is kept. The exact confusion totals of every cell follow from it, and those of
+cells mixed class by class.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_samrefine.tune.rule import OBJECTIVES, Objective
 
 @dataclass(frozen=True)
 class Scoring:
-    """How predictions are scored, as `SAMRefineCallback` scores them.
+    """The scoring of predictions, the same as in `SAMRefineCallback`.
 
     Attributes:
         num_classes: C.
@@ -34,16 +34,16 @@ class Scoring:
 
 
 class Truth:
-    """One image's raw prediction against its target, to count refined predictions by.
+    """One image's raw prediction and target, which refined predictions are compared with.
 
     Args:
         raw: (H, W) int64, the raw prediction.
         target: (H, W) integer.
-        scoring: How to score.
+        scoring: Classes, ignored value and width of the band.
 
     Attributes:
         totals: (2, 3, C) int64: over the image and over the trimap band, the pixels of each class,
-            those of them that the raw prediction has right, and those that it calls the class.
+            those that the raw prediction has right, and those that it predicts as the class.
     """
 
     def __init__(self, raw: Tensor, target: Tensor, scoring: Scoring) -> None:
@@ -74,8 +74,8 @@ class Truth:
             refined: (H, W) int64.
 
         Returns:
-            (K, 5) int64, a row a kind of change: the true class, the raw label and the refined one
-            (C where no class), 1 inside the trimap band, and how many pixels.
+            (K, 5) int64, a row per kind of change: the true class, the raw and the refined label
+            (C for no class), 1 inside the trimap band, and the number of pixels.
         """
         where = ((refined != self._raw) & self._valid).flatten().nonzero()[:, 0]
         target, near = self._target.flatten()[where], self._band.flatten()[where]
@@ -99,8 +99,8 @@ class GridCounts:
     """The counts of N images in every cell of a grid.
 
     Args:
-        scoring: How images are scored. A class that is ignored counts as absent.
-        cells: How many cells.
+        scoring: The scoring. A class that is ignored counts as absent.
+        cells: Number of cells.
     """
 
     def __init__(self, scoring: Scoring, cells: int) -> None:
@@ -137,11 +137,11 @@ class GridCounts:
     def mixed_totals(
         self, cell_of_class: Sequence[int], is_open: np.ndarray, objective: Objective
     ) -> np.ndarray:
-        """Estimate the totals of thresholds that differ between classes, behind a gate.
+        """Estimate the totals with thresholds by class and some classes frozen.
 
         A change counts as in the cell of the class that the pixel changes to, and only between
-        open classes. Where masks of several classes compete for a pixel a run may decide
-        otherwise; with one cell and all classes open this is `totals`.
+        refined classes. If masks of several classes compete for a pixel, a run may decide
+        otherwise; with one cell and all classes refined this is `totals`.
 
         Args:
             cell_of_class: C cells.

@@ -1,4 +1,4 @@
-"""What tuning leaves behind: the surface as a table and a heat map, and a config to use."""
+"""The files of a tuning: the grid as a table and a heat map, and a configuration to use."""
 
 from __future__ import annotations
 
@@ -109,18 +109,18 @@ def draw_surface(tuning: Tuning) -> Figure:
 
 
 def sentences(tuning: Tuning) -> list[str]:
-    """Say what was chosen and what to expect of it, in plain sentences."""
+    """Describe the choice and the gain to expect of it in sentences."""
     if np.isnan(tuning.expected_uncalibrated.gain):
         return [
             f"No pixel of the {len(tuning.counts)} validation images is scored: every target is "
             "ignored, and no class is refined."
         ]
-    said = [] if tuning.helps else [f"{NO_HELP}: no class is refined."]
+    found = [] if tuning.helps else [f"{NO_HELP}: no class is refined."]
     uncalibrated = _expectation("The best cell alone", tuning.expected_uncalibrated, tuning)
     if not any(tuning.choice.is_open):
-        return [*said, "No class gains with certainty.", uncalibrated]
+        return [*found, "No class gains with certainty.", uncalibrated]
     subject = "Calibrated" if tuning.helps else "Its most certain classes"
-    return [*said, _expectation(subject, tuning.expected, tuning), uncalibrated]
+    return [*found, _expectation(subject, tuning.expected, tuning), uncalibrated]
 
 
 def _expectation(subject: str, interval: BootstrapInterval, tuning: Tuning) -> str:
@@ -135,7 +135,7 @@ def _expectation(subject: str, interval: BootstrapInterval, tuning: Tuning) -> s
 
 
 def tuning_summary(tuning: Tuning, folder: Path) -> RenderableType:
-    """Render the best cells, the classes, what to expect, and where the files are."""
+    """Render the best cells, the classes, the gain to expect, and the paths of the files."""
     return Group(
         _cells_table(tuning),
         _classes_table(tuning),

@@ -57,18 +57,17 @@ class TuneSettings:
         ckpt_path: str | None,
         folder: Path,
     ) -> float | None:
-        """Tune, write and print what was found.
+        """Tune, write the files and print the result.
 
         Args:
             trainer: With a `TuneCallback`.
             segmenter: Makes the predictions.
             datamodule: Has the validation set.
             ckpt_path: Lightning checkpoint of the segmenter.
-            folder: Takes the files.
+            folder: Where the files go.
 
         Returns:
-            mIoU of the validation set, refined with what was chosen; None where no pixel of it is
-            scored.
+            mIoU of the validation set, refined with the choice; None without a scored pixel.
         """
         from lightning_samrefine.reporting.summary import write_metrics
         from lightning_samrefine.tune.report import print_tuning, tuning_metrics, write_tuning

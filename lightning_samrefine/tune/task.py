@@ -22,20 +22,20 @@ from lightning_samrefine.tune.sweep import Sweep, Trial
 
 @dataclass(frozen=True)
 class Tuning:
-    """What tuning found.
+    """The result of a tuning.
 
     Attributes:
-        grid: What was tried.
-        rule: How it was chosen.
-        base: The configuration that the grid was laid around.
+        grid: The thresholds that were tried.
+        rule: The rule of the choice.
+        base: The configuration with all other thresholds.
         class_names: C names.
-        counts: Of every cell.
-        choice: From all images.
-        trial: Counts of the choice as it runs on all images (cell 0), and of what was chosen
-            without the image's fold (cell 1).
+        counts: The counts of every cell.
+        choice: The choice from all images.
+        trial: Counts of a run of the choice on all images (cell 0), and of the choice made without
+            the image's fold (cell 1).
         untuned_fold_totals: (N, 5, C), every image in the cell that is best on the other folds,
             without a gate.
-        folds: How many folds.
+        folds: Number of folds.
     """
 
     grid: Grid
@@ -50,17 +50,17 @@ class Tuning:
 
     @property
     def helps(self) -> bool:
-        """Whether a class is open, and images that the choice did not see gain."""
+        """Whether a class is refined, and held-out images gain."""
         return any(self.choice.is_open) and self.expected.gain > 0
 
     @property
     def expected(self) -> BootstrapInterval:
-        """The calibrated gain of images under a choice made without them."""
+        """The gain of images under a choice made without them."""
         return self._interval(self.trial.totals(1, self.rule.objective))
 
     @property
     def expected_uncalibrated(self) -> BootstrapInterval:
-        """The same for the best cell with all classes open."""
+        """The same for the best cell with all classes refined."""
         return self._interval(self.untuned_fold_totals)
 
     def _interval(self, totals: np.ndarray) -> BootstrapInterval:
@@ -71,14 +71,14 @@ class Tuning:
 
     @property
     def config(self) -> RefineConfig:
-        """What to refine with: the calibrated choice, or nothing where that does not help."""
+        """The configuration to use: the choice, or no refined class if that does not help."""
         if not self.helps:
             return replace(self.cell_config, classes=())
         return self._for_these_classes(self.choice.config(self.grid, self.base))
 
     @property
     def cell_config(self) -> RefineConfig:
-        """The best cell, all classes open."""
+        """The best cell, with all classes refined."""
         return self._for_these_classes(self.grid.cells[self.choice.cell].config(self.base))
 
     def _for_these_classes(self, config: RefineConfig) -> RefineConfig:
@@ -100,9 +100,9 @@ def tune(
         trainer: Has a `TuneCallback`, whose ``cache`` keeps embeddings between the passes.
         segmenter: The model whose predictions are refined.
         datamodule: Its validation loader must give the same images in the same order twice.
-        grid: What to try.
-        rule: How to choose.
-        fold_count: Into how many parts the images fall for the cross-validation, at least 2.
+        grid: The thresholds to try.
+        rule: The rule of the choice.
+        fold_count: Number of folds of the cross-validation, at least 2.
         ckpt_path: Lightning checkpoint of the segmenter.
 
     Raises:

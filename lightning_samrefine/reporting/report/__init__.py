@@ -1,4 +1,4 @@
-"""The report: one HTML file to look at, with everything in it."""
+"""The report: one self-contained HTML file."""
 
 from lightning_samrefine.reporting.report.gallery import Gallery
 from lightning_samrefine.reporting.report.page import ReportSection, write_report

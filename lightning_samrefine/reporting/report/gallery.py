@@ -1,7 +1,7 @@
-"""The images and regions of an evaluation that the report shows, spilled to disk as they come.
+"""The images and regions of an evaluation that the report shows, written to disk one by one.
 
 Every entry is one JSON object, pictures included, written to a temporary file at once: a process
-keeps a few numbers an image, whatever the number of images. At the end the other processes' entries
+keeps only a few numbers per image. At the end the other processes' entries
 are gathered on rank zero, which writes the report; no folder need be shared.
 """
 

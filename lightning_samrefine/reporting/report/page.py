@@ -36,11 +36,11 @@ class ReportSection:
 
     Attributes:
         title: Such as ``"test"`` or ``"val, dataloader 1"``.
-        epoch: Of the evaluation, None where it says nothing.
+        epoch: The evaluation's epoch, None outside fit.
         result: Its figures.
         gallery: Its images and regions.
         curve: The figures of the same loader's evaluations over epochs, this one last.
-        step: Of the evaluation, None where its epoch has no other.
+        step: The evaluation's step, None if its epoch has no other evaluation.
     """
 
     title: str
