@@ -7,44 +7,32 @@ import logging
 import os
 import re
 import sys
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.types import RunMode
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
+from lightning_samrefine.cli.build import (
+    build,
+    build_trainer,
+    inherit,
+    refine_config,
+    sam_arguments,
+    tune_settings,
+    use_tune_callback,
+)
 from lightning_samrefine.cli.setup_errors import SetupError, explain
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.config_files import check_refine_keys, with_refine_files
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-    from lightning.pytorch.loggers import Logger
-
-    from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
-    from lightning_samrefine.tune.settings import TuneSettings
 
 # torch and Lightning are imported where they are needed: `samrefine --help` works without them.
 
 TASKS = ("validate", "test", "fit", "tune", "predict", "check")
-
-# Taken from the data module where the config has null.
-INHERITED = ("num_classes", "class_names", "ignore_index", "image_mean", "image_std", "image_range")
-
-# Arguments of `SAMRefineCallback` that `TuneCallback` does not have.
-_OF_AN_EVALUATION = (
-    "every_n_epochs",
-    "name",
-    "panels",
-    "panels_every_n_epochs",
-    "panels_width",
-    "report",
-)
 
 _FOLDER_MARK = "<output_dir>"
 
@@ -96,11 +84,11 @@ def run(cfg: DictConfig) -> float | None:
     """
     _use_original_cwd(cfg)
     _check_config(cfg)
-    refine = _refine_config(cfg)
+    refine = refine_config(cfg)
     if cfg.task == "check":
         _check_machine(cfg, refine)
         return None
-    tuning = _tune_settings(cfg) if cfg.task == "tune" else None
+    tuning = tune_settings(cfg) if cfg.task == "tune" else None
 
     from lightning.pytorch import seed_everything
 
@@ -110,13 +98,13 @@ def run(cfg: DictConfig) -> float | None:
     if cfg.seed is not None:
         seed_everything(cfg.seed, workers=True, verbose=False)
     if tuning is not None:
-        _use_tune_callback(cfg, tuning.callback)
-    datamodule = _build(cfg, "data")
+        use_tune_callback(cfg, tuning.callback)
+    datamodule = build(cfg, "data")
     _check_segmenter(cfg, datamodule)
     for key in ("segmenter", "callback", "writer"):
-        _inherit(cfg[key], datamodule)
-    segmenter = _build(cfg, "segmenter")
-    trainer = _build_trainer(cfg, refine)
+        inherit(cfg[key], datamodule)
+    segmenter = build(cfg, "segmenter")
+    trainer = build_trainer(cfg, refine)
 
     folder = Path(cfg.output_dir)
     if trainer.is_global_zero:
@@ -229,58 +217,6 @@ def _check_segmenter(cfg: DictConfig, datamodule: LightningDataModule) -> None:
             )
 
 
-def _refine_config(cfg: DictConfig) -> RefineConfig:
-    try:
-        return RefineConfig.preset("algorithm4", **_plain(cfg.refine))
-    except (TypeError, ValueError) as error:
-        raise SetupError(f"refine: {error}") from error
-
-
-def _plain(node: DictConfig) -> dict[str, Any]:
-    """Return a node as a dict, its interpolations resolved."""
-    return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))
-
-
-def _tune_settings(cfg: DictConfig) -> TuneSettings:
-    from lightning_samrefine.tune.settings import TuneSettings
-
-    try:
-        return TuneSettings(**_plain(cfg.tune))
-    except (TypeError, ValueError) as error:
-        raise SetupError(f"tune: {error}") from error
-
-
-def _use_tune_callback(cfg: DictConfig, target: str) -> None:
-    """Make the node ``callback`` that of a tuning, without what only an evaluation has."""
-    cfg.callback._target_ = target
-    with open_dict(cfg.callback):
-        for key in _OF_AN_EVALUATION:
-            cfg.callback.pop(key, None)
-
-
-def _build(cfg: DictConfig, key: str, **objects: Any) -> Any:
-    """Instantiate one node; ``objects`` reach the constructor without Hydra copying them."""
-    try:
-        return instantiate(OmegaConf.select(cfg, key), _partial_=True)(**objects)
-    except InstantiationException as error:
-        raise SetupError(f"{key}: {error.__cause__ or error}") from error
-    except (TypeError, ValueError, OSError, ImportError) as error:
-        raise SetupError(f"{key}: {error}") from error
-
-
-def _inherit(node: DictConfig, datamodule: LightningDataModule) -> None:
-    """Fill a node's null values from the data module; what that lacks keeps its own default."""
-    with open_dict(node):
-        for key in INHERITED:
-            if key not in node or node[key] is not None:
-                continue
-            if hasattr(datamodule, key):
-                value = getattr(datamodule, key)
-                node[key] = value.tolist() if hasattr(value, "tolist") else value
-            else:
-                del node[key]
-
-
 def _save_config(cfg: DictConfig, path: Path) -> None:
     """Save all values resolved but the output folder, so that a second run gets its own."""
     resolved = copy.deepcopy(cfg)
@@ -291,32 +227,6 @@ def _save_config(cfg: DictConfig, path: Path) -> None:
         saved, "output_dir", cast("dict[str, Any]", OmegaConf.to_container(cfg))["output_dir"]
     )
     OmegaConf.save(saved, path)
-
-
-def _build_trainer(cfg: DictConfig, refine: RefineConfig) -> Trainer:
-    from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-
-    sam = _sam(cfg)
-    if cfg.task == "predict":
-        first = _build(cfg, "writer", refine=refine, **sam)
-    else:
-        first = _build(cfg, "callback", refine=refine, **sam, **_kept_embeddings(cfg))
-    callbacks: list[Callback] = [first]
-    callbacks += [_build(cfg, f"extra_callbacks.{name}") for name in cfg.extra_callbacks]
-    if cfg.trainer.get("enable_progress_bar", True) and not any(
-        isinstance(callback, ProgressBar) for callback in callbacks
-    ):
-        callbacks.append(RichProgressBar())
-    loggers: list[Logger] = [_build(cfg, f"logger.{name}") for name in cfg.logger]
-    return _build(cfg, "trainer", callbacks=callbacks, logger=loggers)
-
-
-def _sam(cfg: DictConfig) -> dict[str, Any]:
-    """Return the arguments that name SAM, or hold it."""
-    if "_target_" in cfg.sam:
-        return {"sam": _build(cfg, "sam"), "checkpoint": None}
-    checkpoint = cfg.sam.model if "model" in cfg.sam else cfg.sam.checkpoint
-    return {"sam": cfg.sam.name, "checkpoint": checkpoint}
 
 
 def _check_machine(cfg: DictConfig, refine: RefineConfig) -> None:
@@ -330,29 +240,10 @@ def _check_machine(cfg: DictConfig, refine: RefineConfig) -> None:
         accelerator = "mps" if torch.backends.mps.is_available() else "cuda"
     device = None if accelerator == "auto" else accelerator
     precision = cfg.callback.get("precision", "auto")
-    result = check(**_sam(cfg), refine=refine, precision=precision, device=device)
+    result = check(**sam_arguments(cfg), refine=refine, precision=precision, device=device)
     print(result)
     if not result.passed:
         sys.exit(1)
-
-
-def _kept_embeddings(cfg: DictConfig) -> dict[str, Any]:
-    """Keep embeddings in memory for the jobs of a sweep, and for the passes of a tuning."""
-    cache, is_tuning = cfg.callback.get("cache"), cfg.task == "tune"
-    if (cache == "memory" and (is_tuning or _is_sweep())) or (cache is None and is_tuning):
-        return {"cache": _cache_of_process(cfg.callback.get("cache_gb")), "cache_gb": None}
-    return {}
-
-
-def _is_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-@lru_cache(maxsize=1)
-def _cache_of_process(gb: float | None) -> EmbeddingCache:
-    from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
-
-    return EmbeddingCache("memory", gb)
 
 
 def _execute(
@@ -383,8 +274,10 @@ def _write_curve(trainer: Trainer, path: Path) -> None:
     """Draw raw against refined over the validations of each callback, if more than one."""
     from lightning_samrefine import SAMRefineCallback
 
-    callbacks = (part for part in trainer.callbacks if isinstance(part, SAMRefineCallback))
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     for callback in callbacks:
+        if not isinstance(callback, SAMRefineCallback):
+            continue
         epochs = [figures for figures in callback.history if figures["stage"] == "val"]
         first_loader = [figures for figures in epochs if figures["dataloader_idx"] == 0]
         if len(first_loader) > 1:

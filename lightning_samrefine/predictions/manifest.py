@@ -1,8 +1,8 @@
 """The list of what a folder of predictions holds: journals that become one Parquet file.
 
 While a run writes, each of its processes appends a line to a journal of its own for every image
-whose files are complete. At the end the journals become ``manifest.parquet``, which tells nothing
-of how many processes there were, nor of how often they were killed.
+whose files are complete. At the end the journals become ``manifest.parquet``, which does not
+depend on the number of processes, nor on how often they were killed.
 
 Journals, and not one Parquet file a process, because a Parquet file is unreadable before its footer
 is written: a kill would lose every row of its process, where a journal loses the line it tore.

@@ -15,7 +15,8 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from lightning_samrefine.cli.main import INHERITED, config_dir
+from lightning_samrefine.cli.build import INHERITED
+from lightning_samrefine.cli.main import config_dir
 from lightning_samrefine.config import PRESETS, RefineConfig
 
 ROOT = Path(__file__).parents[2]
