@@ -237,8 +237,9 @@ def sample_names(batch: Any, count: int, fallback: str) -> list[str]:
     if isinstance(batch, Mapping):
         for key in ("name", "names", "filename", "file_name", "image_path", "path", "id"):
             names = batch.get(key)
-            listed = isinstance(names, list | tuple) and len(names) >= count
-            if listed and all(isinstance(name, str) for name in names):
+            if not isinstance(names, list | tuple) or len(names) < count:
+                continue
+            if all(isinstance(name, str) for name in names):
                 return list(names[:count])
     return [f"{fallback}, image {index}" for index in range(count)]
 

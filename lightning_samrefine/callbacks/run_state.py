@@ -258,4 +258,5 @@ class _WarnOnce:
 
 def _warn(message: str) -> None:
     """Warn on any process."""
-    warnings.warn(rank_prefixed_message(message, rank_zero_only.rank), RuntimeWarning, stacklevel=3)
+    rank: int | None = rank_zero_only.rank  # type: ignore[attr-defined]  # set by Lightning
+    warnings.warn(rank_prefixed_message(message, rank), RuntimeWarning, stacklevel=3)

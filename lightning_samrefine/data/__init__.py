@@ -4,7 +4,8 @@ A sample is a dict: ``"image"`` uint8 (3, H, W) RGB, ``"mask"`` int64 (H, W), ``
 where predictions are stored, ``"prediction"`` int64 (H, W) or ``"probs"`` float32 (C, H, W).
 """
 
-from lightning_samrefine.data.folder import FolderDataModule, FolderDataset, FolderSplit
+from lightning_samrefine.data.folder import FolderDataModule, FolderDataset
+from lightning_samrefine.data.folder_files import FolderSplit
 from lightning_samrefine.data.torchvision_sets import TorchvisionDataModule
 
 __all__ = ["FolderDataModule", "FolderDataset", "FolderSplit", "TorchvisionDataModule"]

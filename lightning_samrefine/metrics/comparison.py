@@ -180,10 +180,10 @@ class RefinementComparison(nn.Module):
         matrices = []
         for side, prediction in zip(SIDES, (raw, refined), strict=True):
             known = KnownLabels(prediction, valid, self.num_classes)
-            counts = self.pixels[side].count(known, true_labels, rings)
-            self.pixels[side].update(counts)
+            counts = self._pixels(side).count(known, true_labels, rings)
+            self._pixels(side).update(counts)
             matrices.append(counts.sum(dim=0))
-            self.borders[side].update(Borders(known, *distances), true_borders)
+            self._borders(side).update(Borders(known, *distances), true_borders)
         self.images.update(*matrices)
         changes = ChangedPixels(raw, refined, target, valid)
         self.changes.update(changes)
@@ -200,6 +200,16 @@ class RefinementComparison(nn.Module):
         # Without a region, too: torchmetrics warns of a metric that was never updated.
         self.calibration.update(pred_iou, true_iou, better)
         return ImageComparison((matrices[0], matrices[1]), changes, valid, scores, region_changes)
+
+    def _pixels(self, side: str) -> BandedConfusion:
+        metric = self.pixels[side]
+        assert isinstance(metric, BandedConfusion)
+        return metric
+
+    def _borders(self, side: str) -> BorderCounts:
+        metric = self.borders[side]
+        assert isinstance(metric, BorderCounts)
+        return metric
 
     def reset(self) -> None:
         """Reset all metrics. Call it at the start of an epoch, not at its end.
@@ -219,8 +229,8 @@ class RefinementComparison(nn.Module):
             ignore_index=self.ignore_index,
             trimap_width=self.trimap_width,
             widths=tuple(self.widths),
-            matrices={side: self.pixels[side].compute().cpu() for side in SIDES},
-            borders={side: self.borders[side].compute().cpu() for side in SIDES},
+            matrices={side: self._pixels(side).compute().cpu() for side in SIDES},
+            borders={side: self._borders(side).compute().cpu() for side in SIDES},
             changes=self.changes.compute().cpu(),
             totals=self.images.compute(),
             calibration=Calibration.of(**self.calibration.compute()),

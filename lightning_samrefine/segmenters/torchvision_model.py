@@ -75,6 +75,8 @@ class TorchvisionSegmenter(LightningModule):
             )
         self.ignore_index = settle_ignore_index(ignore_index, num_classes)
         self.lr = lr
+        self._mean: Tensor
+        self._std: Tensor
         self.register_buffer("_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
