@@ -11,18 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_samrefine.fit.features import LogLinear
-from lightning_samrefine.fit.sample import ImageSample, PixelSample, priority
-from lightning_samrefine.fit.solve import FOLDS, MIN_IMAGES, CrossValidation, cross_validate
-from lightning_samrefine.fit.verdict import PixelLabels, Verdict, certain_gain, judge
-from lightning_samrefine.fit.weights import FusionWeights
+from lightning_samrefine.fit.sample import ImageSample, PixelSample
+from lightning_samrefine.fit.solve import FOLDS, MIN_IMAGES, cross_validate
+from lightning_samrefine.fit.verdict import PixelLabels, Verdict, judge
+from lightning_samrefine.fusion_weights import FEATURES, SAM_FEATURES, FusionWeights, LogLinear
 
-# Mean number of images on which the point grid is tried; most of its cost is the first look.
-TRIAL_IMAGES = 24
-
-_REGIONS = ("raw", "color", "presence", "region_votes")
-_WITH_GRID = ("raw", "color", "presence", "mask_votes", "region_votes")
-_CONTROL = ("raw", "color", "presence")
+_CONTROL = tuple(name for name in FEATURES if name not in SAM_FEATURES)
 
 
 @dataclass(frozen=True)
@@ -72,98 +66,60 @@ class AutoFusion:
 
     Args:
         classes: C class names.
-        ignore_index: Target value that is not a class, None for none.
-        grid: Whether the point grid may be tried; a model without point prompts has none.
+        fitted: Weights of an earlier run of the same classes.
 
     Attributes:
-        fitted: The weights in use; the preset's until an evaluation was fitted.
-        verdict: What the latest fit found, None before it.
+        fitted: The weights in use, None until an evaluation was fitted.
+        sample: The labeled pixels of the running evaluation.
+
+    Raises:
+        ValueError: Weights of other classes.
     """
 
-    def __init__(
-        self, classes: Sequence[str], ignore_index: int | None = None, grid: bool = True
-    ) -> None:
+    def __init__(self, classes: Sequence[str], fitted: FittedFusion | None = None) -> None:
         self._classes = tuple(classes)
-        self._ignore_index = ignore_index
-        self._grid = grid
-        self.fitted = FittedFusion(self._preset())
-        self.verdict: Verdict | None = None
-        self._share = 1.0
-        self._sample = self._empty()
+        if fitted is not None and fitted.final.classes != self._classes:
+            raise ValueError(
+                f"classes must be those of the fitted weights, {', '.join(fitted.final.classes)}, "
+                f"got {', '.join(self._classes)}"
+            )
+        self.fitted = fitted
+        self.start()
 
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the weights were fitted to images rather than being the preset's."""
-        return self.fitted.final.images > 0
+    def start(self) -> None:
+        """Begin an evaluation with an empty sample."""
+        self.sample = PixelSample(len(self._classes))
 
-    def start(self, images: int | None) -> None:
-        """Begin an evaluation.
+    def weights_for(self, key: str) -> FusionWeights | None:
+        """Return weights that were fitted without an image, None before the first fit."""
+        return None if self.fitted is None else self.fitted.weights_for(key)
 
-        Args:
-            images: Number of images of the whole evaluation over all processes, None if unknown.
-        """
-        self._share = TRIAL_IMAGES / images if images else 0.25
-        self._sample = self._empty()
-
-    def prompts_grid(self, key: str) -> bool:
-        """Tell if the point grid is prompted for an image.
-
-        It is for every image once what it adds is certain; until then for a few, which their keys
-        choose whatever the order, the batch size and the number of processes.
-        """
-        if not self._grid:
-            return False
-        if self.is_fitted:
-            return "mask_votes" in self.fitted.final.fusion.features
-        return priority(key) < self._share * 2**128
-
-    def weights_for(self, key: str) -> FusionWeights:
-        """Return weights that were fitted without an image."""
-        return self.fitted.weights_for(key)
-
-    @property
-    def sample(self) -> PixelSample:
-        """The labeled pixels of this evaluation so far."""
-        return self._sample
+    def control_for(self, key: str) -> FusionWeights:
+        """Return weights whose control was fitted without an image; the preset's before a fit."""
+        if self.fitted is not None:
+            return self.fitted.weights_for(key)
+        count = len(self._classes)
+        return FusionWeights(
+            LogLinear.preset(FEATURES, count), LogLinear.preset(_CONTROL, count), self._classes
+        )
 
     def finish(self, others: Iterable[ImageSample] = ()) -> Verdict | None:
         """Fit the weights to the images of the evaluation and judge them.
 
         Args:
-            others: What the other processes sampled.
+            others: The samples of the other processes.
 
         Returns:
             What was found, None if there are fewer than `MIN_IMAGES` images; the weights then stay
             as they were.
         """
-        self._sample.merge(others)
-        images = list(self._sample)
-        self._sample = self._empty()
+        self.sample.merge(others)
+        images = list(self.sample)
+        self.start()
         if len(images) < MIN_IMAGES:
             return None
-        best = self._candidate(images, _REGIONS)
-        with_grid = [image for image in images if "mask_votes" in image.names]
-        if len(with_grid) >= MIN_IMAGES:
-            candidate = self._candidate(with_grid, _WITH_GRID)
-            if self._grid_adds(with_grid, candidate) and candidate.verdict.refine:
-                best = candidate
-        self.fitted, self.verdict = best.fitted, best.verdict
-        return self.verdict
-
-    def _grid_adds(self, images: Sequence[ImageSample], candidate: _Candidate) -> bool:
-        """Tell if the point grid certainly gains over region prompts on the same images."""
-        without = cross_validate(images, _REGIONS, len(self._classes))
-        gain = certain_gain(
-            [image.target for image in images],
-            list(without.predictions),
-            list(candidate.cross_validation.predictions),
-            len(self._classes),
-        )
-        return gain.low > 0
-
-    def _candidate(self, images: Sequence[ImageSample], features: Sequence[str]) -> _Candidate:
         num_classes = len(self._classes)
-        fusion = cross_validate(images, features, num_classes)
+        fusion = cross_validate(images, FEATURES, num_classes)
         control = cross_validate(images, _CONTROL, num_classes)
         verdict = judge(
             [
@@ -173,6 +129,7 @@ class AutoFusion:
                 )
             ],
             num_classes,
+            fusion.weights,
         )
         final = FusionWeights(
             fusion.weights,
@@ -188,22 +145,5 @@ class AutoFusion:
             for fold in range(FOLDS)
         )
         fold_of = {image.key: fusion.fold_of[image.group] for image in images}
-        return _Candidate(FittedFusion(final, folds, fold_of), verdict, fusion)
-
-    def _preset(self) -> FusionWeights:
-        count = len(self._classes)
-        return FusionWeights(
-            LogLinear.preset(_REGIONS, count), LogLinear.preset(_CONTROL, count), self._classes
-        )
-
-    def _empty(self) -> PixelSample:
-        return PixelSample(len(self._classes))
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """One choice of features, fitted and judged."""
-
-    fitted: FittedFusion
-    verdict: Verdict
-    cross_validation: CrossValidation
+        self.fitted = FittedFusion(final, folds, fold_of)
+        return verdict

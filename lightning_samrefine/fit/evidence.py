@@ -1,7 +1,7 @@
 """From SAM's masks of one image to the features of the fitted fusion, and from weights to labels.
 
-A mask's names are the mean raw probabilities inside it: fitted weights gain as much by them as by
-the names of the soft fusion, which compare a mask to its surroundings.
+A mask's purity is the mean raw probability of its class inside it: fitted weights gain as much by
+it as by that of the soft fusion, which compares a mask to its surroundings.
 """
 
 from __future__ import annotations
@@ -13,21 +13,14 @@ from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fit.features import FeatureMaps
-from lightning_samrefine.fit.weights import FusionWeights
+from lightning_samrefine.fusion_weights import FusionWeights
 from lightning_samrefine.refine.checks import first_argmax
 from lightning_samrefine.refine.class_filter import accepted_regions, restore_frozen_classes
 from lightning_samrefine.refine.fusion.color_model import color_ratios
 from lightning_samrefine.refine.fusion.mask_votes import MaskVotes
-from lightning_samrefine.refine.mask_proposals import MaskProposals
 from lightning_samrefine.refine.predictions import MaskPredictions, refinement, region_table
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.device import upload
-
-# A mask of one class counts for more than a mixed one, and the mask of a region for less among the
-# masks of the point grid: as in the soft fusion, whose weights the fit starts from.
-_PURITY_POWER = 3
-_OF_REGIONS = 0.3
-_CPU_MASKS = 16  # unpacked at once, so that they stay in a core's cache
 
 
 def feature_maps(predictions: MaskPredictions, config: RefineConfig) -> FeatureMaps:
@@ -35,33 +28,16 @@ def feature_maps(predictions: MaskPredictions, config: RefineConfig) -> FeatureM
 
     Args:
         predictions: SAM's masks; regions without an accepted mask have no votes.
-        config: Tells if regions and the point grid were prompted, and which masks are accepted.
+        config: Tells if regions were prompted, and which masks are accepted.
 
     Returns:
-        The features: region votes if regions are prompted, mask votes if the point grid is. An
-        image without masks has votes of 0.
+        The features, region votes among them if regions were prompted.
     """
     probs = predictions.probs
     ratios, bins = color_ratios(probs, predictions.image, config.stride)
-    regions = _regions(predictions, config) if config.prompt_regions else None
-    nothing = probs.new_zeros(len(probs), 1, 1)
-    region_votes = mask_votes = None
-    if regions is not None:
-        masks, pred_iou, purity, classes = regions
-        region_votes = nothing
-        if len(masks):
-            region_votes = _votes(masks, pred_iou * purity, classes, len(probs))
-    if config.points_per_side:
-        mask_votes = nothing
-        proposals = predictions.mask_proposals
-        if proposals is not None and len(proposals):
-            mask_votes = _proposal_votes(proposals, probs)
-        if regions is not None and len(regions[0]):
-            masks, pred_iou, purity, classes = regions
-            weight = _OF_REGIONS * pred_iou * purity**_PURITY_POWER
-            among = _votes(masks, weight, classes, len(probs))
-            mask_votes = torch.maximum(among, mask_votes)
-    return FeatureMaps(probs, ratios, bins, mask_votes, region_votes)
+    if not config.prompt_regions:
+        return FeatureMaps(probs, ratios, bins)
+    return FeatureMaps(probs, ratios, bins, _region_votes(predictions, config))
 
 
 def fuse_fitted(
@@ -110,35 +86,23 @@ def fuse_fitted(
     return restore_frozen_classes(refined, probs, labels, open_classes)
 
 
-def _regions(
-    predictions: MaskPredictions, config: RefineConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return masks, predicted IoUs, purities and classes of the accepted regions."""
+def _region_votes(predictions: MaskPredictions, config: RefineConfig) -> Tensor:
+    """Let the mask of every accepted region vote for its class, by predicted IoU and purity.
+
+    Returns:
+        (C, h, w) float32 in [0, 1], the largest vote of a class's masks; 0 without a mask.
+    """
     probs, found = predictions.probs, predictions.region_masks
-    if found is None or len(found) == 0:
-        none = probs.new_zeros(0)
-        return probs.new_zeros(0, 1, 1), none, none, none.long()
     accepted = accepted_regions(config, predictions.regions.classes, predictions.pred_iou)
+    if found is None or not accepted.any():
+        return probs.new_zeros(len(probs), 1, 1)
     chosen = upload(np.flatnonzero(accepted), probs.device)
     classes = upload(predictions.regions.classes, probs.device)[chosen]
     masks = found[chosen].probs()
-    inside = mean_probs(masks, _small(probs, found.mask_hw))
-    purity = inside.gather(0, classes[None])[0]
-    return masks, found.pred_iou[chosen].float(), purity, classes
-
-
-def _proposal_votes(proposals: MaskProposals, probs: Tensor) -> Tensor:
-    """Let every mask of the point grid vote for the class that is most probable inside it."""
-    small = _small(probs, proposals.mask_hw)
-    votes = torch.zeros_like(small)
-    at_once = _CPU_MASKS if probs.device.type == "cpu" else len(proposals)
-    for start in range(0, len(proposals), at_once):
-        some = proposals[start : start + at_once]
-        masks = some.probs()
-        purity, classes = mean_probs(masks, small).max(dim=0)
-        weight = some.pred_iou * purity**_PURITY_POWER
-        torch.maximum(votes, _votes(masks, weight, classes, len(probs)), out=votes)
-    return votes
+    small = F.interpolate(probs[None], found.mask_hw, mode="bilinear", align_corners=False)[0]
+    purity = mean_probs(masks, small).gather(0, classes[None])[0]
+    weight = found.pred_iou[chosen].float() * purity
+    return MaskVotes.of_regions(masks, weight, classes, len(probs)).classes
 
 
 def mean_probs(masks: Tensor, probs: Tensor) -> Tensor:
@@ -150,12 +114,3 @@ def mean_probs(masks: Tensor, probs: Tensor) -> Tensor:
     """
     sums = probs.flatten(1) @ masks.flatten(1).T
     return sums / sums.sum(dim=0).clamp(min=1e-6)
-
-
-def _votes(masks: Tensor, weight: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    return MaskVotes.of_regions(masks, weight, classes, num_classes).classes
-
-
-def _small(probs: Tensor, mask_hw: tuple[int, int]) -> Tensor:
-    """Bring (C, H, W) probabilities to the grid of masks."""
-    return F.interpolate(probs[None], mask_hw, mode="bilinear", align_corners=False)[0]

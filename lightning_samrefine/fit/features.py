@@ -5,79 +5,26 @@ the softmax of the scores. With the weights of `PRESET_WEIGHTS` and no biases th
 the soft fusion: probabilities, color ratios and votes, multiplied.
 
 The features are logarithms: ``"raw"`` of the raw probability, ``"color"`` of how usual the pixel's
-color is in the class, ``"presence"`` of the class's mean probability in the image, ``"mask_votes"``
-and ``"region_votes"`` of the support by SAM's masks. Only the last two need SAM.
+color is in the class, ``"presence"`` of the class's mean probability in the image, and
+``"region_votes"`` of the support by SAM's masks. Only the last needs SAM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEATURES = ("raw", "color", "presence", "mask_votes", "region_votes")
-SAM_FEATURES = ("mask_votes", "region_votes")
-PRESET_WEIGHTS: Mapping[str, float] = MappingProxyType(
-    {"raw": 1.0, "color": 1.3, "presence": 0.0, "mask_votes": 1.0, "region_votes": 1.0}
-)
+from lightning_samrefine.fusion_weights import FEATURES, LogLinear
 
-# Smallest value inside a logarithm. A region's mask was prompted with the prediction itself, so
-# that its absence says less than that of a mask of the point grid.
+# Smallest value inside a logarithm.
 _FLOORS = {"raw": 1e-4, "color": 1e-2, "presence": 1e-5}
-_OFFSETS = {"mask_votes": 0.02, "region_votes": 0.2}
-
-
-@dataclass(frozen=True)
-class LogLinear:
-    """Weights of features and biases of classes.
-
-    Attributes:
-        features: Names from `FEATURES`, in their order there, ``"raw"`` among them.
-        weights: One weight for each feature.
-        biases: C biases, one for each class.
-
-    Raises:
-        ValueError: Unknown, repeated or unordered features, another number of weights than of
-            features, no class, or a number that is not finite.
-    """
-
-    features: tuple[str, ...]
-    weights: tuple[float, ...]
-    biases: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        check_features(self.features)
-        if len(self.weights) != len(self.features):
-            raise ValueError(
-                f"weights must be {len(self.features)} numbers, one for each of "
-                f"{', '.join(self.features)}, got {len(self.weights)}"
-            )
-        if not self.biases:
-            raise ValueError("biases must be one number for each class, got none")
-        for name, values in (("weights", self.weights), ("biases", self.biases)):
-            if not all(abs(value) < float("inf") for value in values):
-                raise ValueError(f"{name} must be finite numbers, got {list(values)}")
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return len(self.biases)
-
-    @classmethod
-    def preset(cls, features: Sequence[str], num_classes: int) -> LogLinear:
-        """Return the weights of the soft fusion without biases."""
-        names = check_features(features)
-        return cls(names, tuple(PRESET_WEIGHTS[name] for name in names), (0.0,) * num_classes)
-
-    def scores(self, features: Tensor) -> Tensor:
-        """Return the (C, N) float64 scores of (F, C, N) features."""
-        weights = torch.tensor(self.weights, dtype=torch.float64, device=features.device)
-        biases = torch.tensor(self.biases, dtype=torch.float64, device=features.device)
-        return torch.einsum("f,fcn->cn", weights, features.double()) + biases[:, None]
+# Added to votes. A region's mask was prompted with the prediction itself, so that its absence is
+# weak evidence.
+_OFFSET = 0.2
 
 
 @dataclass(frozen=True)
@@ -89,8 +36,6 @@ class FeatureMaps:
         color_ratios: (C, B) float32, p(class | color) / p(class) for each color bin; None without
             colors.
         color_bins: (H, W) integer in [0, B), each pixel's color bin; None without colors.
-        mask_votes: (C, h, w) float32 in [0, 1], votes of the masks of the point grid; None if the
-            grid was not prompted.
         region_votes: (C, h, w) float32 in [0, 1], votes of the masks of prompted regions; None if
             regions were not prompted.
 
@@ -101,7 +46,6 @@ class FeatureMaps:
     probs: Tensor
     color_ratios: Tensor | None = None
     color_bins: Tensor | None = None
-    mask_votes: Tensor | None = None
     region_votes: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -115,7 +59,7 @@ class FeatureMaps:
                 f"color_bins must be of shape {tuple(image_hw)}, that of the image, got "
                 f"{tuple(self.color_bins.shape)}"
             )
-        for name, dims in (("color_ratios", 2), ("mask_votes", 3), ("region_votes", 3)):
+        for name, dims in (("color_ratios", 2), ("region_votes", 3)):
             value = getattr(self, name)
             if value is not None and (value.dim() != dims or len(value) != num_classes):
                 raise ValueError(
@@ -130,7 +74,6 @@ class FeatureMaps:
             "raw": True,
             "color": self.color_ratios is not None,
             "presence": True,
-            "mask_votes": self.mask_votes is not None,
             "region_votes": self.region_votes is not None,
         }
         return tuple(name for name in FEATURES if has[name])
@@ -197,27 +140,19 @@ class FeatureMaps:
             assert self.color_bins is not None
             ratios = self.color_ratios[c].clamp(min=_FLOORS[name]).log_()
             return ratios[self.color_bins.long()]
-        votes: Tensor = getattr(self, name)
+        assert self.region_votes is not None
         resized = F.interpolate(
-            votes[c][None, None].float(),
+            self.region_votes[c][None, None].float(),
             self.probs.shape[1:],
             mode="bilinear",
             align_corners=False,
         )
-        return resized[0, 0].add_(_OFFSETS[name]).log_()
+        return resized[0, 0].add_(_OFFSET).log_()
 
 
-def check_features(features: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of features as a tuple.
-
-    Raises:
-        ValueError: An unknown or repeated name, another order than that of `FEATURES`, or no
-            ``"raw"``.
-    """
-    ordered = tuple(name for name in FEATURES if name in features)
-    if tuple(features) != ordered or "raw" not in ordered:
-        raise ValueError(
-            f"features must be 'raw' and any of {', '.join(map(repr, FEATURES[1:]))} in this "
-            f"order, got {', '.join(map(repr, features)) or 'none'}"
-        )
-    return ordered
+def class_scores(weights: LogLinear, features: Tensor) -> Tensor:
+    """Return the (C, N) float64 scores of (F, C, N) features."""
+    device = features.device
+    of_features = torch.tensor(weights.weights, dtype=torch.float64, device=device)
+    biases = torch.tensor(weights.biases, dtype=torch.float64, device=device)
+    return torch.einsum("f,fcn->cn", of_features, features.double()) + biases[:, None]

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_samrefine.fit.features import LogLinear, check_features
+from lightning_samrefine.fit.features import class_scores
 from lightning_samrefine.fit.sample import ImageSample, assign_folds
+from lightning_samrefine.fusion_weights import LogLinear, check_features
 
 MIN_IMAGES = 8
 FOLDS = 4
@@ -100,7 +101,9 @@ def cross_validate(
             others = [s for s, own in zip(samples, fold, strict=True) if own != index]
             fold_weights[index] = _fit(_Problem(others, names, num_classes), weights)
     predictions = tuple(
-        fold_weights[own].scores(sample.select(weights.features)).argmax(dim=0).to(torch.int16)
+        class_scores(fold_weights[own], sample.select(weights.features))
+        .argmax(dim=0)
+        .to(torch.int16)
         for sample, own in zip(samples, fold, strict=True)
     )
     fold_of = {sample.group: int(own) for sample, own in zip(samples, fold, strict=True)}

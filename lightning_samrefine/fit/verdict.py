@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_samrefine.fit.features import LogLinear
+from lightning_samrefine.fusion_weights import LogLinear
 from lightning_samrefine.metrics.bootstrap import (
     BootstrapInterval,
     bootstrap_class_gains,
@@ -168,29 +168,6 @@ def _certain_losers(
         if not high[worst] < 0:
             return frozen
         frozen.append(worst)
-
-
-def certain_gain(
-    targets: Sequence[Tensor],
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-    num_classes: int,
-    seed: int = 0,
-) -> BootstrapInterval:
-    """Compare two predictions of the same pixels, such as without and with the point grid.
-
-    Args:
-        targets: For each image, (N,) integer in [0, C), the true classes.
-        before: For each image, (N,) integer.
-        after: For each image, (N,) integer.
-        num_classes: C.
-        seed: Of the bootstrap's draws.
-    """
-    matrices = [
-        _confusions(list(zip(targets, predicted, strict=True)), num_classes)
-        for predicted in (before, after)
-    ]
-    return paired_bootstrap(matrices[0], matrices[1], seed=seed)
 
 
 def _confusions(images: Sequence[tuple[Tensor, Tensor]], num_classes: int) -> np.ndarray:

@@ -11,16 +11,13 @@ import torch.nn.functional as F
 from random_predictions import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
-from lightning_samrefine.fit import FEATURES, FusionWeights, LogLinear
 from lightning_samrefine.fit.evidence import feature_maps, fuse_fitted, mean_probs
+from lightning_samrefine.fusion_weights import FEATURES, FusionWeights, LogLinear
 from lightning_samrefine.refine.predictions import MaskPredictions
 
 C = 4
 THRESH = 0.55
 CONFIG = RefineConfig.preset("fast", min_region_area=1, pred_iou_thresh=THRESH, stride=1)
-GRID = RefineConfig.preset(
-    "default", min_region_area=1, pred_iou_thresh=THRESH, stride=1, points_per_side=3
-)
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +61,6 @@ def test_region_votes_are_pred_iou_times_the_mean_probability_inside(predicted):
     want = votes(masks, pred_iou * purity, classes)
     np.testing.assert_allclose(maps.region_votes.numpy(), want, atol=1e-5)
     assert maps.names == ("raw", "color", "presence", "region_votes")
-
-
-def test_mask_votes_are_those_of_the_grid_and_a_third_of_those_of_regions(predicted):
-    found = predicted(GRID)
-    maps = feature_maps(found, GRID)
-    proposals = found.mask_proposals.probs().numpy().astype(np.float64)
-    assert len(proposals) > 0
-    names = inside(proposals, found.probs)
-    weight = found.mask_proposals.pred_iou.numpy() * names.max(axis=0) ** 3
-    masks, pred_iou, purity, classes = regions(found)
-    want = np.maximum(
-        votes(proposals, weight, names.argmax(axis=0)),
-        votes(masks, 0.3 * pred_iou * purity**3, classes),
-    )
-    np.testing.assert_allclose(maps.mask_votes.numpy(), want, atol=1e-5)
-    assert maps.names == FEATURES
 
 
 def test_mean_probs_of_one_hot_masks_are_the_pixels_own():
@@ -140,18 +121,10 @@ def test_unknown_labels_are_replaced_and_others_kept_if_nothing_changes(predicte
 
 
 def test_an_image_without_masks_is_fused_by_what_it_has(predicted):
-    found = predicted(GRID)
-    bare = replace(
-        found,
-        regions=found.regions.select(np.zeros(len(found.regions), dtype=bool)),
-        pred_iou=found.pred_iou[:0],
-        region_masks=None,
-        mask_proposals=None,
-        masks=None,
-    )
-    maps = feature_maps(bare, GRID)
+    config = replace(CONFIG, pred_iou_thresh=1.0)
+    found = predicted(config)
+    maps = feature_maps(found, config)
     assert maps.names == FEATURES
-    assert not maps.mask_votes.any()
     assert not maps.region_votes.any()
-    refined = fuse_fitted(bare, GRID, fusion_weights())
+    refined = fuse_fitted(found, config, fusion_weights())
     assert torch.equal(refined.labels, maps.fuse(fusion_weights().fusion).argmax(dim=0))

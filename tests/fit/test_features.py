@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_samrefine.fit import FEATURES, FeatureMaps, LogLinear
+from lightning_samrefine.fit.features import FeatureMaps, class_scores
+from lightning_samrefine.fusion_weights import FEATURES, LogLinear
 
 C, H, W, BINS = 3, 12, 10, 7
 
@@ -22,7 +23,6 @@ def maps(seed: int = 0, **without: None) -> FeatureMaps:
         "probs": rand(C, H, W).mul(4).softmax(dim=0),
         "color_ratios": rand(C, BINS) * 3,
         "color_bins": torch.randint(BINS, (H, W), generator=generator, dtype=torch.int32),
-        "mask_votes": rand(C, 6, 5),
         "region_votes": rand(C, 6, 5),
     }
     return FeatureMaps(**{**given, **without})
@@ -52,7 +52,6 @@ def expected(found: FeatureMaps) -> np.ndarray:
                 np.log(np.maximum(found.probs.numpy().mean(axis=(1, 2)), 1e-5))[:, None, None],
                 found.probs.shape,
             ),
-            np.log(resized(found.mask_votes) + 0.02),
             np.log(resized(found.region_votes) + 0.2),
         ]
     )
@@ -62,20 +61,20 @@ def test_features_are_the_logarithms_of_the_evidence():
     found = maps()
     pixels = torch.tensor([0, 7, 55, H * W - 1, 7])
     got = found.at(pixels)
-    assert got.shape == (5, C, 5)
-    want = expected(found).reshape(5, C, -1)[:, :, pixels.numpy()]
+    assert got.shape == (4, C, 5)
+    want = expected(found).reshape(4, C, -1)[:, :, pixels.numpy()]
     np.testing.assert_allclose(got.numpy(), want, atol=1e-5)
 
 
 def test_a_chosen_feature_is_the_row_of_all():
     found, pixels = maps(), torch.arange(H * W)
-    assert torch.equal(found.at(pixels, ("raw", "region_votes")), found.at(pixels)[[0, 4]])
+    assert torch.equal(found.at(pixels, ("raw", "region_votes")), found.at(pixels)[[0, 3]])
 
 
 @pytest.mark.parametrize("features", [FEATURES, ("raw", "color"), ("raw",)])
 def test_fused_probabilities_are_the_softmax_of_the_scores(features: tuple[str, ...]):
     found = maps()
-    weights = LogLinear(features, (0.7, 1.1, 0.4, -0.2, 2.0)[: len(features)], (0.5, 0.0, -1.0))
+    weights = LogLinear(features, (0.7, 1.1, 0.4, 2.0)[: len(features)], (0.5, 0.0, -1.0))
     rows = [FEATURES.index(name) for name in features]
     scores = np.einsum("f,fchw->chw", weights.weights, expected(found)[rows])
     scores += np.array(weights.biases)[:, None, None]
@@ -83,7 +82,7 @@ def test_fused_probabilities_are_the_softmax_of_the_scores(features: tuple[str, 
     got = found.fuse(weights)
     np.testing.assert_allclose(got.numpy(), exp / exp.sum(axis=0), atol=1e-5)
     pixels = torch.arange(H * W)
-    by_pixel = weights.scores(found.at(pixels, features)).softmax(dim=0)
+    by_pixel = class_scores(weights, found.at(pixels, features)).softmax(dim=0)
     np.testing.assert_allclose(by_pixel.numpy(), got.flatten(1).numpy(), atol=1e-5)
 
 
@@ -95,19 +94,15 @@ def test_preset_weights_are_the_product_of_the_soft_fusion():
         return F.interpolate(votes[None], (H, W), mode="bilinear")[0]
 
     product = found.probs.clamp(min=1e-4) * ratios.clamp(min=1e-2) ** 1.3
-    product *= (resized(found.mask_votes) + 0.02) * (resized(found.region_votes) + 0.2)
+    product *= resized(found.region_votes) + 0.2
     got = found.fuse(LogLinear.preset(FEATURES, C))
     torch.testing.assert_close(got, product / product.sum(dim=0), atol=1e-5, rtol=1e-4)
 
 
 def test_names_tell_what_an_image_has():
     assert maps().names == FEATURES
-    assert maps(mask_votes=None).names == ("raw", "color", "presence", "region_votes")
-    assert maps(color_ratios=None, color_bins=None, region_votes=None).names == (
-        "raw",
-        "presence",
-        "mask_votes",
-    )
+    assert maps(region_votes=None).names == ("raw", "color", "presence")
+    assert maps(color_ratios=None, color_bins=None).names == ("raw", "presence", "region_votes")
 
 
 def test_extreme_evidence_is_finite():
@@ -117,17 +112,16 @@ def test_extreme_evidence_is_finite():
         torch.zeros(C, BINS),
         torch.zeros(3, W, dtype=torch.int64),
         torch.zeros(C, 6, 5),
-        torch.zeros(C, 6, 5),
     )
     assert zero.at(torch.arange(3 * W)).isfinite().all()
-    assert found.fuse(LogLinear(FEATURES, (50.0,) * 5, (0.0,) * C)).isfinite().all()
+    assert found.fuse(LogLinear(FEATURES, (50.0,) * 4, (0.0,) * C)).isfinite().all()
 
 
 def test_a_lacking_feature_is_named():
-    found = maps(mask_votes=None)
-    with pytest.raises(ValueError, match=r"features must be among .*raw, color.*got mask_votes"):
+    found = maps(region_votes=None)
+    with pytest.raises(ValueError, match=r"features must be among .*raw, color.*got region_votes"):
         found.fuse(LogLinear.preset(FEATURES, C))
-    with pytest.raises(ValueError, match="got mask_votes"):
+    with pytest.raises(ValueError, match="got region_votes"):
         found.at(torch.arange(2), FEATURES)
 
 
@@ -137,7 +131,7 @@ def test_a_lacking_feature_is_named():
         ({"probs": torch.rand(H, W)}, "probs must be of shape"),
         ({"color_bins": None}, "both"),
         ({"color_bins": torch.zeros(H, W + 1)}, "color_bins must be of shape"),
-        ({"mask_votes": torch.rand(C + 1, 2, 2)}, "mask_votes must have 3 dimensions"),
+        ({"region_votes": torch.rand(C + 1, 2, 2)}, "region_votes must have 3 dimensions"),
         ({"region_votes": torch.rand(C, 2)}, "region_votes must have 3 dimensions"),
         ({"color_ratios": torch.rand(C - 1, BINS)}, "color_ratios must have 2 dimensions"),
     ],

@@ -8,14 +8,10 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from lightning_samrefine.fit import (
-    MIN_IMAGES,
-    PRESET_WEIGHTS,
-    ImageSample,
-    LogLinear,
-    cross_validate,
-    fit,
-)
+from lightning_samrefine.fit.features import class_scores
+from lightning_samrefine.fit.sample import ImageSample
+from lightning_samrefine.fit.solve import MIN_IMAGES, cross_validate, fit
+from lightning_samrefine.fusion_weights import PRESET_WEIGHTS, LogLinear
 
 NAMES = ("raw", "color", "region_votes")
 C = 4
@@ -25,7 +21,7 @@ def image(index: int, truth: LogLinear, pixels: int = 300, group: str | None = N
     """Pixels whose classes are drawn from the probabilities of a known fusion."""
     rng = np.random.default_rng(index)
     features = rng.normal(size=(len(truth.features), truth.num_classes, pixels)).astype(np.float16)
-    scores = truth.scores(torch.from_numpy(features))
+    scores = class_scores(truth, torch.from_numpy(features))
     target = torch.from_numpy((scores.numpy() + rng.gumbel(size=scores.shape)).argmax(axis=0))
     return ImageSample(
         key=f"image {index}",
@@ -125,7 +121,7 @@ def test_separable_classes_and_one_class_alone_stay_finite():
             )
         found = fit(samples, NAMES, C)
         assert np.isfinite([*found.weights, *found.biases]).all()
-        scores = found.scores(samples[0].select(NAMES))
+        scores = class_scores(found, samples[0].select(NAMES))
         assert (scores.argmax(dim=0) == samples[0].target).float().mean() > 0.95
 
 
@@ -171,8 +167,8 @@ def test_labels_shuffled_between_images_are_foretold_as_harm_or_nothing(images):
 def test_images_that_do_not_fit_are_refused(images: list[ImageSample]):
     with pytest.raises(ValueError, match="samples must be of 5 classes, got 4"):
         fit(images, NAMES, 5)
-    with pytest.raises(ValueError, match=r"names must be among .*got mask_votes"):
-        fit(images, ("raw", "mask_votes"), C)
+    with pytest.raises(ValueError, match=r"names must be among .*got presence"):
+        fit(images, ("raw", "presence"), C)
     with pytest.raises(ValueError, match="features must be 'raw'"):
         fit(images, ("color",), C)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from lightning_samrefine.fit import LogLinear, PixelLabels, certain_gain, judge
+from lightning_samrefine.fit.verdict import PixelLabels, judge
+from lightning_samrefine.fusion_weights import LogLinear
 
 C = 4
 
@@ -148,15 +149,6 @@ def test_a_class_in_one_image_alone_is_not_certainly_lost():
     ]
     odd = PixelLabels(rare, rare, torch.zeros_like(rare), rare)
     assert 3 not in judge([*without, odd], C).frozen_classes
-
-
-def test_two_predictions_are_compared_on_the_same_pixels():
-    found = images(16, {"raw": 0.3, "refined": 0.1, "control": 0.2})
-    gain = certain_gain(
-        [i.target for i in found], [i.control for i in found], [i.refined for i in found], C
-    )
-    assert gain.gain == pytest.approx(miou(found, "refined") - miou(found, "control"), abs=1e-6)
-    assert gain.low > 0
 
 
 def test_no_image_is_refused():

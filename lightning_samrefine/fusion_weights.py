@@ -1,17 +1,69 @@
-"""Fitted weights as a value that travels: in a checkpoint, and as ``fitted.yaml``."""
+"""Weights of the fitted fusion: plain values that travel in checkpoints and as ``fitted.yaml``.
+
+The score of class c at a pixel is Σ_f w_f · feature_f,c + b_c, and the refined probabilities are
+the softmax of the scores. The features are those of `lightning_samrefine.fit.features`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
-from lightning_samrefine.fit.features import FEATURES, SAM_FEATURES, LogLinear
+FEATURES = ("raw", "color", "presence", "region_votes")
+SAM_FEATURES = ("region_votes",)
+PRESET_WEIGHTS: Mapping[str, float] = MappingProxyType(
+    {"raw": 1.0, "color": 1.3, "presence": 0.0, "region_votes": 1.0}
+)
 
 _KEYS = ("refine", "classes", "features", "biases", "control", "frozen_classes", "images", "found")
+
+
+@dataclass(frozen=True)
+class LogLinear:
+    """Weights of features and biases of classes.
+
+    Attributes:
+        features: Names from `FEATURES`, in their order there, ``"raw"`` among them.
+        weights: One weight for each feature.
+        biases: C biases, one for each class.
+
+    Raises:
+        ValueError: Unknown, repeated or unordered features, another number of weights than of
+            features, no class, or a number that is not finite.
+    """
+
+    features: tuple[str, ...]
+    weights: tuple[float, ...]
+    biases: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_features(self.features)
+        if len(self.weights) != len(self.features):
+            raise ValueError(
+                f"weights must be {len(self.features)} numbers, one for each of "
+                f"{', '.join(self.features)}, got {len(self.weights)}"
+            )
+        if not self.biases:
+            raise ValueError("biases must be one number for each class, got none")
+        for name, values in (("weights", self.weights), ("biases", self.biases)):
+            if not all(abs(value) < float("inf") for value in values):
+                raise ValueError(f"{name} must be finite numbers, got {list(values)}")
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.biases)
+
+    @classmethod
+    def preset(cls, features: Sequence[str], num_classes: int) -> LogLinear:
+        """Return the weights of the soft fusion without biases."""
+        names = check_features(features)
+        return cls(names, tuple(PRESET_WEIGHTS[name] for name in names), (0.0,) * num_classes)
 
 
 @dataclass(frozen=True)
@@ -19,8 +71,7 @@ class FusionWeights:
     """What was fitted to one segmenter, one SAM and one kind of images.
 
     Attributes:
-        fusion: The fusion with SAM. The point grid is prompted if ``"mask_votes"`` is among its
-            features.
+        fusion: The fusion with SAM.
         control: The fusion without SAM.
         classes: C class names; the classes' indices as strings if they have no names.
         refine: Whether the fusion is used; if not, every pixel keeps the raw prediction.
@@ -184,3 +235,19 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)
+
+
+def check_features(features: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of features as a tuple.
+
+    Raises:
+        ValueError: An unknown or repeated name, another order than that of `FEATURES`, or no
+            ``"raw"``.
+    """
+    ordered = tuple(name for name in FEATURES if name in features)
+    if tuple(features) != ordered or "raw" not in ordered:
+        raise ValueError(
+            f"features must be 'raw' and any of {', '.join(map(repr, FEATURES[1:]))} in this "
+            f"order, got {', '.join(map(repr, features)) or 'none'}"
+        )
+    return ordered
