@@ -41,7 +41,7 @@ from lightning_samrefine.tune.choice import class_ious, gain
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
 from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.report import print_tuning, write_tuning
-from lightning_samrefine.tune.rule import Rule
+from lightning_samrefine.tune.settings import Rule
 from lightning_samrefine.tune.task import tune
 
 SCORING = Scoring(num_classes=VOID, ignore_index=VOID, trimap_width=3)

@@ -68,6 +68,17 @@ def find_stems(
     )
 
 
+def own_names(batch: Any, count: int) -> list[str] | None:
+    """Return the names of a batch's images under a usual name, None without any.
+
+    Args:
+        batch: As the dataloader yields it.
+        count: B, the number of its images.
+    """
+    names = _search(batch, count)
+    return None if names is None else [str(name) for name in names]
+
+
 def to_stem(name: str | int | PurePath) -> str:
     """Turn a name, a path or a number into the relative path of a file without its suffix.
 

@@ -135,11 +135,11 @@ class Evaluation:
             if not trainer.sanity_checking:
                 loader.lose(batch_size(batch))
             return
+        names = sample_names(batch, len(inputs), batch_label(trainer, batch_idx))
         inputs = loader.real(inputs)
         if trainer.sanity_checking:
             loader.rehearse(inputs)
         elif len(inputs) > 0:
-            names = sample_names(batch, len(inputs), batch_label(trainer, batch_idx))
             refinements, seconds = self._state.refine(inputs, dataloader_idx)
             loader.add(inputs, refinements, seconds, names)
 

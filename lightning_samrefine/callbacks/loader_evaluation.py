@@ -70,7 +70,7 @@ class LoaderEvaluation:
             inputs: B samples with targets.
             refinements: B refinements, None where refining failed: the raw prediction stands.
             seconds: Time that refining took.
-            names: Names of the samples in panels and report.
+            names: At least B names of the samples in panels and report.
         """
         assert inputs.targets is not None
         counts = self.comparison.counts

@@ -17,11 +17,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_samrefine.adapters.sample_names import own_names
 from lightning_samrefine.callbacks.collective import gather_on_zero, is_distributed
 from lightning_samrefine.callbacks.loader_evaluation import LoaderEvaluation
 from lightning_samrefine.metrics.comparison import ComparisonResult
-from lightning_samrefine.reporting.charts import draw_class_bars, draw_reliability
-from lightning_samrefine.reporting.curves import curve_unit
+from lightning_samrefine.reporting.charts import curve_unit, draw_class_bars, draw_reliability
 from lightning_samrefine.reporting.loggers import rasterize, show_pictures
 from lightning_samrefine.reporting.panels import draw_panels
 from lightning_samrefine.reporting.report import Gallery, ReportSection, write_report
@@ -230,18 +230,12 @@ def sample_names(batch: Any, count: int, fallback: str) -> list[str]:
     """Return the names of a batch's samples: its own if it has some, else by position.
 
     Args:
-        batch: As the dataloader yields it; a mapping may hold strings under a usual key.
+        batch: As the dataloader yields it, see `own_names`.
         count: B.
         fallback: Such as ``"batch 3"``.
     """
-    if isinstance(batch, Mapping):
-        for key in ("name", "names", "filename", "file_name", "image_path", "path", "id"):
-            names = batch.get(key)
-            if not isinstance(names, list | tuple) or len(names) < count:
-                continue
-            if all(isinstance(name, str) for name in names):
-                return list(names[:count])
-    return [f"{fallback}, image {index}" for index in range(count)]
+    positions = [f"{fallback}, image {index}" for index in range(count)]
+    return own_names(batch, count) or positions
 
 
 def batch_label(trainer: Trainer, batch_idx: int) -> str:

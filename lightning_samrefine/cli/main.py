@@ -281,7 +281,7 @@ def _write_curve(trainer: Trainer, path: Path) -> None:
         epochs = [figures for figures in callback.history if figures["stage"] == "val"]
         first_loader = [figures for figures in epochs if figures["dataloader_idx"] == 0]
         if len(first_loader) > 1:
-            from lightning_samrefine.reporting.curves import draw_curve
+            from lightning_samrefine.reporting.charts import draw_curve
             from lightning_samrefine.reporting.panels import save_figure
 
             name = path.name if callback.name is None else f"{callback.name}_{path.name}"

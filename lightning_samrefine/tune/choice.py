@@ -10,7 +10,7 @@ import numpy as np
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.tune.counts import GridCounts
 from lightning_samrefine.tune.grid import Grid
-from lightning_samrefine.tune.rule import Objective, Rule
+from lightning_samrefine.tune.settings import Objective, Rule
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """From (R, 5, C) summed totals to R values, or to (R, C)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.metrics.trimap import trimap_band, valid_pixels
-from lightning_samrefine.tune.rule import OBJECTIVES, Objective
+from lightning_samrefine.tune.settings import OBJECTIVES, Objective
 
 
 @dataclass(frozen=True)

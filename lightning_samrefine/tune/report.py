@@ -18,7 +18,7 @@ from lightning_samrefine.metrics.bootstrap import BootstrapInterval
 from lightning_samrefine.reporting.panels import save_figure
 from lightning_samrefine.reporting.summary import print_whole
 from lightning_samrefine.tune.choice import class_ious, gain
-from lightning_samrefine.tune.rule import OBJECTIVES
+from lightning_samrefine.tune.settings import OBJECTIVES
 from lightning_samrefine.tune.task import Tuning
 
 NO_HELP = "SAM refinement does not help on this data"

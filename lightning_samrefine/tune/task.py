@@ -16,7 +16,7 @@ from lightning_samrefine.tune.callback import TuneCallback, Visitor
 from lightning_samrefine.tune.choice import Choice, best_cell, choose, folds
 from lightning_samrefine.tune.counts import GridCounts, Scoring
 from lightning_samrefine.tune.grid import Grid
-from lightning_samrefine.tune.rule import Rule
+from lightning_samrefine.tune.settings import Rule
 from lightning_samrefine.tune.sweep import Sweep, Trial
 
 

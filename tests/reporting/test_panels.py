@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lightning_samrefine.refine.results import Regions
-from lightning_samrefine.reporting.curves import draw_curve
+from lightning_samrefine.reporting.charts import draw_curve
 from lightning_samrefine.reporting.loggers import rasterize
 from lightning_samrefine.reporting.panels import (
     Panel,

@@ -200,7 +200,8 @@ def test_memory_does_not_grow_with_the_number_of_images():
 def test_samples_are_named_by_the_batch_or_by_their_place():
     batch = {"image": torch.zeros(2, 3, 4, 4), "name": ["a.png", "b.png"]}
     assert sample_names(batch, 2, "batch 0") == ["a.png", "b.png"]
-    assert sample_names(batch, 1, "batch 0") == ["a.png"]
+    nested = {"image": batch["image"], "meta": {"image_id": torch.tensor([7, 9])}}
+    assert sample_names(nested, 2, "batch 0") == ["7", "9"]
     batch["name"] = torch.zeros(2)
     assert sample_names(batch, 2, "batch 7") == ["batch 7, image 0", "batch 7, image 1"]
     assert sample_names([torch.zeros(1)], 1, "batch 1") == ["batch 1, image 0"]

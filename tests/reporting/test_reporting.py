@@ -242,7 +242,7 @@ class TestSteps:
         assert "<h2>val, epoch 0, step 1</h2>" in text
         assert "over steps" in text
 
-        from lightning_samrefine.reporting.curves import draw_curve
+        from lightning_samrefine.reporting.charts import draw_curve
 
         axes = draw_curve(callback.history).axes[0]
         assert list(axes.lines[0].get_xdata()) == [0, 1]

@@ -16,7 +16,7 @@ from lightning_samrefine.tune.choice import best_cell, choose, class_ious, folds
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
 from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.report import NO_HELP
-from lightning_samrefine.tune.rule import Rule
+from lightning_samrefine.tune.settings import Rule
 
 pytestmark = pytest.mark.numerical
 

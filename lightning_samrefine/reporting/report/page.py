@@ -18,8 +18,13 @@ from matplotlib.figure import Figure
 
 from lightning_samrefine.metrics.changes import KINDS
 from lightning_samrefine.metrics.comparison import SIDES, ComparisonResult
-from lightning_samrefine.reporting.charts import draw_class_bars, draw_reliability, draw_trimaps
-from lightning_samrefine.reporting.curves import curve_unit, draw_curve
+from lightning_samrefine.reporting.charts import (
+    curve_unit,
+    draw_class_bars,
+    draw_curve,
+    draw_reliability,
+    draw_trimaps,
+)
 from lightning_samrefine.reporting.panels import CHANGE_COLORS
 from lightning_samrefine.reporting.report.gallery import MAX_REGIONS, Gallery
 from lightning_samrefine.reporting.report.thumbnails import REGION_COLORS
