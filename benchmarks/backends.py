@@ -123,10 +123,10 @@ def seconds(sam: Promptable, image: torch.Tensor, precision: str) -> tuple[float
     prompts, batch = prompts_for(sam), _prompts_per_batch(sam.device)
     with autocast(autocast_dtype(precision, sam.device), sam.device):
         start = time.process_time()  # not disturbed by what else runs
-        (embedding,) = sam.embed([image])
+        (embedding,) = sam.encode_images([image])
         embedded = time.process_time()
         for begin in range(0, REGIONS, batch):
-            sam.decode(embedding, prompts.chunk(begin, begin + batch))
+            sam.predict_masks(embedding, prompts.chunk(begin, begin + batch))
         decoded = time.process_time()
     return embedded - start, (decoded - embedded) / REGIONS
 

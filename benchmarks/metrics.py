@@ -85,7 +85,7 @@ def build_parts() -> dict[str, Callable[[], object]]:
 
     def encode() -> None:
         with torch.no_grad(), autocast(dtype, sam.device):
-            sam.embed([image])
+            sam.encode_images([image])
 
     def measure_regions() -> None:
         found = score_regions(regions, raw, target, valid)

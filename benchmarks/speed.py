@@ -172,7 +172,7 @@ def _official_decoder(sam: SamPromptable, image: Tensor, labels: Tensor, probs: 
 
     def decode() -> None:
         for index in range(len(prompts)):
-            sam._decode_by_module(embedding, prompts.chunk(index, index + 1), multimask=False)
+            sam._predict_by_module(embedding, prompts.chunk(index, index + 1), False)
 
     return seconds(sam.device, decode)
 

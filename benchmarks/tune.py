@@ -48,14 +48,14 @@ def main() -> None:
 
     sam = load_sam("vit_t", checkpoint=root / SAM_WEIGHTS)
     encoded = 0
-    embed = sam.embed
+    embed = sam.encode_images
 
     def counted(images: Sequence[Tensor]) -> list[Any]:
         nonlocal encoded
         encoded += len(images)
         return embed(images)
 
-    sam.embed = counted
+    sam.encode_images = counted
     refiner = Refiner(sam, RefineConfig.preset("default"), cache=EmbeddingCache("memory"))
     sweep = Sweep(GRID, refiner.config, Scoring(VOID, VOID, trimap_width=3))
     samples = val_samples(options.images)

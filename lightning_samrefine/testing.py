@@ -23,14 +23,21 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from lightning_samrefine.models.base import Promptable, Prompts, accepts_masks
+from lightning_samrefine.models.base import (
+    JointPromptable,
+    Promptable,
+    Prompts,
+    accepts_masks,
+    check_promptable_members,
+    has_multimask_output,
+)
 from lightning_samrefine.utils.precision import autocast
 
 # Square, wide, tall, and one that a padding model resizes to a single row.
 _IMAGE_SIZES = ((48, 48), (40, 60), (70, 30), (2, 700))
 _MEMBERS = (
     *("name", "module", "image_size", "mask_size", "device"),
-    *("input_hw", "mask_hw", "embed", "decode", "upscale"),
+    *("input_hw", "mask_hw", "encode_images", "predict_masks", "postprocess_masks"),
 )
 
 
@@ -51,9 +58,13 @@ def check_promptable(sam: Promptable) -> None:
 
 def check_members(sam: Promptable) -> None:
     """It has the protocol's members, with values of the right type."""
-    missing = [name for name in _MEMBERS if not hasattr(sam, name)]
-    _require(not missing, f"lacks {', '.join(missing)}")
-    _require(isinstance(sam, Promptable), "is no Promptable")
+    try:
+        check_promptable_members(sam)
+    except TypeError as error:
+        missing = [name for name in _MEMBERS if not hasattr(sam, name)]
+        raise AssertionError(
+            "; ".join([str(error), *(f"lacks {name}" for name in missing)])
+        ) from None
     _require(isinstance(sam.name, str) and sam.name != "", f"name is {sam.name!r}, no text")
     for name in ("image_size", "mask_size"):
         value = getattr(sam, name)
@@ -61,8 +72,9 @@ def check_members(sam: Promptable) -> None:
     _require(isinstance(sam.module, torch.nn.Module), "module is no torch module")
     devices = {parameter.device for parameter in sam.module.parameters()}
     _require(devices <= {sam.device}, f"device is {sam.device}, the weights are on {devices}")
-    declared = getattr(sam, "accepts_masks", True)
-    _require(isinstance(declared, bool), f"accepts_masks is {declared!r}, no bool")
+    for name in ("accepts_masks", "accepts_points", "has_multimask_output"):
+        declared = getattr(sam, name, True)
+        _require(isinstance(declared, bool), f"{name} is {declared!r}, no bool")
 
 
 def check_frozen(sam: Promptable) -> None:
@@ -82,14 +94,14 @@ def check_frames(sam: Promptable) -> None:
             _require(fits, f"{name}({image_hw}) is {size}, not two ints in [1, {side}]")
 
 
-def check_embed(sam: Promptable) -> None:
+def check_encode_images(sam: Promptable) -> None:
     """Images of several sizes are embedded as each would be alone, and stay as they are."""
     images = [_image(sam, hw) for hw in _IMAGE_SIZES]
     copies = [image.clone() for image in images]
     together = _embed(sam, images)
     _require(len(together) == len(images), f"{len(together)} embeddings of {len(images)} images")
     unchanged = all(torch.equal(*pair) for pair in zip(images, copies, strict=True))
-    _require(unchanged, "embed writes into its images")
+    _require(unchanged, "encode_images writes into its images")
     for image, image_hw, embedding in zip(images, _IMAGE_SIZES, together, strict=True):
         prompts = _prompts(sam, image_hw)
         of_batch, _ = _decode(sam, embedding, prompts)
@@ -99,7 +111,7 @@ def check_embed(sam: Promptable) -> None:
     _require(len(nothing) == 0, "embeddings of no image")
 
 
-def check_decode(sam: Promptable) -> None:
+def check_predict_masks(sam: Promptable) -> None:
     """MaskPredictions have the right shape and type, are finite, and do not depend on the batch."""
     image_hw = _IMAGE_SIZES[1]
     (embedding,) = _embed(sam, [_image(sam, image_hw)])
@@ -131,23 +143,23 @@ def check_prompts_matter(sam: Promptable) -> None:
         _require(not torch.equal(with_masks, with_others), "mask prompts change nothing")
 
 
-def check_multimask(sam: Promptable) -> None:
-    """If it has `decode_multimask`, that gives three masks a prompt."""
-    if not hasattr(sam, "decode_multimask"):
+def check_multimask_output(sam: Promptable) -> None:
+    """Multimask output, unless declared missing, has three masks a prompt."""
+    if not has_multimask_output(sam):
         return
     image_hw = _IMAGE_SIZES[1]
     (embedding,) = _embed(sam, [_image(sam, image_hw)])
     for what, given in _kinds(_prompts(sam, image_hw)):
         with torch.no_grad(), autocast(None, sam.device):
-            logits, pred_iou = sam.decode_multimask(embedding, given)
+            logits, pred_iou = sam.predict_masks(embedding, given, multimask_output=True)
         size = (len(given), 3, sam.mask_size, sam.mask_size)
-        _shaped(logits, size, f"decode_multimask's logits of {what}")
-        _shaped(pred_iou, (len(given), 3), f"decode_multimask's predicted IoU of {what}")
+        _shaped(logits, size, f"three logits of {what}")
+        _shaped(pred_iou, (len(given), 3), f"three predicted IoUs of {what}")
 
 
-def check_decode_images(sam: Promptable) -> None:
-    """If it has `decode_images`, that answers as `decode` does, image by image."""
-    if not hasattr(sam, "decode_images"):
+def check_predict_masks_jointly(sam: Promptable) -> None:
+    """`predict_masks_jointly`, if present, predicts what `predict_masks` does image by image."""
+    if not isinstance(sam, JointPromptable):
         return
     sizes = _IMAGE_SIZES[:2]
     embeddings = _embed(sam, [_image(sam, image_hw) for image_hw in sizes])
@@ -155,31 +167,33 @@ def check_decode_images(sam: Promptable) -> None:
     for (what, first), (_, second) in zip(*kinds, strict=True):
         given = [first, second.chunk(0, 1)]
         with torch.no_grad(), autocast(None, sam.device):
-            together = sam.decode_images(embeddings, given)
+            together = sam.predict_masks_jointly(embeddings, given)
         apart = [_decode(sam, *pair) for pair in zip(embeddings, given, strict=True)]
         names = ("logits", "predicted IoU")
         for name, found, *expected in zip(names, together, *apart, strict=True):
             wanted = torch.cat(expected)
-            _shaped(found, tuple(wanted.shape), f"decode_images' {name} of {what}")
-            _close(found, wanted, f"decode_images' {name} of {what} and those of each image")
+            _shaped(found, tuple(wanted.shape), f"predict_masks_jointly' {name} of {what}")
+            _close(
+                found, wanted, f"predict_masks_jointly' {name} of {what} and those of each image"
+            )
 
 
-def check_upscale(sam: Promptable) -> None:
+def check_postprocess_masks(sam: Promptable) -> None:
     """Upscaled masks lie where `mask_hw` says, at full resolution."""
     for image_hw in _IMAGE_SIZES[:3]:
         height, width = sam.mask_hw(image_hw)
         ramps = torch.zeros(2, sam.mask_size, sam.mask_size, device=sam.device)
         ramps[0] = _centered(sam.mask_size, height, sam.device)[:, None]
         ramps[1] = _centered(sam.mask_size, width, sam.device)
-        upscaled = sam.upscale(ramps, image_hw)
-        _shaped(upscaled, (2, *image_hw), f"upscale to {image_hw}")
+        upscaled = sam.postprocess_masks(ramps, image_hw)
+        _shaped(upscaled, (2, *image_hw), f"postprocess_masks to {image_hw}")
         expected = torch.zeros(2, *image_hw, device=sam.device)
         expected[0] = _centered(image_hw[0], image_hw[0], sam.device)[:, None]
         expected[1] = _centered(image_hw[1], image_hw[1], sam.device)
         off = (upscaled - expected).abs().amax().item()
         # A pixel of the mask may be several of the image, and bilinear edges are flat.
         allowed = 1.5 / min(height, width)
-        message = f"upscale moves a mask by {off:.3f} of an image of size {image_hw}"
+        message = f"postprocess_masks moves a mask by {off:.3f} of an image of size {image_hw}"
         _require(off <= allowed, f"{message}, which mask_hw {(height, width)} does not explain")
 
 
@@ -188,8 +202,8 @@ def check_autocast(sam: Promptable) -> None:
     image_hw = _IMAGE_SIZES[1]
     prompts = _prompts(sam, image_hw)
     with torch.no_grad(), autocast(torch.bfloat16, sam.device):
-        (embedding,) = sam.embed([_image(sam, image_hw)])
-        logits, pred_iou = sam.decode(embedding, prompts)
+        (embedding,) = sam.encode_images([_image(sam, image_hw)])
+        logits, pred_iou = sam.predict_masks(embedding, prompts)
     _shaped(logits, (len(prompts), sam.mask_size, sam.mask_size), "logits under autocast")
     _shaped(pred_iou, (len(prompts),), "predicted IoU under autocast")
 
@@ -198,12 +212,12 @@ CHECKS: tuple[Callable[[Promptable], None], ...] = (
     check_members,
     check_frozen,
     check_frames,
-    check_embed,
-    check_decode,
+    check_encode_images,
+    check_predict_masks,
     check_prompts_matter,
-    check_multimask,
-    check_decode_images,
-    check_upscale,
+    check_multimask_output,
+    check_predict_masks_jointly,
+    check_postprocess_masks,
     check_autocast,
 )
 
@@ -248,13 +262,13 @@ def _kinds(prompts: Prompts) -> Iterable[tuple[str, Prompts]]:
 @torch.no_grad()
 def _embed(sam: Promptable, images: list[Tensor]) -> list:
     with autocast(None, sam.device):
-        return sam.embed(images)
+        return sam.encode_images(images)
 
 
 @torch.no_grad()
 def _decode(sam: Promptable, embedding: object, prompts: Prompts) -> tuple[Tensor, Tensor]:
     with autocast(None, sam.device):
-        return sam.decode(embedding, prompts)
+        return sam.predict_masks(embedding, prompts)
 
 
 def _centered(length: int, extent: int, device: torch.device) -> Tensor:

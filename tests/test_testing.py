@@ -20,10 +20,10 @@ class BoxesOnly(SamPromptable):
 
     accepts_masks = False
 
-    def decode(self, embedding, prompts):
+    def predict_masks(self, embedding, prompts, multimask_output=False):
         assert prompts.masks is None
         assert prompts.mask_index is None
-        return super().decode(embedding, prompts)
+        return super().predict_masks(embedding, prompts, multimask_output)
 
 
 def small(cls=SamPromptable):
@@ -73,53 +73,56 @@ class TooLarge(SamPromptable):
     def input_hw(self, image_hw):
         return tuple(2 * side for side in super().input_hw(image_hw))
 
-    def embed(self, images):
+    def encode_images(self, images):
         return [torch.zeros(1, 32, 8, 8) for _ in images]
 
 
 class Mixing(SamPromptable):
     """Centers embeddings over the batch."""
 
-    def embed(self, images):
-        embeddings = super().embed(images)
+    def encode_images(self, images):
+        embeddings = super().encode_images(images)
         return [e - torch.stack(embeddings).mean(dim=0) for e in embeddings]
 
 
 class Painting(SamPromptable):
-    def embed(self, images):
+    def encode_images(self, images):
         for image in images:
             image.fill_(0)
-        return super().embed(images)
+        return super().encode_images(images)
 
 
 class MaskBlind(SamPromptable):
-    def decode(self, embedding, prompts):
-        return super().decode(embedding, Prompts(prompts.boxes, prompts.points, None, None))
+    def predict_masks(self, embedding, prompts, multimask_output=False):
+        without = Prompts(prompts.boxes, prompts.points)
+        return super().predict_masks(embedding, without, multimask_output)
 
 
 class NoPoints(SamPromptable):
-    def decode(self, embedding, prompts):
+    def predict_masks(self, embedding, prompts, multimask_output=False):
         boxes = prompts.boxes.clone()  # raises without boxes
-        return super().decode(embedding, Prompts(boxes, None, prompts.masks, prompts.mask_index))
+        without = Prompts(boxes, None, prompts.masks, prompts.mask_index)
+        return super().predict_masks(embedding, without, multimask_output)
 
 
 class FirstPrompt(SamPromptable):
     """MaskPredictions all prompts of a batch as the first."""
 
-    def decode(self, embedding, prompts):
-        logits, iou = super().decode(embedding, prompts.chunk(0, 1))
-        return logits.expand(len(prompts), -1, -1), iou.expand(len(prompts))
+    def predict_masks(self, embedding, prompts, multimask_output=False):
+        logits, iou = super().predict_masks(embedding, prompts.chunk(0, 1), multimask_output)
+        count = len(prompts)
+        return logits.expand(count, *logits.shape[1:]), iou.expand(count, *iou.shape[1:])
 
 
 class KeepsChannel(SamPromptable):
-    def decode(self, embedding, prompts):
-        logits, iou = super().decode(embedding, prompts)
+    def predict_masks(self, embedding, prompts, multimask_output=False):
+        logits, iou = super().predict_masks(embedding, prompts, multimask_output)
         return logits[:, None], iou
 
 
 class Half(SamPromptable):
-    def decode(self, embedding, prompts):
-        logits, iou = super().decode(embedding, prompts)
+    def predict_masks(self, embedding, prompts, multimask_output=False):
+        logits, iou = super().predict_masks(embedding, prompts, multimask_output)
         return logits.to(torch.get_autocast_dtype("cpu")) if _autocasting() else logits, iou
 
 
@@ -128,14 +131,14 @@ def _autocasting():
 
 
 class TwoMasks(SamPromptable):
-    def decode_multimask(self, embedding, prompts):
-        logits, iou = self.decode(embedding, prompts)
-        return torch.stack([logits, logits], dim=1), torch.stack([iou, iou], dim=1)
+    def predict_masks(self, embedding, prompts, multimask_output=False):
+        logits, iou = super().predict_masks(embedding, prompts, multimask_output)
+        return (logits[:, :2], iou[:, :2]) if multimask_output else (logits, iou)
 
 
 class WrongImage(SamPromptable):
-    def decode_images(self, embeddings, prompts):
-        return super().decode_images(embeddings[::-1], prompts)
+    def predict_masks_jointly(self, embeddings, prompts):
+        return super().predict_masks_jointly(embeddings[::-1], prompts)
 
 
 @pytest.mark.parametrize(
@@ -145,16 +148,20 @@ class WrongImage(SamPromptable):
         (Training, "check_frozen", r"in training mode: module, .* call module\.eval\(\)"),
         (Learning, "check_frozen", "want gradients: mask_decoder"),
         (TooLarge, "check_frames", r"input_hw\(\(48, 48\)\) is \(128, 128\), not two ints in"),
-        (Mixing, "check_embed", "with other images and alone"),
-        (Painting, "check_embed", "embed writes into its images"),
-        (NoPoints, "check_decode", "'NoneType' object has no attribute 'clone'"),
+        (Mixing, "check_encode_images", "with other images and alone"),
+        (Painting, "check_encode_images", "encode_images writes into its images"),
+        (NoPoints, "check_predict_masks", "'NoneType' object has no attribute 'clone'"),
         (FirstPrompt, "check_prompts_matter", "two boxes, points and masks give one answer"),
-        (FirstPrompt, "check_decode", "logits of prompt 1 of .* alone: .* apart"),
-        (KeepsChannel, "check_decode", r"logits of .*: got \(3, 1, 32, 32\), accepted"),
+        (FirstPrompt, "check_predict_masks", "logits of prompt 1 of .* alone: .* apart"),
+        (KeepsChannel, "check_predict_masks", r"logits of .*: got \(3, 1, 32, 32\), accepted"),
         (MaskBlind, "check_prompts_matter", "mask prompts change nothing"),
-        (TwoMasks, "check_multimask", r"got \(3, 2, 32, 32\)"),
-        (WrongImage, "check_decode_images", "logits of .* and those of each image: .* apart"),
-        (WrongFrame, "check_upscale", r"which mask_hw \(32, 32\) does not explain"),
+        (TwoMasks, "check_multimask_output", r"got \(3, 2, 32, 32\)"),
+        (
+            WrongImage,
+            "check_predict_masks_jointly",
+            "logits of .* and those of each image: .* apart",
+        ),
+        (WrongFrame, "check_postprocess_masks", r"which mask_hw \(32, 32\) does not explain"),
         (Half, "check_autocast", r"got torch\.bfloat16, accepted is float32"),
     ],
 )
@@ -164,7 +171,9 @@ def test_every_mistake_is_found_and_named(cls, check, message):
 
 
 def test_something_else_lacks_what_the_protocol_asks_for():
-    with pytest.raises(AssertionError, match="check_members: AssertionError: lacks name, module"):
+    with pytest.raises(
+        AssertionError, match=r"check_members: .*a Promptable.*; lacks name; lacks module"
+    ):
         check_promptable(object())
 
 

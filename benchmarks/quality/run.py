@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         with autocast(dtype, sam.device):
             begin = time.process_time()
-            embeddings = sam.embed([image])
+            embeddings = sam.encode_images([image])
             encoder_seconds = time.process_time() - begin
             # Methods are timed without the encoder.
             cache.embed(sam, [image], dtype, lambda _, known=embeddings: known)

@@ -1,11 +1,6 @@
 """Promptable models behind one protocol, and `load_sam` that builds them."""
 
-from lightning_samrefine.models.base import (
-    JointPromptable,
-    MultimaskPromptable,
-    Promptable,
-    Prompts,
-)
+from lightning_samrefine.models.base import JointPromptable, Promptable, Prompts
 from lightning_samrefine.models.hf import HfPromptable
 from lightning_samrefine.models.registry import SAM_NAMES, load_sam
 
@@ -13,7 +8,6 @@ __all__ = [
     "SAM_NAMES",
     "HfPromptable",
     "JointPromptable",
-    "MultimaskPromptable",
     "Promptable",
     "Prompts",
     "load_sam",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -65,19 +65,28 @@ def join(prompts: Sequence[Prompts]) -> Prompts:
     return Prompts(joined("boxes"), joined("points"))
 
 
+# What the backend of a model returns for an image; only that backend reads it.
+Embedding: TypeAlias = Any
+
+
 @runtime_checkable
 class Promptable(Protocol):
     """A model that turns an image and prompts into masks and predicted IoUs.
 
-    Four members are optional. ``accepts_masks = False`` says that the model takes no mask prompts:
-    it then gets `Prompts` without masks, and the log says so. ``decode_multimask(embedding,
-    prompts)`` returns SAM's three masks, (N, 3, m, m) float32 logits, with their predicted IoU,
-    (N, 3) float32. ``decode_images(embeddings, prompts)`` decodes prompts on several images in one
-    batch, see `JointPromptable`. ``drop_derived()`` drops the copies and products of the weights
-    that the model keeps between calls: the weights may have changed, or the run is over.
+    Optional members:
 
-    Frames differ between models, hence `input_hw`, `mask_hw` and `upscale`; the two in use are in
-    `lightning_samrefine.models.transforms`. `lightning_samrefine.testing` checks a model of yours.
+    - ``accepts_masks = False``: the model takes no mask prompts and gets `Prompts` without masks.
+    - ``accepts_points = False``: a single point gets no useful mask; regions are prompted instead
+      of a point grid, mask prompts included.
+    - ``has_multimask_output = False``: `predict_masks` has one mask a prompt only; regions are
+      prompted instead of a point grid, as in preset ``fast``.
+    - ``predict_masks_jointly``: see `JointPromptable`.
+    - ``drop_derived()``: drops the copies and products of the weights that the model keeps between
+      calls; called if the weights may have changed, and at the end of a run.
+
+    Frames differ between models, hence `input_hw`, `mask_hw` and `postprocess_masks`; the two in
+    use are in `lightning_samrefine.models.transforms`. `lightning_samrefine.testing` checks a model
+    of yours.
 
     Attributes:
         name: Short name for logs, such as ``"vit_t"``.
@@ -104,8 +113,8 @@ class Promptable(Protocol):
         """Return (h_n, w_n), the part of a mask prompt that an image of size (H, W) fills."""
         ...
 
-    def embed(self, images: Sequence[Tensor]) -> list[Any]:
-        """Embed images, each uint8 (3, H, W) RGB of its own size (step 0).
+    def encode_images(self, images: Sequence[Tensor]) -> list[Embedding]:
+        """Encode images, each uint8 (3, H, W) RGB of its own size (step 0).
 
         Returns:
             One embedding an image, opaque to the caller. An `EmbeddingCache` keeps tensors and
@@ -113,62 +122,91 @@ class Promptable(Protocol):
         """
         ...
 
-    def decode(self, embedding: Any, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Decode N ≥ 1 prompts on one image, all in one batch (step 7).
+    def predict_masks(
+        self, embedding: Embedding, prompts: Prompts, multimask_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the masks of N ≥ 1 prompts on one image, all in one batch (step 7).
 
         Returns:
-            Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32.
+            Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32; with
+            ``multimask_output`` SAM's three masks for an ambiguous prompt, such as a point:
+            (N, 3, m, m) and (N, 3).
         """
         ...
 
-    def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
+    def postprocess_masks(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
         """Bring (N, m, m) logits to (N, H, W) float32 (step 9)."""
-        ...
-
-
-def accepts_masks(sam: Promptable) -> bool:
-    """Say whether a model takes mask prompts; one that does not say so does."""
-    return bool(getattr(sam, "accepts_masks", True))
-
-
-def drop_derived(sam: Promptable) -> None:
-    """Let a model drop what it keeps between calls; one without the method keeps nothing."""
-    drop = getattr(sam, "drop_derived", None)
-    if drop is not None:
-        drop()
-
-
-@runtime_checkable
-class MultimaskPromptable(Promptable, Protocol):
-    """A `Promptable` that also gives SAM's three masks for an ambiguous prompt, such as a point.
-
-    Image-driven masks need it. A model that has the method, but answers single points badly, says
-    so with ``accepts_points = False``; its regions are prompted instead, masks included.
-    """
-
-    def decode_multimask(self, embedding: Any, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Decode N ≥ 1 prompts on one image, three masks each.
-
-        Returns:
-            Low-resolution logits (N, 3, m, m) float32 and predicted IoU (N, 3) float32.
-        """
         ...
 
 
 @runtime_checkable
 class JointPromptable(Promptable, Protocol):
-    """A `Promptable` that decodes prompts on several images in one batch, for a busier GPU."""
+    """A `Promptable` that predicts masks on several images in one batch, for a busier GPU."""
 
-    def decode_images(
-        self, embeddings: Sequence[Any], prompts: Sequence[Prompts]
+    def predict_masks_jointly(
+        self, embeddings: Sequence[Embedding], prompts: Sequence[Prompts]
     ) -> tuple[Tensor, Tensor]:
-        """Decode prompts on K images, N_k ≥ 1 on each.
+        """Predict masks on K images, N_k ≥ 1 prompts on each.
 
         Args:
-            embeddings: K of them, as `embed` returns them.
+            embeddings: K of them, as `encode_images` returns them.
             prompts: As many; either all have masks or none has, and the same of boxes and points.
 
         Returns:
-            What `decode` returns for each, one after the other: (Σ N_k, m, m) and (Σ N_k,).
+            What `predict_masks` returns for each, one after the other: (Σ N_k, m, m) and (Σ N_k,).
         """
         ...
+
+
+# Members of the protocol by their names before version 0.1.0.
+_RENAMED = {
+    "embed": "encode_images",
+    "decode": "predict_masks",
+    "decode_multimask": "predict_masks(..., multimask_output=True)",
+    "decode_images": "predict_masks_jointly",
+    "upscale": "postprocess_masks",
+}
+
+
+def check_promptable_members(sam: object) -> None:
+    """Refuse what is no `Promptable`, and a model with methods of the protocol's former names.
+
+    A method under a former name is never called, so a subclass that overrides one would go
+    unnoticed.
+
+    Raises:
+        TypeError: As described.
+    """
+    former = {name: new for name, new in _RENAMED.items() if callable(getattr(sam, name, None))}
+    if former:
+        names = ", ".join(f"{name} is now {new}" for name, new in former.items())
+        raise TypeError(
+            f"sam must implement the methods of Promptable by their present names, got "
+            f"{type(sam).__name__} with {', '.join(former)}: {names}"
+        )
+    if not isinstance(sam, Promptable):
+        raise TypeError(
+            f"sam must be a Promptable such as load_sam returns, got {type(sam).__name__}"
+        )
+
+
+def accepts_masks(sam: Promptable) -> bool:
+    """Return whether a model takes mask prompts; True if it does not declare it."""
+    return bool(getattr(sam, "accepts_masks", True))
+
+
+def accepts_points(sam: Promptable) -> bool:
+    """Return whether single points get useful masks; True if the model does not declare it."""
+    return bool(getattr(sam, "accepts_points", True))
+
+
+def has_multimask_output(sam: Promptable) -> bool:
+    """Return whether a model predicts three masks a prompt; True if it does not declare it."""
+    return bool(getattr(sam, "has_multimask_output", True))
+
+
+def drop_derived(sam: Promptable) -> None:
+    """Drop what a model keeps between calls; one without the method keeps nothing."""
+    drop = getattr(sam, "drop_derived", None)
+    if drop is not None:
+        drop()

@@ -90,8 +90,8 @@ class HfPromptable:
         """Return (h_n, w_n), the part of a mask prompt that an image of size (H, W) fills."""
         return self._frame.mask_hw(image_hw)
 
-    def embed(self, images: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """Embed images, each uint8 (3, H, W) RGB of its own size (step 0).
+    def encode_images(self, images: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Encode images, each uint8 (3, H, W) RGB of its own size (step 0).
 
         Returns:
             A tuple of float32 tensors an image: its (1, D, h_e, w_e) embedding, then what the
@@ -113,31 +113,18 @@ class HfPromptable:
         *finer, embedding = encoded
         return embedding, *finer
 
-    def decode(self, embedding: tuple[Tensor, ...], prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Decode N ≥ 1 prompts on one image, single-mask output (step 7).
+    def predict_masks(
+        self, embedding: tuple[Tensor, ...], prompts: Prompts, multimask_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the masks of N ≥ 1 prompts on one image (step 7).
 
-        SAM 2 and its kin answer with the best of their three masks where the single one is
-        unstable, as their configuration says.
+        With one mask a prompt, SAM 2 and its kin return the best of their three masks if the single
+        one is unstable, as their configuration says.
 
         Returns:
-            Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32.
+            Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32; with
+            ``multimask_output`` (N, 3, m, m) and (N, 3).
         """
-        logits, pred_iou = self._decode(embedding, prompts, multimask=False)
-        return logits[:, 0], pred_iou[:, 0]
-
-    def decode_multimask(
-        self, embedding: tuple[Tensor, ...], prompts: Prompts
-    ) -> tuple[Tensor, Tensor]:
-        """Decode N ≥ 1 prompts on one image into three masks each.
-
-        Returns:
-            Low-resolution logits (N, 3, m, m) float32 and predicted IoU (N, 3) float32.
-        """
-        return self._decode(embedding, prompts, multimask=True)
-
-    def _decode(
-        self, embedding: tuple[Tensor, ...], prompts: Prompts, multimask: bool
-    ) -> tuple[Tensor, Tensor]:
         module, count = self.module, len(prompts)
         boxes, points, masks = prompts.boxes, prompts.points, prompts.masks
         # A reduced type would move points by pixels, see SamPromptable.
@@ -160,14 +147,15 @@ class HfPromptable:
             image_positional_embeddings=image_pe.expand(count, -1, -1, -1),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
-            multimask_output=multimask,
+            multimask_output=multimask_output,
             **extras,
         )
-        return logits[:, 0].float(), pred_iou[:, 0].float()
+        logits, pred_iou = logits[:, 0].float(), pred_iou[:, 0].float()
+        return (logits, pred_iou) if multimask_output else (logits[:, 0], pred_iou[:, 0])
 
-    def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
+    def postprocess_masks(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
         """Bring (N, m, m) logits to (N, H, W) float32 (step 9)."""
-        return self._frame.upscale(low_res_logits, image_hw)
+        return self._frame.postprocess_masks(low_res_logits, image_hw)
 
 
 def load_hf(model: str | Path, device: str | torch.device = "cpu") -> HfPromptable:

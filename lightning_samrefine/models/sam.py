@@ -59,8 +59,8 @@ class SamPromptable:
         """Return (h_n, w_n): the long side becomes the mask prompt's size (step 5)."""
         return get_preprocess_shape(*image_hw, self.mask_size)
 
-    def embed(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Embed images, each uint8 (3, H, W) RGB of its own size (step 0).
+    def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Encode images, each uint8 (3, H, W) RGB of its own size (step 0).
 
         Returns:
             One (1, D, h_e, w_e) float32 embedding an image.
@@ -72,62 +72,55 @@ class SamPromptable:
             embeddings.extend(self._encode(batch).float().split(1))
         return embeddings
 
-    def decode(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Decode N ≥ 1 prompts on one image, single-mask output (step 7).
+    def predict_masks(
+        self, embedding: Tensor, prompts: Prompts, multimask_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the masks of N ≥ 1 prompts on one image (step 7).
 
-        Segment-anything's own parts are decoded by `FastMaskDecoder` and `FastMultimaskDecoder`;
-        any others, those with hooks and an embedding that wants a gradient by the module's
+        Segment-anything's own parts are computed by `FastMaskDecoder` and `FastMultimaskDecoder`;
+        other parts, parts with hooks and an embedding that wants a gradient by the module's
         forward pass.
 
         Returns:
-            Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32.
+            Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32; with
+            ``multimask_output`` (N, 3, m, m) and (N, 3).
         """
         fast = self._can_be_fast(embedding)
         boxes_and_points = prompts.boxes is not None and prompts.points is not None
-        if fast and boxes_and_points and prompts.masks is not None:
+        if fast and boxes_and_points and prompts.masks is not None and not multimask_output:
             return self._fast_decoder(embedding, prompts)
         if fast and prompts.masks is None:
-            logits, pred_iou = self._fast_multimask_decoder(embedding, prompts, multimask=False)
+            logits, pred_iou = self._fast_multimask_decoder(embedding, prompts, multimask_output)
         else:
-            logits, pred_iou = self._decode_by_module(embedding, prompts, multimask=False)
-        return logits[:, 0], pred_iou[:, 0]
+            logits, pred_iou = self._predict_by_module(embedding, prompts, multimask_output)
+        return (logits, pred_iou) if multimask_output else (logits[:, 0], pred_iou[:, 0])
 
-    def decode_images(
+    def predict_masks_jointly(
         self, embeddings: Sequence[Tensor], prompts: Sequence[Prompts]
     ) -> tuple[Tensor, Tensor]:
-        """Decode prompts on several images in one batch, where their parts are segment-anything's.
+        """Predict masks on several images, in one batch if their parts are segment-anything's.
 
         Returns:
             Logits (Σ N_k, m, m) float32 and predicted IoU (Σ N_k,) float32, image by image.
         """
         first = prompts[0]
-        # A subclass with answers of its own gives them here too.
-        own = type(self).decode is SamPromptable.decode
+        # A subclass that overrides `predict_masks` is to have its effect here too.
+        own = type(self).predict_masks is SamPromptable.predict_masks
         if own and all(self._can_be_fast(embedding) for embedding in embeddings):
             if first.masks is None:
-                logits, pred_iou = self._fast_multimask_decoder.decode_images(embeddings, prompts)
+                logits, pred_iou = self._fast_multimask_decoder.predict_jointly(embeddings, prompts)
                 return logits[:, 0], pred_iou[:, 0]
             if first.boxes is not None and first.points is not None:
-                return self._fast_decoder.decode_images(embeddings, prompts)
-        answers = [self.decode(*pair) for pair in zip(embeddings, prompts, strict=True)]
-        logits, pred_iou = zip(*answers, strict=True)
-        return torch.cat(logits), torch.cat(pred_iou)
-
-    def decode_multimask(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Decode N ≥ 1 prompts on one image, SAM's three masks each.
-
-        Returns:
-            Low-resolution logits (N, 3, m, m) float32 and predicted IoU (N, 3) float32.
-        """
-        if self._can_be_fast(embedding) and prompts.masks is None:
-            return self._fast_multimask_decoder(embedding, prompts)
-        return self._decode_by_module(embedding, prompts, multimask=True)
+                return self._fast_decoder.predict_jointly(embeddings, prompts)
+        results = [self.predict_masks(*pair) for pair in zip(embeddings, prompts, strict=True)]
+        logits_of_images, ious_of_images = zip(*results, strict=True)
+        return torch.cat(logits_of_images), torch.cat(ious_of_images)
 
     def _can_be_fast(self, embedding: Tensor) -> bool:
         wants_gradient = torch.is_grad_enabled() and embedding.requires_grad
         return supports(self.module) and not wants_gradient
 
-    def _decode_by_module(
+    def _predict_by_module(
         self, embedding: Tensor, prompts: Prompts, multimask: bool
     ) -> tuple[Tensor, Tensor]:
         encoder = self.module.prompt_encoder
@@ -153,7 +146,7 @@ class SamPromptable:
         )
         return low_res_logits.float(), pred_iou.float()
 
-    def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
+    def postprocess_masks(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
         """Bring (N, m, m) logits to (N, H, W) float32 by SAM's two-step rule (step 9)."""
         return self.module.postprocess_masks(
             low_res_logits[:, None].float(), self.input_hw(image_hw), image_hw

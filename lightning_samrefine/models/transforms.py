@@ -45,7 +45,7 @@ class PaddedFrame:
         """Return (h_n, w_n), the part of a mask prompt that the image fills (step 5)."""
         return get_preprocess_shape(*image_hw, self.mask_size)
 
-    def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
+    def postprocess_masks(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
         """Bring (N, m, m) logits to (N, H, W) by way of the padded input (step 9)."""
         padded = _bilinear(low_res_logits, (self.image_size, self.image_size))
         height, width = self.input_hw(image_hw)
@@ -72,7 +72,7 @@ class SquashedFrame:
         """Return (m, m) (step 5)."""
         return self.mask_size, self.mask_size
 
-    def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
+    def postprocess_masks(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
         """Bring (N, m, m) logits to (N, H, W) in one step (step 9)."""
         return _bilinear(low_res_logits, image_hw)
 

@@ -87,8 +87,8 @@ def decode_prompts(
             for k, first, last in _of_images(ends, start, stop)
         ]
         if len(parts) == 1:
-            return sam.decode(*parts[0])
-        return sam.decode_images(*zip(*parts, strict=True))
+            return sam.predict_masks(*parts[0])
+        return sam.predict_masks_jointly(*zip(*parts, strict=True))
 
     with autocast(autocast_dtype(precision, device), device):
         for start, stop, (chunk_logits, chunk_iou) in chunks.run(ends[-1], size, decode):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_samrefine.models.base import MultimaskPromptable, Prompts
+from lightning_samrefine.models.base import Promptable, Prompts
 from lightning_samrefine.refine.non_finite import finite_iou
 from lightning_samrefine.utils.device import upload
 from lightning_samrefine.utils.memory import ChunkSize
@@ -83,7 +83,7 @@ class MaskProposals:
 
 
 def propose_masks(
-    sam: MultimaskPromptable,
+    sam: Promptable,
     embedding: Any,
     image_hw: tuple[int, int],
     points_per_side: int,
@@ -111,7 +111,7 @@ def propose_masks(
     packed, pred_iou, stability = [], [], []
 
     def ask(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return sam.decode_multimask(embedding, Prompts(None, points[start:stop], None, None))
+        return sam.predict_masks(embedding, Prompts(None, points[start:stop]), True)
 
     for _, _, (logits, ious) in (at_once or ChunkSize()).run(len(points), prompts_per_batch, ask):
         logits = logits[..., :height, :width].flatten(0, 1)

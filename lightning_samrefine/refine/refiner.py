@@ -19,10 +19,12 @@ from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models.base import (
-    MultimaskPromptable,
     Promptable,
     Prompts,
+    accepts_points,
+    check_promptable_members,
     drop_derived,
+    has_multimask_output,
 )
 from lightning_samrefine.refine.cache.embedding_cache import (
     EmbeddingCache,
@@ -78,7 +80,7 @@ class Refiner:
         cache: The `EmbeddingCache`, None where nothing is kept.
         config: As given, but regions are prompted instead of points where the model cannot
             answer points: ``"default"`` turns into ``"fast"`` for a model without
-            ``decode_multimask``, with a warning, and into ``"fast"`` with mask prompts for one
+            multimask output, with a warning, and into ``"fast"`` with mask prompts for one
             whose ``accepts_points`` is False, such as the tiny SAM of the demo.
 
     Raises:
@@ -99,10 +101,7 @@ class Refiner:
         cache: Literal["memory", "disk"] | EmbeddingCache | None = None,
         cache_gb: float | None = None,
     ) -> None:
-        if not isinstance(sam, Promptable):
-            raise TypeError(
-                f"sam: got {type(sam).__name__}, accepted is a Promptable such as load_sam returns"
-            )
+        check_promptable_members(sam)
         if config is not None and not isinstance(config, RefineConfig):
             raise TypeError(f"config: got {type(config).__name__}, accepted is a RefineConfig")
         autocast_dtype(precision, sam.device)  # refuses an unknown precision
@@ -307,7 +306,7 @@ class Refiner:
     def _embed_rounded(self, images: list[Tensor]) -> list[Any]:
         """Embed images as a cache would keep them, so that it makes no difference."""
         dtype = autocast_dtype(self.precision, self.sam.device)
-        return [rounded(embedding, dtype) for embedding in self.sam.embed(images)]
+        return [rounded(embedding, dtype) for embedding in self.sam.encode_images(images)]
 
     def _mask_proposals(
         self, images: list[Tensor], embeddings: list[Any], digests: list[str]
@@ -421,14 +420,13 @@ class Refiner:
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
     """Return the thresholds, with region prompts instead of points where a model needs it."""
-    has_method = isinstance(sam, MultimaskPromptable)
-    if not config.points_per_side or (has_method and getattr(sam, "accepts_points", True)):
+    if not config.points_per_side or (has_multimask_output(sam) and accepts_points(sam)):
         return config
-    if has_method:
+    if has_multimask_output(sam):
         return replace(config, points_per_side=0, prompt_regions=True, mask_prompts=True)
     warnings.warn(
         f"points_per_side: got {config.points_per_side} for {sam.name}, which has no "
-        "decode_multimask; its regions are prompted instead, as preset 'fast' does",
+        "multimask output; its regions are prompted instead, as preset 'fast' does",
         stacklevel=3,
     )
     return replace(config, points_per_side=0, prompt_regions=True, mask_prompts=False)

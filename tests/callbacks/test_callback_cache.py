@@ -30,9 +30,9 @@ class CountingSam(SamPromptable):
         super().__init__(build_random_sam(), "counting")
         self.embedded = 0
 
-    def embed(self, images):
+    def encode_images(self, images):
         self.embedded += len(images)
-        return super().embed(images)
+        return super().encode_images(images)
 
 
 class NoisyBlobs(Blobs):

@@ -38,13 +38,13 @@ def seed_everything() -> None:
 class GreedySam(SamPromptable):
     """Draws random numbers wherever it can."""
 
-    def embed(self, images):
+    def encode_images(self, images):
         draw()
-        return super().embed(images)
+        return super().encode_images(images)
 
-    def decode(self, embedding, prompts):
+    def predict_masks(self, embedding, prompts, multimask_output=False):
         draw()
-        return super().decode(embedding, prompts)
+        return super().predict_masks(embedding, prompts, multimask_output)
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ SIZES = [(32, 40), (32, 44), (32, 48), (32, 52), (32, 56)]
 class Mistyped(SamPromptable):
     """Has a typo in `embed`, which no image survives."""
 
-    def embed(self, images):
-        return super().embed([image.to(self.devise) for image in images])
+    def encode_images(self, images):
+        return super().encode_images([image.to(self.devise) for image in images])
 
 
 class FailingAt(SamPromptable):
@@ -36,11 +36,11 @@ class FailingAt(SamPromptable):
         super().__init__(build_random_sam(), "failing")
         self.errors = errors
 
-    def embed(self, images):
+    def encode_images(self, images):
         for image in images:
             if (error := self.errors.get(image.shape[-1])) is not None:
                 raise error
-        return super().embed(images)
+        return super().encode_images(images)
 
 
 class Sizes(torch.utils.data.Dataset):
@@ -131,11 +131,11 @@ class TestFirstBatch:
         calls = iter(range(100))
 
         class FirstAlone(SamPromptable):
-            def embed(self, images):
+            def encode_images(self, images):
                 # The batch of two, then its first image; everything from the third batch on.
                 if next(calls) in {0, 1}:
                     raise RuntimeError("one image")
-                return super().embed(images)
+                return super().encode_images(images)
 
         with pytest.warns(RuntimeWarning, match="one image"):
             logged = validate(

@@ -40,17 +40,17 @@ class SmallSam(SamPromptable):
         self.asked: list[int] = []
         self.embedded: list[int] = []
 
-    def embed(self, images):
+    def encode_images(self, images):
         self.embedded.append(len(images))
         if len(images) > self.images:
             raise self.error
-        return super().embed(images)
+        return super().encode_images(images)
 
-    def decode(self, embedding, prompts):
+    def predict_masks(self, embedding, prompts, multimask_output=False):
         self.asked.append(len(prompts))
         if len(prompts) > self.prompts:
             raise self.error
-        return super().decode(embedding, prompts)
+        return super().predict_masks(embedding, prompts, multimask_output)
 
 
 class AfterFirstBatch(Callback):
@@ -147,11 +147,8 @@ class TestModelOutput:
         class Broken(SamPromptable):
             is_broken = False
 
-            def decode(self, embedding, prompts):
-                return self.spoil(super().decode(embedding, prompts))
-
-            def decode_multimask(self, embedding, prompts):
-                return self.spoil(super().decode_multimask(embedding, prompts))
+            def predict_masks(self, embedding, prompts, multimask_output=False):
+                return self.spoil(super().predict_masks(embedding, prompts, multimask_output))
 
             def spoil(self, answer):
                 if not self.is_broken:
@@ -340,7 +337,9 @@ class TestRuns:
             def validation_step(self, batch, batch_idx):
                 return self(batch[0])
 
-        monkeypatch.setattr(random_sam, "embed", lambda images: pytest.fail("SAM was asked"))
+        monkeypatch.setattr(
+            random_sam, "encode_images", lambda images: pytest.fail("SAM was asked")
+        )
         with pytest.raises(ValueError, match=r"target: got shape \(1, 64, 80\).*need an adapter"):
             validate(self.callback(random_sam), Step(), DataLoader(Larger(2)))
 

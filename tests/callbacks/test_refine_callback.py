@@ -353,9 +353,11 @@ class TestFit:
         self, make, random_sam, monkeypatch
     ):
         embedded = []
-        embed = random_sam.embed
+        embed = random_sam.encode_images
         monkeypatch.setattr(
-            random_sam, "embed", lambda images: (embedded.append(len(images)), embed(images))[1]
+            random_sam,
+            "encode_images",
+            lambda images: (embedded.append(len(images)), embed(images))[1],
         )
 
         class AfterSanityCheck(Callback):
@@ -517,14 +519,14 @@ class TestFailures:
     def failing(self, random_sam, monkeypatch, on):
         """Make SAM's encoder fail at the calls whose numbers are in `on`."""
         calls = iter(range(1000))
-        embed = random_sam.embed
+        embed = random_sam.encode_images
 
         def fail(images):
             if next(calls) in on:
                 raise RuntimeError("out of memory, or so")
             return embed(images)
 
-        monkeypatch.setattr(random_sam, "embed", fail)
+        monkeypatch.setattr(random_sam, "encode_images", fail)
 
     def test_images_that_fail_keep_raw_and_are_counted_and_warned_of_once(
         self, make, random_sam, monkeypatch

@@ -187,10 +187,10 @@ class TestRestart:
 
     def test_failed_images_are_tried_again(self, copy, complete):
         class Failing(CountingSam):
-            def embed(self, images):
+            def encode_images(self, images):
                 if torch.equal(images[0], Named(5).images[1]):
                     raise RuntimeError("an image")
-                return super().embed(images)
+                return super().encode_images(images)
 
         shutil.rmtree(copy)
         with pytest.warns(RuntimeWarning, match="keeps its raw prediction") as caught:

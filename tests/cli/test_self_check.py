@@ -28,15 +28,15 @@ FAST = RefineConfig.preset("fast", crf_weight=0)
 class Unfaithful(SamPromptable):
     """Computes something else under autocast, as a faulty device would."""
 
-    def decode(self, embedding, prompts):
-        logits, pred_iou = super().decode(embedding, prompts)
+    def predict_masks(self, embedding, prompts, multimask_output=False):
+        logits, pred_iou = super().predict_masks(embedding, prompts, multimask_output)
         return (-logits if torch.is_autocast_enabled("cpu") else logits), pred_iou
 
 
 class Broken(SamPromptable):
     """Fails as a device does that has no such kernel."""
 
-    def embed(self, images):
+    def encode_images(self, images):
         raise NotImplementedError("no kernel for\n this device")
 
 

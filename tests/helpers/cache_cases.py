@@ -16,9 +16,9 @@ class CountingSam(SamPromptable):
         super().__init__(build_random_sam(seed), "random")
         self.calls = []
 
-    def embed(self, images):
+    def encode_images(self, images):
         self.calls.append(len(images))
-        return super().embed(images)
+        return super().encode_images(images)
 
 
 def make_cache(kind, folder, gb=None):
@@ -34,4 +34,4 @@ def images(count, size=(24, 32), seed=0):
 
 
 def embed(cache, sam, batch, dtype=None):
-    return cache.embed(sam, batch, dtype, sam.embed)
+    return cache.embed(sam, batch, dtype, sam.encode_images)

@@ -21,10 +21,10 @@ class FailingSam(SamPromptable):
 
     failing: str
 
-    def embed(self, images):
+    def encode_images(self, images):
         if str(torch.distributed.get_rank()) == self.failing:
             raise RuntimeError("this process fails")
-        return super().embed(images)
+        return super().encode_images(images)
 
 
 def run(failing: str) -> None:

@@ -36,11 +36,11 @@ SECONDS = 120
 
 
 class FailingSam(SamPromptable):
-    def embed(self, images):
+    def encode_images(self, images):
         failing = Blobs(8).images[FAILING]
         if any(torch.equal(image, failing) for image in images):
             raise RuntimeError("this image fails")
-        return super().embed(images)
+        return super().encode_images(images)
 
 
 class Step(Segmenter):

@@ -27,11 +27,11 @@ FAILING_IMAGE = 3
 class FailingSam(SamPromptable):
     """Fails at one image, which only one rank has."""
 
-    def embed(self, images):
+    def encode_images(self, images):
         failing = Blobs(5).images[FAILING_IMAGE]
         if any(torch.equal(image, failing) for image in images):
             raise RuntimeError("this image fails")
-        return super().embed(images)
+        return super().encode_images(images)
 
 
 class Frozen(Segmenter):

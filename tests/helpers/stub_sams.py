@@ -39,10 +39,12 @@ class StubSam:
     def mask_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         return (self.mask_size, self.mask_size)
 
-    def embed(self, images) -> list[Tensor]:
+    def encode_images(self, images) -> list[Tensor]:
         return list(images)
 
-    def decode(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def predict_masks(
+        self, embedding: Tensor, prompts: Prompts, multimask_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
         self.chunks.append(len(prompts))
         answers = [
             self.answer(embedding, box, point)
@@ -54,7 +56,7 @@ class StubSam:
         logits = numbers[:, None, None].expand(-1, self.mask_size, self.mask_size)
         return logits.clone(), torch.tensor([iou for _, iou in answers])
 
-    def upscale(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
+    def postprocess_masks(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
         return torch.stack([self._masks[int(one[0, 0]) - 1] for one in low_res_logits])
 
     def answer(self, image: Tensor, box: Tensor, point: Tensor) -> tuple[Tensor, float]:

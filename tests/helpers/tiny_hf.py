@@ -62,12 +62,12 @@ def _spread_answers(sam: HfPromptable, count: int = 64) -> None:
     for module in decoder.modules():
         if isinstance(module, nn.Linear):
             module.weight.mul_(WEIGHT_GAIN)
-    (embedding,) = sam.embed([random_image(sam.image_size, sam.image_size)])
+    (embedding,) = sam.encode_images([random_image(sam.image_size, sam.image_size)])
     prompts = random_prompts(sam, count)
     upscaled = []
     handle = decoder.activation.register_forward_hook(lambda *call: upscaled.append(call[2]))
     decoder.dynamic_multimask_via_stability = False
-    answers = [decode(embedding, prompts) for decode in (sam.decode, sam.decode_multimask)]
+    answers = [sam.predict_masks(embedding, prompts, several) for several in (False, True)]
     decoder.dynamic_multimask_via_stability = True
     handle.remove()
 
@@ -87,7 +87,7 @@ def _spread_answers(sam: HfPromptable, count: int = 64) -> None:
     for mlp in decoder.output_hypernetworks_mlps:
         mlp.proj_out.weight.copy_(without_mean @ mlp.proj_out.weight)
         mlp.proj_out.bias.copy_(without_mean @ mlp.proj_out.bias)
-    logits, _ = sam.decode_multimask(embedding, prompts)
+    logits, _ = sam.predict_masks(embedding, prompts, multimask_output=True)
     for mlp in decoder.output_hypernetworks_mlps:
         mlp.proj_out.weight.mul_(LOGIT_STD / logits.std())
         mlp.proj_out.bias.mul_(LOGIT_STD / logits.std())

@@ -32,9 +32,9 @@ class CountingSam(SamPromptable):
         super().__init__(build_random_sam(seed), "counting")
         self.embedded = 0
 
-    def embed(self, images):
+    def encode_images(self, images):
         self.embedded += len(images)
-        return super().embed(images)
+        return super().encode_images(images)
 
 
 def named(length=5, batch_size=2, seed=0):

@@ -118,10 +118,10 @@ def test_inference_mode_and_no_grad_mix(small):
 def test_it_survives_pickling(small):
     sam = SamPromptable(small, "small")
     embedding, prompts = draw_embedding(small), draw_prompts(small, 2, 2)
-    expected = sam.decode(embedding, prompts)
+    expected = sam.predict_masks(embedding, prompts)
     again = pickle.loads(pickle.dumps(sam))
     assert again._fast_decoder._sam is again.module
-    assert_equal(again.decode(embedding, prompts), expected)
+    assert_equal(again.predict_masks(embedding, prompts), expected)
 
 
 def test_bf16_masks_agree():
@@ -183,7 +183,7 @@ def test_an_unusual_model_takes_its_own_forward_pass(small, difference):
         embedding.requires_grad_(True)
     sam = SamPromptable(small, "small")
     expected = official(small, embedding, prompts)
-    logits, pred_iou = sam.decode(embedding, prompts)
+    logits, pred_iou = sam.predict_masks(embedding, prompts)
     # Not to the bit: coordinates meet the random matrix element by element, not in a product.
     torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(pred_iou, expected[1], rtol=1e-4, atol=1e-3)

@@ -158,7 +158,7 @@ def test_embed_equals_the_module_for_images_of_several_sizes():
         torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator)
         for h, w in ((40, 60), (300, 200), (256, 256))
     ]
-    for image, embedding in zip(batch, sam.embed(batch), strict=True):
+    for image, embedding in zip(batch, sam.encode_images(batch), strict=True):
         assert embedding.shape == (1, 96, 32, 32)
         expected = module.image_encoder(sam._preprocess(image))
         assert relative_error(embedding, expected) < 1e-5

@@ -115,8 +115,8 @@ def test_segment_anything_and_transformers_refine_alike(twins, size):
     prompts = random_prompts(twins[1], 6)
     full_size = []
     for sam in twins:
-        logits, _ = sam.decode(sam.embed([image])[0], prompts)
-        full_size.append(sam.upscale(logits, size))
+        logits, _ = sam.predict_masks(sam.encode_images([image])[0], prompts)
+        full_size.append(sam.postprocess_masks(logits, size))
     assert full_size[0].abs().max() > 1
     torch.testing.assert_close(*full_size, atol=1e-3, rtol=0)
 
@@ -137,14 +137,16 @@ def test_every_family_refines_in_a_trainer(family):
 def test_every_family_answers_a_grid_of_points_in_a_trainer(family, regions_too, monkeypatch):
     sam = build_tiny_hf(family)
     points = []
-    ask = sam.decode_multimask
+    predict = sam.predict_masks
 
-    def sure(embedding, prompts):
-        logits, pred_iou = ask(embedding, prompts)
+    def sure(embedding, prompts, multimask_output=False):
+        logits, pred_iou = predict(embedding, prompts, multimask_output)
+        if not multimask_output:
+            return logits, pred_iou
         points.append(len(prompts))
         return 20 * logits, 0.75 + 0.2 * pred_iou  # random weights are not sure of any mask
 
-    monkeypatch.setattr(sam, "decode_multimask", sure)
+    monkeypatch.setattr(sam, "predict_masks", sure)
     config = RefineConfig.preset("default", min_region_area=4, prompt_regions=regions_too)
     callback = SAMRefineCallback(sam, num_classes=NUM_CLASSES, refine=config)
     loaders = loader(2, hw=(64, 80))
@@ -188,8 +190,8 @@ def test_a_folder_gives_the_saved_model(tmp_path, family):
     image, _ = blobs(40, 64)
     prompts = random_prompts(saved, 3)
     for found, expected in zip(
-        loaded.decode(loaded.embed([image])[0], prompts),
-        saved.decode(saved.embed([image])[0], prompts),
+        loaded.predict_masks(loaded.encode_images([image])[0], prompts),
+        saved.predict_masks(saved.encode_images([image])[0], prompts),
         strict=True,
     ):
         torch.testing.assert_close(found, expected)
@@ -242,7 +244,7 @@ def test_a_video_checkpoint_of_sam_2_gives_its_image_model(tmp_path):
     (processor or transformers.Sam2ImageProcessorFast)().save_pretrained(tmp_path)
     sam = load_sam("hf", tmp_path)
     assert type(sam.module) is transformers.Sam2Model
-    assert sam.embed([blobs(40, 64)[0]])[0][0].shape == (1, DIM, 8, 8)
+    assert sam.encode_images([blobs(40, 64)[0]])[0][0].shape == (1, DIM, 8, 8)
 
 
 def test_what_is_no_promptable_model_is_refused(tmp_path, folder):

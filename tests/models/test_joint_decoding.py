@@ -60,39 +60,39 @@ def assert_near(actual, expected):
 @pytest.mark.parametrize("kind", KINDS)
 def test_joint_answers_are_those_of_each_image(sam, kind):
     embeddings, prompts = several(sam, kind)
-    apart = [sam.decode(*pair) for pair in zip(embeddings, prompts, strict=True)]
+    apart = [sam.predict_masks(*pair) for pair in zip(embeddings, prompts, strict=True)]
     expected = [torch.cat(part) for part in zip(*apart, strict=True)]
     # Images differ, so that a mix-up would be seen.
-    other = sam.decode(embeddings[1], prompts[0])[0]
+    other = sam.predict_masks(embeddings[1], prompts[0])[0]
     assert (apart[0][0] - other).abs().max() > 0.1
-    assert_near(sam.decode_images(embeddings, prompts), expected)
+    assert_near(sam.predict_masks_jointly(embeddings, prompts), expected)
     if "mask" not in kind or "point" in kind:
-        unlike = OfficialSam(sam.module, "official").decode_images(embeddings, prompts)
+        unlike = OfficialSam(sam.module, "official").predict_masks_jointly(embeddings, prompts)
         torch.testing.assert_close(unlike[0], expected[0], atol=1e-4, rtol=1e-5)
 
 
 def test_a_joint_call_leaves_nothing_behind(sam):
     embeddings, prompts = several(sam)
-    first = sam.decode(embeddings[0], prompts[0])
-    sam.decode_images(embeddings, prompts)
-    assert_near(sam.decode(embeddings[0], prompts[0]), first)
+    first = sam.predict_masks(embeddings[0], prompts[0])
+    sam.predict_masks_jointly(embeddings, prompts)
+    assert_near(sam.predict_masks(embeddings[0], prompts[0]), first)
 
 
 def test_a_subclass_with_answers_of_its_own_gives_them(sam):
     class Certain(SamPromptable):
-        def decode(self, embedding, prompts):
-            logits, pred_iou = super().decode(embedding, prompts)
+        def predict_masks(self, embedding, prompts, multimask_output=False):
+            logits, pred_iou = super().predict_masks(embedding, prompts, multimask_output)
             return logits, torch.ones_like(pred_iou)
 
-    _, pred_iou = Certain(sam.module, "certain").decode_images(*several(sam))
+    _, pred_iou = Certain(sam.module, "certain").predict_masks_jointly(*several(sam))
     assert pred_iou.tolist() == [1] * sum(COUNTS)
 
 
 def test_under_autocast_joint_masks_agree(sam):
     embeddings, prompts = several(sam)
     with torch.autocast("cpu", torch.bfloat16):
-        logits, pred_iou = sam.decode_images(embeddings, prompts)
-        apart = [sam.decode(*pair) for pair in zip(embeddings, prompts, strict=True)]
+        logits, pred_iou = sam.predict_masks_jointly(embeddings, prompts)
+        apart = [sam.predict_masks(*pair) for pair in zip(embeddings, prompts, strict=True)]
     expected = torch.cat([logits for logits, _ in apart])
     assert logits.dtype == pred_iou.dtype == torch.float32
     assert ((logits > 0) == (expected > 0)).float().mean() > 0.99
@@ -104,19 +104,20 @@ def counting(module, limit=None):
     More than ``limit`` prompts of several images do not fit into its memory.
     """
     sam, calls = SamPromptable(module, "counting"), []
-    decode, decode_images = sam.decode, sam.decode_images
+    predict, predict_jointly = sam.predict_masks, sam.predict_masks_jointly
 
-    def one(embedding, prompts):
-        calls.append([len(prompts)])
-        return decode(embedding, prompts)
+    def one(embedding, prompts, multimask_output=False):
+        if not multimask_output:
+            calls.append([len(prompts)])
+        return predict(embedding, prompts, multimask_output)
 
     def several(embeddings, prompts):
         if limit is not None and sum(map(len, prompts)) > limit:
             raise MemoryError
         calls.append([len(own) for own in prompts])
-        return decode_images(embeddings, prompts)
+        return predict_jointly(embeddings, prompts)
 
-    sam.decode, sam.decode_images = one, several
+    sam.predict_masks, sam.predict_masks_jointly = one, several
     return sam, calls
 
 
@@ -126,7 +127,7 @@ def test_chunks_reach_over_the_ends_of_images():
     answers = decode_prompts(sam, embeddings, prompts, "32", 8, ChunkSize())
     assert calls == [[5, 1, 2], [8], [2, 3]]
     for answer, embedding, own in zip(answers, embeddings, prompts, strict=True):
-        logits, pred_iou = sam.decode(embedding, own)
+        logits, pred_iou = sam.predict_masks(embedding, own)
         assert_near((torch.stack(answer.low_res_logits), answer.pred_iou), (logits, pred_iou))
         assert answer.extents.shape == (len(own), 2, logits.shape[-1])
 
@@ -182,8 +183,10 @@ def test_a_refiner_that_decodes_jointly_gives_the_same(config, monkeypatch):
     ],
 )
 def test_only_a_gpu_without_a_bound_decodes_jointly(sam, device, has_method, bound, expected):
-    names = [name for name in dir(sam) if not name.startswith("_") and name != "decode_images"]
-    members = dict.fromkeys(names + ["decode_images"] * has_method, print)
+    names = [
+        name for name in dir(sam) if not name.startswith("_") and name != "predict_masks_jointly"
+    ]
+    members = dict.fromkeys(names + ["predict_masks_jointly"] * has_method, print)
     stub = SimpleNamespace(**{**members, "device": torch.device(device)})
     config = RefineConfig(max_prompts_per_batch=bound)
     assert decodes_jointly(stub, config) is expected
@@ -192,15 +195,15 @@ def test_only_a_gpu_without_a_bound_decodes_jointly(sam, device, has_method, bou
 def test_logits_of_a_chunk_are_let_go_before_the_next(sam, monkeypatch):
     """All regions' logits together took gigabytes; their packed masks take a twentieth."""
     alive, most = [], []
-    decode = sam.decode
+    predict = sam.predict_masks
 
-    def watched(embedding, prompts):
+    def watched(embedding, prompts, multimask_output=False):
         most.append(sum(ref() is not None for ref in alive))
-        logits, ious = decode(embedding, prompts)
+        logits, ious = predict(embedding, prompts, multimask_output)
         alive.append(weakref.ref(logits))
         return logits, ious
 
-    monkeypatch.setattr(sam, "decode", watched)
+    monkeypatch.setattr(sam, "predict_masks", watched)
     config = RefineConfig.preset("fast", min_region_area=1, max_prompts_per_batch=2)
     images, probs, _ = scenes()
     out = Refiner(sam, config, "32")(images[0], probs[0])

@@ -100,9 +100,9 @@ def test_no_decoder_of_sam_multiplies_coordinates_by_a_matrix(with_masks, by_mod
     embedding = torch.randn(1, sam.module.prompt_encoder.embed_dim, *side)
     prompts = prompts_of(sam.image_size, sam.mask_size, with_masks)
     with NoProductsOverTwo() as seen:
-        sam.decode(embedding, prompts)
-        sam.decode_images([embedding, embedding + 1], [prompts, prompts])
-        sam.decode_multimask(embedding, prompts)
+        sam.predict_masks(embedding, prompts)
+        sam.predict_masks_jointly([embedding, embedding + 1], [prompts, prompts])
+        sam.predict_masks(embedding, prompts, multimask_output=True)
     assert seen.products > 0
 
 
@@ -112,9 +112,9 @@ def test_no_model_of_transformers_multiplies_coordinates_by_a_matrix(family):
     from tiny_hf import build_tiny_hf, random_image
 
     sam = build_tiny_hf(family)
-    (embedding,) = sam.embed([random_image(48, 64)])
+    (embedding,) = sam.encode_images([random_image(48, 64)])
     with NoProductsOverTwo() as seen:
-        sam.decode(embedding, prompts_of(sam.image_size, sam.mask_size, with_masks=True))
+        sam.predict_masks(embedding, prompts_of(sam.image_size, sam.mask_size, with_masks=True))
     assert seen.products > 0
 
 

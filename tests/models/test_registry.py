@@ -90,19 +90,19 @@ def test_a_decoder_batch_equals_single_prompts(random_sam):
         masks=torch.rand(2, random_sam.mask_size, random_sam.mask_size, generator=generator) * 8,
         mask_index=torch.tensor([0, 1, 1]),
     )
-    (embedding,) = random_sam.embed([image])
-    logits, iou = random_sam.decode(embedding, prompts)
+    (embedding,) = random_sam.encode_images([image])
+    logits, iou = random_sam.predict_masks(embedding, prompts)
     for index in range(3):
-        one_logits, one_iou = random_sam.decode(embedding, prompts.chunk(index, index + 1))
+        one_logits, one_iou = random_sam.predict_masks(embedding, prompts.chunk(index, index + 1))
         torch.testing.assert_close(one_logits[0], logits[index], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(one_iou[0], iou[index], atol=1e-5, rtol=1e-4)
-    assert random_sam.upscale(logits, (40, 60)).shape == (3, 40, 60)
+    assert random_sam.postprocess_masks(logits, (40, 60)).shape == (3, 40, 60)
 
 
 def test_prompts_keep_float32_under_autocast(random_sam):
     """Coordinates in bf16 would move points by whole pixels."""
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    (embedding,) = random_sam.embed([image])
+    (embedding,) = random_sam.encode_images([image])
     seen = []
     handle = random_sam.module.mask_decoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
@@ -113,9 +113,9 @@ def test_prompts_keep_float32_under_autocast(random_sam):
         masks=torch.zeros(1, random_sam.mask_size, random_sam.mask_size),
         mask_index=torch.tensor([0]),
     )
-    random_sam.decode(embedding, prompts)
+    random_sam.predict_masks(embedding, prompts)
     with torch.autocast("cpu", torch.bfloat16):
-        random_sam.decode(embedding, prompts)
+        random_sam.predict_masks(embedding, prompts)
     handle.remove()
     exact, mixed = seen
     for key in ("sparse_prompt_embeddings", "dense_prompt_embeddings", "image_pe"):

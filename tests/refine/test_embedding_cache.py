@@ -76,8 +76,8 @@ def test_the_second_epoch_embeds_nothing_and_gives_equal_bits(cache, sam, precis
 class UnroundedSam(CountingSam):
     """Embeds with a mantissa of 24 bits, as a norm in float32 behind an encoder in bf16 does."""
 
-    def embed(self, images):
-        return [embedding * 1.2345678 for embedding in super().embed(images)]
+    def encode_images(self, images):
+        return [embedding * 1.2345678 for embedding in super().encode_images(images)]
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
@@ -87,7 +87,7 @@ def test_a_cache_changes_no_bit_of_a_refinement(cache, precision, preset):
     (image,) = images(1, size=(48, 60))
     probs = blobs(image)
     with torch.autocast("cpu", torch.bfloat16):
-        (embedding,) = sam.embed([image])
+        (embedding,) = sam.encode_images([image])
     assert not torch.equal(embedding, embedding.bfloat16().float())
     options = {"min_region_area": 1, "pred_iou_thresh": 0.45}
     if preset == "points alone":
@@ -123,14 +123,14 @@ def test_without_autocast_and_beside_embeddings_nothing_is_rounded(cache, sam, d
 def test_in_float32_a_cache_changes_no_bit(cache, sam):
     (image,) = images(1)
     for _ in range(2):
-        assert torch.equal(embed(cache, sam, [image])[0], sam.embed([image])[0])
+        assert torch.equal(embed(cache, sam, [image])[0], sam.encode_images([image])[0])
 
 
 def test_in_bf16_a_miss_is_rounded_as_a_hit_is(cache, sam):
     (image,) = images(1)
     missed, hit = (embed(cache, sam, [image], torch.bfloat16)[0] for _ in range(2))
     assert torch.equal(missed, hit)
-    assert torch.equal(missed, sam.embed([image])[0].bfloat16().float())
+    assert torch.equal(missed, sam.encode_images([image])[0].bfloat16().float())
     assert missed.dtype == torch.float32
 
 
@@ -140,12 +140,12 @@ def test_a_batch_embeds_only_what_is_missing_and_equal_images_once(cache, sam):
     found = embed(cache, sam, [first, second, third, first])
     assert sam.calls == [1, 2]
     for got, image in zip(found, (first, second, third, first), strict=True):
-        assert torch.equal(got, sam.embed([image])[0])
+        assert torch.equal(got, sam.encode_images([image])[0])
 
 
 def test_a_reader_cannot_change_what_is_kept(cache, sam):
     (image,) = images(1)
-    expected = sam.embed([image])[0]
+    expected = sam.encode_images([image])[0]
     for _ in range(3):
         embed(cache, sam, [image])[0].zero_()
     assert torch.equal(embed(cache, sam, [image])[0], expected)
@@ -193,7 +193,7 @@ def test_whatever_differs_never_hits(cache, sam):
         found = embed(cache, model, [changed], dtype)[0]
         assert (cache.stats.hits, cache.stats.misses) == (0, number), name
         if dtype is None:
-            assert torch.equal(found, model.embed([changed])[0]), name
+            assert torch.equal(found, model.encode_images([changed])[0]), name
     embed(cache, sam, [image])
     assert cache.stats.hits == 1
 
@@ -206,7 +206,7 @@ def test_weights_that_change_unseen_by_torch_are_noticed_on_a_recheck(cache, sam
     assert cache.stats.hits == 1
     next(sam.module.image_encoder.parameters()).data.view(-1)[-1] += 0.5
     cache.recheck(sam.module)
-    assert torch.equal(embed(cache, sam, [image])[0], sam.embed([image])[0])
+    assert torch.equal(embed(cache, sam, [image])[0], sam.encode_images([image])[0])
     assert cache.stats.hits == 1
 
 
@@ -223,7 +223,7 @@ def test_a_model_that_changes_never_hits_again(cache, sam, what):
             sam.module.pixel_mean += 30
     found = embed(cache, sam, [image])[0]
     assert cache.stats.hits == 0
-    assert torch.equal(found, sam.embed([image])[0])
+    assert torch.equal(found, sam.encode_images([image])[0])
 
 
 def test_equal_weights_in_another_module_do_hit(cache, sam):
@@ -278,7 +278,7 @@ def test_a_file_under_another_name_is_no_hit(tmp_path, sam):
     embed(cache, sam, [second])
     (two,) = set(tmp_path.iterdir()) - {one}
     two.write_bytes(one.read_bytes())
-    assert torch.equal(embed(cache, sam, [second])[0], sam.embed([second])[0])
+    assert torch.equal(embed(cache, sam, [second])[0], sam.encode_images([second])[0])
     assert cache.stats.hits == 0
 
 
@@ -332,7 +332,7 @@ def test_two_processes_fill_one_folder_at_once(tmp_path, sam):
     cache = make_cache("disk", tmp_path)
     found = embed(cache, sam, batch)
     assert cache.stats.hits == 40
-    assert torch.equal(torch.cat(found), torch.cat(sam.embed(batch)))
+    assert torch.equal(torch.cat(found), torch.cat(sam.encode_images(batch)))
     assert len(list(tmp_path.iterdir())) == 40
 
 
@@ -355,7 +355,7 @@ def test_a_process_killed_while_it_writes_leaves_only_whole_files(tmp_path, sam)
     names = set(tmp_path.glob("*.safetensors"))
     found = embed(cache, sam, batch)
     assert cache.stats.hits == len(names)  # not one of them was torn
-    assert torch.equal(torch.cat(found), torch.cat(sam.embed(batch)))
+    assert torch.equal(torch.cat(found), torch.cat(sam.encode_images(batch)))
 
     for path in tmp_path.glob("*.tmp"):
         os.utime(path, (time.time() - 7200,) * 2)
@@ -400,7 +400,7 @@ def test_a_folder_that_turns_read_only_is_still_read(tmp_path, sam, monkeypatch)
         found = embed(cache, sam, [new, newer])
     assert len(record) == 1
     for got, image in zip(found, (new, newer), strict=True):
-        assert torch.equal(got, sam.embed([image])[0])
+        assert torch.equal(got, sam.encode_images([image])[0])
     embed(cache, sam, [kept])
     assert cache.stats.hits == 1
     assert len(list(tmp_path.iterdir())) == 1

@@ -28,17 +28,13 @@ class SmallSam(SamPromptable):
         if count > 1:
             raise MemoryError
 
-    def embed(self, images):
+    def encode_images(self, images):
         self.remember(len(images))
-        return super().embed(images)
+        return super().encode_images(images)
 
-    def decode(self, embedding, prompts):
+    def predict_masks(self, embedding, prompts, multimask_output=False):
         self.remember(len(prompts))
-        return super().decode(embedding, prompts)
-
-    def decode_multimask(self, embedding, prompts):
-        self.remember(len(prompts))
-        return super().decode_multimask(embedding, prompts)
+        return super().predict_masks(embedding, prompts, multimask_output)
 
 
 @pytest.fixture(params=sorted(PRESETS))

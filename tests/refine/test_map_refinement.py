@@ -108,8 +108,8 @@ def test_masks_that_are_positive_nowhere_or_in_the_padding_have_no_window():
 
 def test_a_model_with_a_rule_of_its_own_is_asked_for_whole_frames(random_sam):
     class Other(SamPromptable):
-        def upscale(self, low_res_logits, image_hw):
-            return super().upscale(low_res_logits, image_hw) + 1
+        def postprocess_masks(self, low_res_logits, image_hw):
+            return super().postprocess_masks(low_res_logits, image_hw) + 1
 
     assert WindowedUpscale.of(random_sam, (40, 60)) is not None
     assert WindowedUpscale.of(Other(random_sam.module, "other"), (40, 60)) is None

@@ -58,7 +58,7 @@ def assert_published(labels, pred_iou, boxes, case, prefix=""):
 def test_the_preset_gives_what_the_published_function_gives(sam, case):
     """And the transcription, with three axes for the mask prompt, what its slip makes of that."""
     image, probs = inputs(case)
-    embedding = sam.embed([image])[0]  # the slow part; the refiner embeds the image itself
+    embedding = sam.encode_images([image])[0]  # the slow part; the refiner embeds the image itself
     assert len(case["boxes"]) > 0
 
     config = RefineConfig.preset("algorithm4", **thresholds(case))

@@ -8,6 +8,7 @@ from random_predictions import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.config import PRESETS
+from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine import refiner as refiner_module
 from lightning_samrefine.refine import regions
 from lightning_samrefine.utils.device import Download
@@ -44,14 +45,23 @@ def bad_inputs():
 @pytest.mark.parametrize("case", bad_inputs())
 def test_bad_input_is_named_before_sam_is_asked(refiner, case, monkeypatch):
     arguments, error, message = bad_inputs()[case]
-    monkeypatch.setattr(refiner.sam, "embed", lambda images: pytest.fail("SAM was asked"))
+    monkeypatch.setattr(refiner.sam, "encode_images", lambda images: pytest.fail("SAM was asked"))
     with pytest.raises(error, match=message):
         refiner(*arguments)
 
 
 def test_wrong_construction_is_refused(random_sam):
-    with pytest.raises(TypeError, match="sam: got Sam, accepted is a Promptable"):
+    with pytest.raises(
+        TypeError, match="sam must be a Promptable such as load_sam returns, got Sam"
+    ):
         Refiner(random_sam.module)
+
+    class Former(SamPromptable):
+        def decode(self, embedding, prompts):
+            raise AssertionError("is never called")
+
+    with pytest.raises(TypeError, match=r"got Former with decode: decode is now predict_masks$"):
+        Refiner(Former(random_sam.module, "former"))
     with pytest.raises(TypeError, match="config: got dict"):
         Refiner(random_sam, {"stride": 2})
     with pytest.raises(ValueError, match="precision: got 'bf16', accepted are 'auto', '32'"):
@@ -66,7 +76,7 @@ def test_counts_of_a_batch_must_agree(refiner):
 
 def test_an_image_without_regions_is_never_embedded(refiner, monkeypatch):
     image, probs = blobs()
-    monkeypatch.setattr(refiner.sam, "embed", lambda images: pytest.fail("SAM was asked"))
+    monkeypatch.setattr(refiner.sam, "encode_images", lambda images: pytest.fail("SAM was asked"))
     unknown = torch.full(probs.shape[1:], 255)
     out = refiner(image, probs, unknown)
     assert torch.equal(out.labels, unknown)
@@ -138,9 +148,10 @@ def test_answers_that_are_no_numbers_are_an_error(random_sam, monkeypatch, prese
             pred_iou.view(-1)[-1] = bad
         return logits, pred_iou
 
-    for name in ("decode", "decode_multimask"):
-        method = getattr(random_sam, name)
-        monkeypatch.setattr(random_sam, name, lambda *args, ask=method: spoil(ask(*args)))
+    predict = random_sam.predict_masks
+    monkeypatch.setattr(
+        random_sam, "predict_masks", lambda *args, **options: spoil(predict(*args, **options))
+    )
     config = RefineConfig.preset(preset, min_region_area=1, score_thresh=0.0)
     refiner = Refiner(random_sam, config, "32", cache="memory")
     for _ in range(2):  # nor are they kept
@@ -195,10 +206,10 @@ def events(refiner, monkeypatch):
 
     def embed(images):
         happened.append(("embed", tuple(int(image[0, 0, 0]) for image in images)))
-        return type(refiner.sam).embed(refiner.sam, images)
+        return type(refiner.sam).encode_images(refiner.sam, images)
 
     monkeypatch.setattr(regions, "Download", Recorded)
-    monkeypatch.setattr(refiner.sam, "embed", embed)
+    monkeypatch.setattr(refiner.sam, "encode_images", embed)
     return happened
 
 

@@ -11,7 +11,7 @@ from random_predictions import blobs
 from segment_anything.utils.amg import calculate_stability_score
 
 from lightning_samrefine import RefineConfig, Refiner
-from lightning_samrefine.models import MultimaskPromptable, Prompts
+from lightning_samrefine.models import Prompts
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine.fusion import mask_votes as mask_votes_module
 from lightning_samrefine.refine.fusion.crf import smooth
@@ -59,7 +59,7 @@ class TestMultimask:
         points = torch.rand(5, 2, generator=generator) * 64
         boxes = torch.cat([points - 9, points + 14], dim=1)
         given = points if kinds != "boxes" else None, boxes if kinds != "points" else None
-        embedding = random_sam.embed([blobs()[0]])[0]
+        embedding = random_sam.encode_images([blobs()[0]])[0]
         sparse, dense = random_sam.module.prompt_encoder(
             points=None if given[0] is None else (points[:, None], torch.ones(5, 1)),
             boxes=given[1],
@@ -75,22 +75,24 @@ class TestMultimask:
                 multimask_output=multimask,
             )
             if multimask:
-                got = random_sam.decode_multimask(embedding, prompts)
+                got = random_sam.predict_masks(embedding, prompts, multimask_output=True)
             else:
-                got = tuple(part[:, None] for part in random_sam.decode(embedding, prompts))
+                got = tuple(part[:, None] for part in random_sam.predict_masks(embedding, prompts))
             torch.testing.assert_close(got[0], logits, atol=2e-4, rtol=1e-4)
             torch.testing.assert_close(got[1], pred_iou, atol=1e-5, rtol=1e-4)
 
     def test_mask_prompts_on_either_side_of_it_change_nothing(self, random_sam):
-        embedding = random_sam.embed([blobs()[0]])[0]
+        embedding = random_sam.encode_images([blobs()[0]])[0]
         points = torch.tensor([[10.0, 20.0], [40.0, 30.0]])
         without = Prompts(None, points, None, None)
         boxes = torch.cat([points - 9, points + 14], dim=1)
         masks = torch.randn(1, random_sam.mask_size, random_sam.mask_size)
         with_mask = Prompts(boxes, points, masks, torch.zeros(2, dtype=torch.int64))
-        first = random_sam.decode_multimask(embedding, without)[0]
-        random_sam.decode(embedding, with_mask)
-        assert torch.equal(random_sam.decode_multimask(embedding, without)[0], first)
+        first = random_sam.predict_masks(embedding, without, multimask_output=True)[0]
+        random_sam.predict_masks(embedding, with_mask)
+        assert torch.equal(
+            random_sam.predict_masks(embedding, without, multimask_output=True)[0], first
+        )
 
     def test_prompts_need_something(self):
         with pytest.raises(ValueError, match="boxes, points: got None twice"):
@@ -117,7 +119,7 @@ class TestImageMasks:
 
     def test_what_is_kept_is_good_sorted_and_unlike_the_rest(self, random_sam):
         image = blobs()[0]
-        embedding = random_sam.embed([image])[0]
+        embedding = random_sam.encode_images([image])[0]
         masks = propose_masks(random_sam, embedding, (48, 60), 24, 4)
         assert len(masks) > 3  # of a sensible model, or there is nothing to look at
         assert (masks.pred_iou > 0.7).all()
@@ -355,13 +357,13 @@ class TestRefiner:
 
     def test_no_masks_no_change(self, random_sam, monkeypatch):
         image, probs = blobs()
-        decode = random_sam.decode_multimask
+        predict = random_sam.predict_masks
 
-        def hopeless(embedding, prompts):
-            logits, pred_iou = decode(embedding, prompts)
+        def hopeless(embedding, prompts, multimask_output=False):
+            logits, pred_iou = predict(embedding, prompts, multimask_output)
             return logits, 0 * pred_iou
 
-        monkeypatch.setattr(random_sam, "decode_multimask", hopeless)
+        monkeypatch.setattr(random_sam, "predict_masks", hopeless)
         config = RefineConfig.preset("default", prompt_regions=False)
         out = Refiner(random_sam, config)(image, probs)
         assert torch.equal(out.probs, probs)
@@ -380,12 +382,15 @@ class TestRefiner:
         image, probs = blobs()
         first = refiner(image, probs)
         uncached = Refiner(random_sam, config)(image, probs)
-        monkeypatch.setattr(random_sam, "embed", lambda _: pytest.fail("embedded again"))
-        monkeypatch.setattr(
-            random_sam, "decode_multimask", lambda *_: pytest.fail("asked about points again")
-        )
-        if preset == "points alone":
-            monkeypatch.setattr(random_sam, "decode", lambda *_: pytest.fail("decoded"))
+        monkeypatch.setattr(random_sam, "encode_images", lambda _: pytest.fail("embedded again"))
+        predict = random_sam.predict_masks
+
+        def regions_only(embedding, prompts, multimask_output=False):
+            assert preset != "points alone"
+            assert not multimask_output
+            return predict(embedding, prompts)
+
+        monkeypatch.setattr(random_sam, "predict_masks", regions_only)
         again = refiner(image, probs)
         assert torch.equal(first.probs, again.probs)
         assert torch.equal(first.probs, uncached.probs)
@@ -429,12 +434,13 @@ class TestRefiner:
             def __init__(self, sam):
                 self.module, self.name, self.device = sam.module, "plain", sam.device
                 self.image_size, self.mask_size = sam.image_size, sam.mask_size
-                self.input_hw, self.mask_hw, self.upscale = sam.input_hw, sam.mask_hw, sam.upscale
-                self.embed, self.decode = sam.embed, sam.decode
+                self.input_hw, self.mask_hw = sam.input_hw, sam.mask_hw
+                self.encode_images, self.predict_masks = sam.encode_images, sam.predict_masks
+                self.postprocess_masks = sam.postprocess_masks
+                self.has_multimask_output = False
 
         plain = Plain(random_sam)
-        assert isinstance(random_sam, MultimaskPromptable)
-        with pytest.warns(UserWarning, match="plain, which has no decode_multimask"):
+        with pytest.warns(UserWarning, match="plain, which has no multimask output"):
             refiner = Refiner(plain)
         assert refiner.config == RefineConfig.preset("fast")
         image, probs = blobs()

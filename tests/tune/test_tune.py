@@ -45,13 +45,13 @@ class CountingSAM:
 
     def __init__(self, sam, monkeypatch):
         self.embedded = 0
-        embed = sam.embed
+        embed = sam.encode_images
 
         def counted(images):
             self.embedded += len(images)
             return embed(images)
 
-        monkeypatch.setattr(sam, "embed", counted)
+        monkeypatch.setattr(sam, "encode_images", counted)
 
 
 # --- the sweep -----------------------------------------------------------------------------------
@@ -94,11 +94,11 @@ def test_a_memory_limit_is_found_once_and_not_cell_by_cell():
     class SmallSam(SamPromptable):
         failed = 0
 
-        def decode(self, embedding, prompts):
+        def predict_masks(self, embedding, prompts, multimask_output=False):
             if len(prompts) > 1:
                 self.failed += 1
                 raise MemoryError
-            return super().decode(embedding, prompts)
+            return super().predict_masks(embedding, prompts, multimask_output)
 
     sam = SmallSam(build_random_sam(), "small")
     base = RefineConfig(min_region_area=2, max_prompts_per_batch=4)

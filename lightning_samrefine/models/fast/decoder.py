@@ -95,7 +95,7 @@ class FastMaskDecoder:
         masks = memo.mask_channels[prompts.mask_index]  # (N, 16, T)
         return self._forward(memo.model, memo.image, masks, prompts, *embedding.shape[-2:])
 
-    def decode_images(
+    def predict_jointly(
         self, embeddings: Sequence[Tensor], prompts: Sequence[Prompts]
     ) -> tuple[Tensor, Tensor]:
         """Decode prompts on several images in one batch.

@@ -60,7 +60,7 @@ class FastMultimaskDecoder(FastMaskDecoder):
         memo = self._recall(embedding, self._no_masks(embedding))
         return self._forward(memo.model, memo.image, prompts, multimask, *embedding.shape[-2:])
 
-    def decode_images(
+    def predict_jointly(
         self, embeddings: Sequence[Tensor], prompts: Sequence[Prompts], multimask: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Decode prompts on several images in one batch.

@@ -39,7 +39,7 @@ def fuse_by_algorithm4(
     for index in np.flatnonzero(accepted):
         c, mask = int(regions.classes[index]), answers.low_res_logits[index]
         if windowed is None:
-            fused.add(sam.upscale(mask[None], answers.image_hw)[0], c)
+            fused.add(sam.postprocess_masks(mask[None], answers.image_hw)[0], c)
         else:
             logits, window = windowed(mask, answers.extents[index])
             if window:

@@ -88,7 +88,7 @@ class WindowedUpscale:
         """Return the rule of a model for an image size; None where it may have one of its own."""
         known = (
             isinstance(sam, SamPromptable)
-            and type(sam).upscale is SamPromptable.upscale
+            and type(sam).postprocess_masks is SamPromptable.postprocess_masks
             and getattr(type(sam.module), "postprocess_masks", None) is Sam.postprocess_masks
         )
         if not known:
