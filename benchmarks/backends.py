@@ -22,7 +22,7 @@ from lightning_samrefine import load_sam
 from lightning_samrefine.models import Promptable, Prompts
 from lightning_samrefine.models.base import accepts_masks
 from lightning_samrefine.models.hf import HfPromptable
-from lightning_samrefine.refine.refiner import _prompts_per_batch
+from lightning_samrefine.utils.memory import prompts_at_once
 from lightning_samrefine.utils.precision import PRECISIONS, autocast, autocast_dtype
 
 IMAGE_HW = (720, 960)
@@ -120,7 +120,7 @@ def prompts_for(sam: Promptable) -> Prompts:
 @torch.no_grad()
 def seconds(sam: Promptable, image: torch.Tensor, precision: str) -> tuple[float, float]:
     """Return CPU seconds to embed an image, and to decode one region."""
-    prompts, batch = prompts_for(sam), _prompts_per_batch(sam.device)
+    prompts, batch = prompts_for(sam), prompts_at_once(sam.device)
     with autocast(autocast_dtype(precision, sam.device), sam.device):
         start = time.process_time()  # not disturbed by what else runs
         (embedding,) = sam.encode_images([image])

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from benchmarks.speed_bars import bars
 from lightning_samrefine import RefineConfig, Refiner, load_sam
-from lightning_samrefine.models.base import Prompts
+from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.results import Refinement
 
 RESULTS, PAGE, NOTES = (
     Path(__file__).with_name(name) for name in ("speed.json", "SPEED.md", "speed_notes.md")
@@ -145,10 +146,9 @@ class _Recorder(Refiner):
 
     masks: list[Tensor]
 
-    def _decode(self, embeddings: list[Any], prompts: list[Prompts]) -> list[Any]:
-        decoded = super()._decode(embeddings, prompts)
-        self.masks = decoded[0].low_res_logits
-        return decoded
+    def fuse(self, predictions: MaskPredictions, config: RefineConfig | None = None) -> Refinement:
+        self.masks = list(predictions.low_res_logits)
+        return super().fuse(predictions, config)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from benchmarks.camvid.espnet import ESPNetSegmenter
 from lightning_samrefine import RefineConfig, Refiner, load_sam
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
-from lightning_samrefine.refine.refiner import MaskPredictions
+from lightning_samrefine.refine.predictions import MaskPredictions
 from lightning_samrefine.tune.counts import Scoring
 from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.sweep import Sweep
@@ -100,8 +100,8 @@ def val_samples(count: int) -> list[RefineInputs]:
 
 
 def decode(refiner: Refiner, inputs: RefineInputs) -> list[MaskPredictions]:
-    """Ask SAM about an image whose embedding is kept."""
-    return list(refiner.ask(inputs.images, inputs.probs, inputs.labels))
+    """Predict the masks of images whose embeddings are kept."""
+    return list(refiner.predict(inputs.images, inputs.probs, inputs.labels))
 
 
 def seconds(work: Callable[[], Any]) -> float:

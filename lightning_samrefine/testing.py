@@ -13,7 +13,7 @@ or one test for each of `CHECKS`::
     def test_my_model(check):
         check(MyPromptable())
 
-Nothing here needs trained weights, but a model that answers every prompt alike does not pass.
+Nothing here needs trained weights, but a model whose output ignores the prompt does not pass.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.models.base import (
+    Embedding,
     JointPromptable,
     Promptable,
     Prompts,
@@ -78,7 +79,7 @@ def check_members(sam: Promptable) -> None:
 
 
 def check_frozen(sam: Promptable) -> None:
-    """It is in eval mode and no parameter wants a gradient."""
+    """It is in eval mode and no parameter requires a gradient."""
     training = [name or "module" for name, part in sam.module.named_modules() if part.training]
     _require(not training, f"in training mode: {_few(training)}; call module.eval()")
     wanting = [name for name, value in sam.module.named_parameters() if value.requires_grad]
@@ -95,7 +96,7 @@ def check_frames(sam: Promptable) -> None:
 
 
 def check_encode_images(sam: Promptable) -> None:
-    """Images of several sizes are embedded as each would be alone, and stay as they are."""
+    """Images of several sizes are encoded as each would be alone, and stay as they are."""
     images = [_image(sam, hw) for hw in _IMAGE_SIZES]
     copies = [image.clone() for image in images]
     together = _embed(sam, images)
@@ -112,7 +113,7 @@ def check_encode_images(sam: Promptable) -> None:
 
 
 def check_predict_masks(sam: Promptable) -> None:
-    """MaskPredictions have the right shape and type, are finite, and do not depend on the batch."""
+    """Masks have the right shape and type, are finite, and do not depend on the batch."""
     image_hw = _IMAGE_SIZES[1]
     (embedding,) = _embed(sam, [_image(sam, image_hw)])
     prompts = _prompts(sam, image_hw)
@@ -121,7 +122,7 @@ def check_predict_masks(sam: Promptable) -> None:
         _shaped(logits, (len(given), sam.mask_size, sam.mask_size), f"logits of {what}")
         _shaped(pred_iou, (len(given),), f"predicted IoU of {what}")
         again, _ = _decode(sam, embedding, given)
-        _close(again, logits, f"logits of {what} when asked again")
+        _close(again, logits, f"logits of {what} in a second call")
         for index in range(len(given)):
             alone, iou_alone = _decode(sam, embedding, given.chunk(index, index + 1))
             _close(alone[0], logits[index], f"logits of prompt {index} of {what} alone")
@@ -129,14 +130,14 @@ def check_predict_masks(sam: Promptable) -> None:
 
 
 def check_prompts_matter(sam: Promptable) -> None:
-    """Another box, another point, and (where they are accepted) another mask change the answer."""
+    """Another box, another point, and (where they are accepted) another mask change the output."""
     image_hw = _IMAGE_SIZES[0]
     (embedding,) = _embed(sam, [_image(sam, image_hw)])
     prompts = _prompts(sam, image_hw)
     for what, given in _kinds(prompts):
         logits, _ = _decode(sam, embedding, given)
-        _require(not torch.equal(logits[0], logits[1]), f"two {what} give one answer")
-    if accepts_masks(sam):
+        _require(not torch.equal(logits[0], logits[1]), f"two {what} have one output")
+    if prompts.masks is not None:
         with_masks, _ = _decode(sam, embedding, prompts)
         others = Prompts(prompts.boxes, prompts.points, prompts.masks.flip(0), prompts.mask_index)
         with_others, _ = _decode(sam, embedding, others)
@@ -179,7 +180,7 @@ def check_predict_masks_jointly(sam: Promptable) -> None:
 
 
 def check_postprocess_masks(sam: Promptable) -> None:
-    """Upscaled masks lie where `mask_hw` says, at full resolution."""
+    """Masks at full resolution lie in the part of the frame that `mask_hw` returns."""
     for image_hw in _IMAGE_SIZES[:3]:
         height, width = sam.mask_hw(image_hw)
         ramps = torch.zeros(2, sam.mask_size, sam.mask_size, device=sam.device)
@@ -198,7 +199,7 @@ def check_postprocess_masks(sam: Promptable) -> None:
 
 
 def check_autocast(sam: Promptable) -> None:
-    """Under bfloat16 autocast answers are still float32 and finite."""
+    """Under bfloat16 autocast outputs are still float32 and finite."""
     image_hw = _IMAGE_SIZES[1]
     prompts = _prompts(sam, image_hw)
     with torch.no_grad(), autocast(torch.bfloat16, sam.device):
@@ -248,7 +249,7 @@ def _prompts(sam: Promptable, image_hw: tuple[int, int]) -> Prompts:
 
 
 def _kinds(prompts: Prompts) -> Iterable[tuple[str, Prompts]]:
-    """Yield every combination of kinds that the refiner may ask for."""
+    """Yield every combination of kinds that the refiner may prompt with."""
     boxes, points, masks, index = prompts.boxes, prompts.points, prompts.masks, prompts.mask_index
     if masks is not None:
         yield "boxes, points and masks", prompts
@@ -260,7 +261,7 @@ def _kinds(prompts: Prompts) -> Iterable[tuple[str, Prompts]]:
 
 
 @torch.no_grad()
-def _embed(sam: Promptable, images: list[Tensor]) -> list:
+def _embed(sam: Promptable, images: list[Tensor]) -> list[Embedding]:
     with autocast(None, sam.device):
         return sam.encode_images(images)
 

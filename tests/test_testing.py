@@ -151,7 +151,7 @@ class WrongImage(SamPromptable):
         (Mixing, "check_encode_images", "with other images and alone"),
         (Painting, "check_encode_images", "encode_images writes into its images"),
         (NoPoints, "check_predict_masks", "'NoneType' object has no attribute 'clone'"),
-        (FirstPrompt, "check_prompts_matter", "two boxes, points and masks give one answer"),
+        (FirstPrompt, "check_prompts_matter", "two boxes, points and masks have one output"),
         (FirstPrompt, "check_predict_masks", "logits of prompt 1 of .* alone: .* apart"),
         (KeepsChannel, "check_predict_masks", r"logits of .*: got \(3, 1, 32, 32\), accepted"),
         (MaskBlind, "check_prompts_matter", "mask prompts change nothing"),

@@ -94,7 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
             embeddings = sam.encode_images([image])
             encoder_seconds = time.process_time() - begin
             # Methods are timed without the encoder.
-            cache.embed(sam, [image], dtype, lambda _, known=embeddings: known)
+            digests = cache.digests([image])
+            cache.fetch(sam, digests, dtype, lambda _, known=embeddings: known, 1)
         for key, waiting in todo.items():
             probs = inputs[key]
             if probs is None:

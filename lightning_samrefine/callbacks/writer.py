@@ -75,8 +75,8 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         class_names: C names, for their number and to compare with those of tuned thresholds.
         refine: Thresholds, as for `SAMRefineCallback`.
         precision: SAM's autocast, see `Refiner`.
-        probs: ``"uint8"`` (255 means 1) or ``"float16"`` writes the completed probabilities,
-            (C, H, W) under the name ``probs``, see `Refinement.completed_probs`. None writes none.
+        probs: ``"uint8"`` (255 means 1) or ``"float16"`` writes the refined probabilities,
+            (C, H, W) under the name ``probs``, see `Refinement.probs`. None writes none.
         overwrite: Whether results that another run left in the folder with other settings are
             removed. Results of the same settings are kept.
         queue_size: Maximum number of images waiting to be written.

@@ -18,8 +18,8 @@ from lightning_samrefine.refine.checks import first_argmax
 from lightning_samrefine.refine.class_filter import accepted_regions, restore_frozen_classes
 from lightning_samrefine.refine.fusion.color_model import color_ratios
 from lightning_samrefine.refine.fusion.mask_votes import MaskVotes
-from lightning_samrefine.refine.predictions import MaskPredictions, refinement, region_table
-from lightning_samrefine.refine.results import Refinement
+from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.results import Refinement, region_table
 from lightning_samrefine.utils.device import upload
 
 
@@ -33,8 +33,8 @@ def feature_maps(predictions: MaskPredictions, config: RefineConfig) -> FeatureM
     Returns:
         The features, region votes among them if regions were prompted.
     """
-    probs = predictions.probs
-    ratios, bins = color_ratios(probs, predictions.image, config.stride)
+    probs = predictions.raw.probs
+    ratios, bins = color_ratios(probs, predictions.raw.image, config.stride)
     if not config.prompt_regions:
         return FeatureMaps(probs, ratios, bins)
     return FeatureMaps(probs, ratios, bins, _region_votes(predictions, config))
@@ -63,18 +63,19 @@ def fuse_fitted(
     Raises:
         ValueError: Weights of other classes, or of features that the image lacks.
     """
-    probs, labels = predictions.probs, predictions.labels
-    accepted = accepted_regions(config, predictions.regions.classes, predictions.pred_iou)
-    table = region_table(predictions, predictions.pred_iou, accepted, config.stride)
+    raw, regions, pred_iou = predictions.raw, predictions.regions, predictions.pred_iou
+    probs, labels = raw.probs, raw.labels
+    accepted = accepted_regions(config, regions.classes, pred_iou)
+    table = region_table(regions, raw.image_hw, config.stride, pred_iou, accepted, masks=None)
     if not weights.refine and not control:
-        return refinement(table, labels, probs)
+        return Refinement.of(table, labels, probs)
     maps = maps or feature_maps(predictions, config)
     fused = maps.fuse(weights.control if control else weights.fusion)
     best = first_argmax(fused)
     # Labels that are not the probabilities' argmax stay if the fusion changes nothing.
-    raw_best = labels if predictions.labels_are_argmax else first_argmax(probs)
+    raw_best = labels if raw.labels_are_argmax else first_argmax(probs)
     unknown = (labels < 0) | (labels >= len(probs))
-    refined = refinement(
+    refined = Refinement.of(
         table,
         torch.where(unknown | (best != raw_best), best, labels),
         fused,
@@ -92,7 +93,7 @@ def _region_votes(predictions: MaskPredictions, config: RefineConfig) -> Tensor:
     Returns:
         (C, h, w) float32 in [0, 1], the largest vote of a class's masks; 0 without a mask.
     """
-    probs, found = predictions.probs, predictions.region_masks
+    probs, found = predictions.raw.probs, predictions.region_masks
     accepted = accepted_regions(config, predictions.regions.classes, predictions.pred_iou)
     if found is None or not accepted.any():
         return probs.new_zeros(len(probs), 1, 1)

@@ -39,8 +39,10 @@ class Prompts:
             raise ValueError("masks, mask_index: got one without the other, accepted is both")
 
     def __len__(self) -> int:
-        given = self.points if self.boxes is None else self.boxes
-        return given.shape[0]
+        if self.boxes is not None:
+            return self.boxes.shape[0]
+        assert self.points is not None  # by __post_init__
+        return self.points.shape[0]
 
     def chunk(self, start: int, stop: int) -> Prompts:
         """Return prompts start to stop; they keep all K masks."""
@@ -87,18 +89,27 @@ class Promptable(Protocol):
     Frames differ between models, hence `input_hw`, `mask_hw` and `postprocess_masks`; the two in
     use are in `lightning_samrefine.models.transforms`. `lightning_samrefine.testing` checks a model
     of yours.
-
-    Attributes:
-        name: Short name for logs, such as ``"vit_t"``.
-        module: The underlying torch module; the refiner never trains it.
-        image_size: Side in pixels of the model's square input.
-        mask_size: Side m of its mask prompts and low-resolution logits.
     """
 
-    name: str
-    module: nn.Module
-    image_size: int
-    mask_size: int
+    @property
+    def name(self) -> str:
+        """Short name for logs, such as ``"vit_t"``."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """The underlying torch module; the refiner never trains it."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the model's square input."""
+        ...
+
+    @property
+    def mask_size(self) -> int:
+        """Side m of its mask prompts and low-resolution logits."""
+        ...
 
     @property
     def device(self) -> torch.device:

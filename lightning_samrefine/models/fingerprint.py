@@ -1,4 +1,4 @@
-"""Telling whether tensors are still what they were, without reading them where that is enough."""
+"""Detects whether tensors have changed, if possible without reading them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,15 @@ class Identity:
         tensor = self._tensor()
         return tensor is not None and tensor is other._tensor()
 
-    __hash__ = None
-
 
 def all_weights(*modules: nn.Module) -> list[Tensor]:
     """Return all parameters and buffers, those that modules share as often as they do.
 
-    It is asked for with every image, and torch's own walk, which makes names, takes ten times as
-    long.
+    Called for every image; torch's own walk, which makes names, takes ten times as long.
     """
     found: list[Tensor | None] = []
-    waiting, seen = list(modules), set()
+    waiting: list[nn.Module | None] = list(modules)
+    seen: set[nn.Module] = set()
     while waiting:
         module = waiting.pop()
         if module is None or module in seen:
@@ -47,7 +45,7 @@ def all_weights(*modules: nn.Module) -> list[Tensor]:
 
 
 def stamp(tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], ...]:
-    """Return what changes when one of them is replaced, moved or written to.
+    """Return a value that changes when one of them is replaced, moved or written to.
 
     Torch counts what is written to a tensor, but not what is written through its ``.data``, as some
     averages of weights do: `checksums` sees that too.
@@ -56,14 +54,14 @@ def stamp(tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], ...]:
 
 
 def checksums(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Return a CRC-32 of what each tensor holds: 4 GB/s on a CPU core."""
+    """Return a CRC-32 of each tensor's content: 4 GB/s on a CPU core."""
     return tuple(zlib.crc32(raw_bytes(tensor)) for tensor in tensors)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return what a tensor on any device holds, row by row."""
+    """Return the content of a tensor on any device, row by row."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _version(tensor: Tensor) -> int:

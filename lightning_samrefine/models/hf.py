@@ -1,6 +1,6 @@
 """Promptable models of Hugging Face transformers: SAM, SAM-HQ, SAM 2, EdgeTAM, SAM 3's tracker.
 
-transformers itself is imported where a model is asked for: it is the optional extra ``[hf]``.
+transformers itself is imported when a model is loaded: it is the optional extra ``[hf]``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FAMILIES = (
 
 
 class HfPromptable:
-    """A promptable model of transformers as the refiner wants it: frozen and in eval mode.
+    """A promptable model of transformers as a `Promptable`: frozen and in eval mode.
 
     transformers' own `forward` takes one mask prompt an image, so every prompt here is a batch
     item of its own with the image's embedding expanded. Points and boxes are encoded in float32
@@ -42,7 +42,7 @@ class HfPromptable:
         module: A ``SamModel``, ``SamHQModel``, ``Sam2Model``, ``EdgeTamModel`` or
             ``Sam3TrackerModel``. It gets the buffers ``pixel_mean`` and ``pixel_std``.
         name: Short name for logs.
-        pixel_mean: Mean of the pixel values in [0, 255] by channel; the family's own where None.
+        pixel_mean: Mean of the pixel values in [0, 255] by channel; the family's own if None.
         pixel_std: Their deviation.
 
     Attributes:
@@ -94,8 +94,8 @@ class HfPromptable:
         """Encode images, each uint8 (3, H, W) RGB of its own size (step 0).
 
         Returns:
-            A tuple of float32 tensors an image: its (1, D, h_e, w_e) embedding, then what the
-            family's decoder wants besides, early features of SAM-HQ and finer ones of SAM 2.
+            A tuple of float32 tensors an image: its (1, D, h_e, w_e) embedding, then further
+            inputs of the family's decoder: early features of SAM-HQ, finer ones of SAM 2.
         """
         mean, std = self.module.pixel_mean, self.module.pixel_std
         return [
@@ -119,7 +119,7 @@ class HfPromptable:
         """Predict the masks of N ≥ 1 prompts on one image (step 7).
 
         With one mask a prompt, SAM 2 and its kin return the best of their three masks if the single
-        one is unstable, as their configuration says.
+        one is unstable, by their configuration.
 
         Returns:
             Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32; with
@@ -161,7 +161,7 @@ class HfPromptable:
 def load_hf(model: str | Path, device: str | torch.device = "cpu") -> HfPromptable:
     """Load a promptable model of transformers, from the hub or a local folder.
 
-    Files of the hub go where ``HF_HOME`` says; ``HF_HUB_OFFLINE=1`` takes only what is there.
+    Files of the hub are kept in ``HF_HOME``; with ``HF_HUB_OFFLINE=1`` none are fetched.
     Code in a repository and pickled code in a weights file are never executed.
 
     Args:
@@ -257,7 +257,7 @@ def _check_complete(report: dict[str, Any], model: str | Path) -> None:
 
 
 def _normalization(source: str) -> tuple[list[float] | None, list[float] | None]:
-    """Return mean and deviation of pixel values in [0, 255], None where no file says."""
+    """Return mean and deviation of pixel values in [0, 255], None without such a file."""
     from transformers import AutoImageProcessor
 
     try:

@@ -1,4 +1,4 @@
-"""`load_sam`: a named model with its weights, or an error that says what is wrong with them."""
+"""`load_sam`: a named model with its weights, checked before they are loaded."""
 
 from __future__ import annotations
 
@@ -160,6 +160,7 @@ def _path(name: str, architecture: _Architecture, checkpoint: str | Path | None)
     if checkpoint is None and architecture.shipped is not None:
         return Path(str(resources.files("lightning_samrefine.models") / architecture.shipped))
     if checkpoint is None:
+        assert architecture.published is not None  # what is not shipped is published
         return fetch(architecture.published)
     path = Path(checkpoint).expanduser()
     if not path.is_file():
@@ -225,7 +226,7 @@ _VIT_WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
 
 
 def _guess(state_dict: StateDict) -> str:
-    """Return ", but looks like SAM …" where the keys tell."""
+    """Return ", but looks like SAM …" if the keys fit another model."""
     embedding = state_dict.get("image_encoder.pos_embed")
     if embedding is not None and embedding.shape[-1] in _VIT_WIDTHS:
         return f", but looks like SAM {_VIT_WIDTHS[embedding.shape[-1]]}"

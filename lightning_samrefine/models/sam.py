@@ -13,15 +13,14 @@ from lightning_samrefine.models.fast.decoder import FastMaskDecoder, supports
 from lightning_samrefine.models.fast.encoder import FastImageEncoder
 from lightning_samrefine.models.fast.multimask_decoder import FastMultimaskDecoder
 from lightning_samrefine.models.fast.point_encoding import exact_coordinates
-from lightning_samrefine.models.transforms import resize
-from lightning_samrefine.utils.geometry import get_preprocess_shape
+from lightning_samrefine.models.transforms import get_preprocess_shape, resize
 
 # One image at a time keeps ViT's attention matrices from piling up; a GPU is busy with one.
 _IMAGES_PER_BATCH = 1
 
 
 class SamPromptable:
-    """A `Sam` module as the refiner wants it: frozen, in eval mode, fed tensors only.
+    """A `Sam` module as a `Promptable`: frozen, in eval mode, with tensors for inputs.
 
     Args:
         module: The model; its image encoder has ``img_size``, as all of this family do.
@@ -78,7 +77,7 @@ class SamPromptable:
         """Predict the masks of N ≥ 1 prompts on one image (step 7).
 
         Segment-anything's own parts are computed by `FastMaskDecoder` and `FastMultimaskDecoder`;
-        other parts, parts with hooks and an embedding that wants a gradient by the module's
+        other parts, parts with hooks and an embedding that requires a gradient by the module's
         forward pass.
 
         Returns:
@@ -117,8 +116,8 @@ class SamPromptable:
         return torch.cat(logits_of_images), torch.cat(ious_of_images)
 
     def _can_be_fast(self, embedding: Tensor) -> bool:
-        wants_gradient = torch.is_grad_enabled() and embedding.requires_grad
-        return supports(self.module) and not wants_gradient
+        needs_gradient = torch.is_grad_enabled() and embedding.requires_grad
+        return supports(self.module) and not needs_gradient
 
     def _predict_by_module(
         self, embedding: Tensor, prompts: Prompts, multimask: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
@@ -27,7 +28,7 @@ class TinyVitEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.img_size = _IMAGE_SIZE
-        self.backbone = TinyVit(
+        backbone: Any = TinyVit(
             num_classes=0,
             embed_dims=_WIDTHS,
             depths=(2, 2, 6, 2),
@@ -35,8 +36,9 @@ class TinyVitEncoder(nn.Module):
             window_sizes=(7, 7, 14, 7),
             drop_path_rate=0.0,
         )
-        self.backbone.head = nn.Identity()
-        self.backbone.stages[3].downsample.conv2.conv.stride = (1, 1)
+        backbone.head = nn.Identity()
+        backbone.stages[3].downsample.conv2.conv.stride = (1, 1)
+        self.backbone = backbone
         self.neck = nn.Sequential(
             nn.Conv2d(_WIDTHS[-1], _EMBED_DIM, 1, bias=False),
             LayerNorm2d(_EMBED_DIM),

@@ -10,8 +10,8 @@ differently:
 | 9: logits | m × m to S × S, padding cut off, to H × W | m × m to H × W at once |
 
 S is `image_size`: 1024, and 1008 in SAM 3. m is `mask_size`, four for each patch of the encoder:
-256, and 288 in SAM 3. The refiner asks a model for `input_hw`, `mask_hw` and `upscale` and knows of
-no other difference.
+256, and 288 in SAM 3. The refiner uses `input_hw`, `mask_hw` and `postprocess_masks` of a model and
+knows of no other difference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_samrefine.utils.geometry import get_preprocess_shape
+
+def get_preprocess_shape(height: int, width: int, long_side: int) -> tuple[int, int]:
+    """Return the size of an image whose long side was resized to ``long_side`` (steps 0, 5, 6).
+
+    The rule of segment-anything's ``ResizeLongestSide.get_preprocess_shape``, except that no
+    side falls below 1: an image of 1 × 4000 pixels still has a row.
+
+    Args:
+        height: H ≥ 1 in pixels.
+        width: W ≥ 1 in pixels.
+        long_side: Length in pixels of the long side afterwards.
+    """
+    scale = long_side * 1.0 / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,7 @@ def resize(image: Tensor, size: tuple[int, int], device: torch.device) -> Tensor
         (1, 3, h, w) float32 in [0, 255] on the model's device.
     """
     # torch has no antialiasing kernel for MPS before 2.7: the CPU resizes there.
-    missing = device.type == "mps" and torch.__version__ < (2, 7)
+    missing = device.type == "mps" and torch.__version__ < "2.7"
     resized = F.interpolate(
         image[None].to("cpu" if missing else device, torch.float32),
         size,

@@ -130,7 +130,7 @@ class PredictionRun:
         )
         probs = None
         if self._probs is not None:
-            full = raw_probs if refinement is None else refinement.completed_probs(raw_probs)
+            full = raw_probs if refinement is None else refinement.probs
             probs = storable_probs(full, self._probs)
         row = _row(stem, found, labels.shape, refinement)
         self._counts.written += 1

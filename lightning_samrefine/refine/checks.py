@@ -1,9 +1,66 @@
-"""What a refinement is given, checked before any work is done."""
+"""The first step: an image and its raw prediction, checked before any work is done."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RawPrediction:
+    """An image and what a segmenter predicted for it.
+
+    Attributes:
+        image: (3, H, W) uint8 RGB.
+        probs: (C, H, W) float32, L; `check_range` looks at their values.
+        labels: (H, W) int64, S; values outside [0, C) are unknown.
+        labels_are_argmax: Whether the labels are known to be the argmax of the probabilities.
+    """
+
+    image: Tensor
+    probs: Tensor
+    labels: Tensor
+    labels_are_argmax: bool = False
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.labels.shape[0], self.labels.shape[1]
+
+
+def read_predictions(
+    images: Sequence[Tensor] | Tensor,
+    probs: Sequence[Tensor] | Tensor,
+    labels: Sequence[Tensor] | Tensor | None,
+    device: torch.device,
+) -> list[RawPrediction]:
+    """Check B images with their raw predictions, each of its own size.
+
+    Args:
+        images: B × (3, H, W) uint8 RGB, on any device.
+        probs: B × (C, H, W) float on ``device``.
+        labels: B × (H, W) integer; the argmax of ``probs`` if None.
+        device: SAM's.
+
+    Raises:
+        TypeError: A wrong type or dtype.
+        ValueError: A wrong count, shape or device.
+    """
+    if len(probs) != len(images) or (labels is not None and len(labels) != len(images)):
+        raise ValueError(
+            f"images, probs, labels: got {len(images)}, {len(probs)} and "
+            f"{'None' if labels is None else len(labels)} of them, accepted are equal counts"
+        )
+    read = []
+    for index in range(len(images)):
+        check_image_and_probs(images[index], probs[index], device)
+        own = probs[index].float()
+        own_labels = first_argmax(own) if labels is None else checked_labels(labels[index], own)
+        read.append(RawPrediction(images[index], own, own_labels, labels is None))
+    return read
 
 
 def check_image_and_probs(image: Tensor, probs: Tensor, device: torch.device) -> None:

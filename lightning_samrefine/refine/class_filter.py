@@ -1,7 +1,7 @@
-"""The class gate: which classes may change, and how sure SAM must be of each.
+"""Which classes are refined and which are frozen, and the acceptance threshold of each.
 
-A class that is closed keeps its raw map to the pixel, whatever the fusion: none of its regions is
-prompted, no pixel leaves it and none enters it. So its IoU is the raw one.
+A frozen class keeps its raw map to the pixel, whatever the fusion: none of its regions is prompted,
+no pixel leaves it and none enters it. So its IoU is the raw one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.refine.regions import GridRegions
+from lightning_samrefine.refine.regions import RegionSet
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.device import upload
 
@@ -22,12 +22,12 @@ from lightning_samrefine.utils.device import upload
 def check_classes(
     config: RefineConfig, num_classes: int, class_names: Sequence[str] | None = None
 ) -> None:
-    """Refuse thresholds of other classes, and a gate that names a class which does not exist.
+    """Refuse thresholds tuned for other classes, and indices of classes that do not exist.
 
     Args:
         config: Its ``class_names`` are the classes that it was tuned for.
         num_classes: C.
-        class_names: C names, None where they are unknown.
+        class_names: C names, None if they are unknown.
 
     Raises:
         ValueError: The config was tuned for another number of classes or for other names, or a
@@ -35,7 +35,7 @@ def check_classes(
     """
     tuned_for = config.class_names
     if tuned_for is not None:
-        # Classes without names are called by their indices.
+        # Classes without names go by their indices.
         indices = tuple(map(str, range(num_classes)))
         names = indices if class_names is None else tuple(class_names)
         are_other = indices not in (names, tuned_for) and names != tuned_for
@@ -54,12 +54,12 @@ def check_classes(
             )
 
 
-def regions_of_refined_classes(regions: GridRegions, classes: Sequence[int] | None) -> GridRegions:
-    """Drop the regions of closed classes before they are prompted.
+def regions_of_refined_classes(regions: RegionSet, classes: Sequence[int] | None) -> RegionSet:
+    """Drop the regions of frozen classes before they are prompted.
 
     Args:
         regions: N regions.
-        classes: The open classes; all of them where None.
+        classes: The refined classes; all of them if None.
     """
     if classes is None:
         return regions
@@ -67,7 +67,7 @@ def regions_of_refined_classes(regions: GridRegions, classes: Sequence[int] | No
 
 
 def accepted_regions(config: RefineConfig, classes: np.ndarray, pred_iou: Tensor) -> np.ndarray:
-    """Tell which regions are accepted (step 8).
+    """Return which regions are accepted (step 8).
 
     Args:
         config: Its ``class_pred_iou_thresh`` replaces ``pred_iou_thresh`` class by class.
@@ -85,30 +85,32 @@ def accepted_regions(config: RefineConfig, classes: np.ndarray, pred_iou: Tensor
 def restore_frozen_classes(
     refinement: Refinement, probs: Tensor, labels: Tensor, classes: Sequence[int] | None
 ) -> Refinement:
-    """Take back every change of a pixel from or to a closed class.
+    """Take back every change of a pixel from or to a frozen class.
 
     Such a pixel gets its raw label and its raw probabilities. A raw label outside [0, C) is no
-    class: it is never closed.
+    class and never frozen.
 
     Args:
         refinement: Of the whole image.
         probs: (C, H, W) float32, the raw L.
         labels: (H, W) int64, the raw S.
-        classes: The open classes; all of them where None.
+        classes: The refined classes; all of them if None.
     """
     if classes is None:
         return refinement
     num_classes = probs.shape[0]
-    # One more entry, for what is no class.
-    closed = torch.ones(num_classes + 1, dtype=torch.bool)
-    closed[[*classes, num_classes]] = False
-    closed = upload(closed, labels.device)
+    # One more entry, for labels that are no class.
+    frozen = torch.ones(num_classes + 1, dtype=torch.bool)
+    frozen[[*classes, num_classes]] = False
+    frozen = upload(frozen, labels.device)
     known = (labels >= 0) & (labels < num_classes)
     raw = torch.where(known, labels, num_classes)
     refined = torch.where(refinement.labels == labels, raw, refinement.labels)
-    taken_back = (refined != raw) & (closed[raw] | closed[refined])
+    taken_back = (refined != raw) & (frozen[raw] | frozen[refined])
+    literal = refinement.literal_probs
     return replace(
         refinement,
         labels=torch.where(taken_back, labels, refinement.labels),
         probs=torch.where(taken_back, probs, refinement.probs),
+        literal_probs=None if literal is None else torch.where(taken_back, probs, literal),
     )

@@ -1,23 +1,24 @@
-"""Masks of whatever an image shows, from a grid of points: they depend on no segmenter.
+"""Mask proposals: masks of whatever an image shows, from a grid of point prompts.
 
-The points, the thresholds and the removal of duplicates are those of SAM's automatic mask
-generation (Kirillov et al., "Segment Anything", ICCV 2023, appendix "Automatic Mask Generation
-Details"), without crops and with duplicates compared as masks instead of boxes. What is kept of an
-image is small and can be cached whole.
+They depend on no segmenter. The points, the thresholds and the removal of duplicates are those of
+SAM's automatic mask generation (Kirillov et al., "Segment Anything", ICCV 2023, appendix "Automatic
+Mask Generation Details"), without crops and with duplicates compared as masks instead of boxes. The
+masks are packed to two bits a pixel, small enough to be cached.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_samrefine.models.base import Promptable, Prompts
-from lightning_samrefine.refine.non_finite import finite_iou
+from lightning_samrefine.models.base import Embedding, Promptable, Prompts
+from lightning_samrefine.refine.predictions import finite_iou, non_finite_error
 from lightning_samrefine.utils.device import upload
 from lightning_samrefine.utils.memory import ChunkSize
 from lightning_samrefine.utils.precision import autocast
@@ -25,14 +26,14 @@ from lightning_samrefine.utils.precision import autocast
 # Raise this when the masks of an image change by more than rounding, or are kept in another way.
 MASKS_VERSION = 2
 
-# No denser than this many image pixels between points: small images hold few objects.
+# In image pixels between points: small images hold few objects.
 _MIN_SPACING = 16
 _MIN_PRED_IOU = 0.7
 _MIN_STABILITY = 0.7
 _STABILITY_OFFSET = 1.0  # in logits, as in SAM's own generator
 _DUPLICATE_IOU = 0.8
 
-# σ(logit) is kept in two bits: the border between these logits, and the mean of σ in between.
+# σ(logit) is kept in two bits: the thresholds of the logits, and the mean of σ between them.
 _LOGIT_STEPS = (-2.0, 0.0, 2.0)
 _LEVELS = (0.0, 0.27, 0.73, 1.0)
 _PER_BYTE = 4
@@ -82,55 +83,105 @@ class MaskProposals:
         return levels[:, : height * width].unflatten(1, self.mask_hw)
 
 
+@runtime_checkable
+class MaskProposer(Protocol):
+    """A model that makes the mask proposals of several images itself, from a cache for example."""
+
+    def propose_masks(
+        self,
+        embeddings: Sequence[Embedding],
+        image_hws: Sequence[tuple[int, int]],
+        points_per_side: int,
+        prompts_per_batch: int,
+        at_once: ChunkSize,
+    ) -> list[MaskProposals]:
+        """Return what `propose_masks` returns for each of B images; arguments as there."""
+        ...
+
+
+def propose_masks_of_images(
+    sam: Promptable,
+    embeddings: Sequence[Embedding],
+    image_hws: Sequence[tuple[int, int]],
+    points_per_side: int,
+    prompts_per_batch: int,
+    at_once: ChunkSize,
+) -> list[MaskProposals]:
+    """Return the mask proposals of B images, by the model itself if it is a `MaskProposer`.
+
+    Args:
+        sam: The model.
+        embeddings: B of them.
+        image_hws: B × (H, W).
+        points_per_side: See `propose_masks`.
+        prompts_per_batch: The same.
+        at_once: The same.
+    """
+    if isinstance(sam, MaskProposer):
+        return sam.propose_masks(embeddings, image_hws, points_per_side, prompts_per_batch, at_once)
+    return [
+        propose_masks(sam, embedding, image_hw, points_per_side, prompts_per_batch, at_once)
+        for embedding, image_hw in zip(embeddings, image_hws, strict=True)
+    ]
+
+
 def propose_masks(
     sam: Promptable,
-    embedding: Any,
+    embedding: Embedding,
     image_hw: tuple[int, int],
     points_per_side: int,
     prompts_per_batch: int,
     at_once: ChunkSize | None = None,
-) -> MaskProposals | None:
+) -> MaskProposals:
     """Prompt a grid of points and keep the good masks, each once.
 
     On CUDA the CPU waits twice: for the number of good masks and for their overlaps.
 
     Args:
         sam: The model; its autocast is the caller's.
-        embedding: What ``sam`` made of the image.
+        embedding: Of the image, from ``sam``.
         image_hw: (H, W) of the image.
-        points_per_side: Points along the longer side, fewer where they would come closer than 16
-            pixels; the shorter side gets them at the same spacing.
-        prompts_per_batch: How many points to decode at once.
-        at_once: Remembers how many of them memory allows.
+        points_per_side: Number of points along the longer side, fewer if they would be closer than
+            16 pixels; the shorter side has them at the same spacing.
+        prompts_per_batch: Number of points decoded at once.
+        at_once: Halves that number if memory runs out.
 
     Returns:
-        The masks, on SAM's device; None where an answer holds NaN or infinity.
+        The masks, on SAM's device.
+
+    Raises:
+        FloatingPointError: Non-finite SAM outputs.
     """
     height, width = mask_hw = sam.mask_hw(image_hw)
     points = upload(point_grid(image_hw, sam.input_hw(image_hw), points_per_side), sam.device)
     packed, pred_iou, stability = [], [], []
 
-    def ask(start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def predict(start: int, stop: int) -> tuple[Tensor, Tensor]:
         return sam.predict_masks(embedding, Prompts(None, points[start:stop]), True)
 
-    for _, _, (logits, ious) in (at_once or ChunkSize()).run(len(points), prompts_per_batch, ask):
+    for _, _, (logits, ious) in (at_once or ChunkSize()).run(
+        len(points), prompts_per_batch, predict
+    ):
         logits = logits[..., :height, :width].flatten(0, 1)
         stability.append(_stability(logits))
         packed.append(pack_masks(logits))
         pred_iou.append(finite_iou(ious.flatten().float(), logits.float()))
     masks = MaskProposals(torch.cat(packed), torch.cat(pred_iou), mask_hw)
-    return _best(masks, torch.cat(stability))
+    best = _best(masks, torch.cat(stability))
+    if best is None:
+        raise non_finite_error(sam)
+    return best
 
 
 def _best(masks: MaskProposals, stability: Tensor) -> MaskProposals | None:
-    """Keep the good masks, the best of those that nearly equal one another.
+    """Keep the good masks, and only the best of those that nearly equal one another.
 
     Returns:
-        The masks; None where a predicted IoU is NaN or infinite.
+        The masks; None if a predicted IoU is NaN or infinite.
     """
     good = (masks.pred_iou > _MIN_PRED_IOU) & (stability > _MIN_STABILITY)
     order = masks.pred_iou.masked_fill(~good, -1).argsort(descending=True, stable=True)
-    # One download: each would make the CPU wait for the GPU.
+    # In one download: each makes the CPU wait for the GPU.
     count, known = torch.stack([good.sum(), masks.pred_iou.isfinite().sum()]).tolist()
     if known < len(masks):
         return None
@@ -144,7 +195,7 @@ def _best(masks: MaskProposals, stability: Tensor) -> MaskProposals | None:
 def point_grid(
     image_hw: tuple[int, int], input_hw: tuple[int, int], points_per_side: int
 ) -> Tensor:
-    """Return (N, 2) float32 XY points in the middle of equal cells, in the model's frame."""
+    """Return (N, 2) float32 XY points at the centers of equal cells, in the model's frame."""
     longer = max(image_hw)
     along = max(1, min(points_per_side, longer // _MIN_SPACING))
     rows, columns = (max(1, round(along * side / longer)) for side in image_hw)
@@ -154,7 +205,7 @@ def point_grid(
 
 
 def _stability(logits: Tensor) -> Tensor:
-    """Return (N,): IoU of each mask cut a little above and a little below its border."""
+    """Return (N,), the IoU of each mask thresholded above 0 with itself thresholded below 0."""
     above = (logits > _STABILITY_OFFSET).sum(dim=(1, 2))
     below = (logits > -_STABILITY_OFFSET).sum(dim=(1, 2))
     return above / below.clamp(min=1)
@@ -162,16 +213,19 @@ def _stability(logits: Tensor) -> Tensor:
 
 def pack_masks(logits: Tensor) -> Tensor:
     """Pack (N, h, w) logits to (N, B) uint8 as in `MaskProposals`, NaN counting as outside."""
-    codes = sum((logits > step).to(torch.uint8) for step in _LOGIT_STEPS).flatten(1)
+    low, middle, high = ((logits > step).to(torch.uint8) for step in _LOGIT_STEPS)
+    codes = (low + middle + high).flatten(1)
     codes = F.pad(codes, (0, -codes.shape[1] % _PER_BYTE)).unflatten(1, (-1, _PER_BYTE))
-    return sum(codes[..., i] << 2 * i for i in range(_PER_BYTE))
+    first, second, third, fourth = codes.unbind(dim=-1)
+    return first | second << 2 | third << 4 | fourth << 6
 
 
 def _byte_levels(device: torch.device) -> Tensor:
     """Return (256, 4) float32, the levels of the four pixels in a byte."""
-    # Made on the device: an upload would make the CPU wait.
+    # Computed on the device: an upload would make the CPU wait.
     codes = (torch.arange(256, device=device)[:, None] >> 2 * torch.arange(4, device=device)) & 3
-    return sum(level * (codes == code) for code, level in enumerate(_LEVELS))
+    levels = torch.zeros(codes.shape, device=device)
+    return sum((level * (codes == code) for code, level in enumerate(_LEVELS)), levels)
 
 
 def _first_of_duplicates(masks: MaskProposals) -> Tensor:
@@ -179,7 +233,7 @@ def _first_of_duplicates(masks: MaskProposals) -> Tensor:
     inside = (masks.probs() > 0.5).float()
     small = (F.avg_pool2d(inside, 2, ceil_mode=True) > 0.5).float().flatten(1)
     area = small.sum(dim=1)
-    # A caller's autocast would count the pixels of an overlap in 8 or 11 bits.
+    # Under an autocast the pixels of an overlap would be counted in 8 or 11 bits.
     with autocast(None, small.device):
         overlap = small @ small.T
     iou = overlap / (area[:, None] + area - overlap).clamp(min=1)

@@ -6,35 +6,32 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models.base import Promptable, Prompts, accepts_masks
-from lightning_samrefine.refine.regions import GridRegions
+from lightning_samrefine.models.transforms import get_preprocess_shape
+from lightning_samrefine.refine.regions import RegionSet
 from lightning_samrefine.utils.device import upload
-from lightning_samrefine.utils.geometry import get_preprocess_shape
 
 
 def build_prompts(
-    regions: GridRegions,
+    regions: RegionSet,
     sam: Promptable,
     image_hw: tuple[int, int],
-    score_thresh: float,
-    mask_prompt_scale: float,
-    with_masks: bool = True,
+    config: RefineConfig,
 ) -> Prompts:
-    """Build box, point and (where the model takes them) mask prompts for one image's regions.
+    """Build box, point and (if configured and the model takes them) mask prompts of one image.
 
     Args:
         regions: N ≥ 1 regions on the working grid.
         sam: The model, for its frames.
         image_hw: (H, W) of the image.
-        score_thresh: τ_c. Probabilities not above it are 0 in the mask prompt.
-        mask_prompt_scale: τ_m.
-        with_masks: Whether to prompt masks at all.
+        config: Its ``mask_prompts``; τ_c, probabilities not above it are 0 in the mask prompt; τ_m.
     """
     device = regions.probs.device
     scale = _scale(regions.components.shape, sam, image_hw)
     boxes = upload((regions.boxes * np.tile(scale, 2)).astype(np.float32), device)
     points = upload((regions.points * scale).astype(np.float32), device)
-    if not with_masks or not accepts_masks(sam):
+    if not config.mask_prompts or not accepts_masks(sam):
         return Prompts(boxes, points)
     used, mask_index = np.unique(regions.classes, return_inverse=True)
     return Prompts(
@@ -44,8 +41,8 @@ def build_prompts(
             regions.probs[upload(used, device)],
             sam.mask_hw(image_hw),
             sam.mask_size,
-            score_thresh,
-            mask_prompt_scale,
+            config.score_thresh,
+            config.mask_prompt_scale,
         ),
         mask_index=upload(mask_index, device),
     )
@@ -79,7 +76,7 @@ def _scale(grid_hw: tuple[int, int], sam: Promptable, image_hw: tuple[int, int])
     """Return the XY factors from the working grid to the model's frame.
 
     For a model that resizes the longest side, as published: the grid is scaled as if it were the
-    image, which differs by less than a grid pixel where ⌊H/r⌋ cuts off a row.
+    image, which differs by less than a grid pixel if ⌊H/r⌋ cuts off a row.
     """
     in_h, in_w = sam.input_hw(image_hw)
     if (in_h, in_w) == get_preprocess_shape(*image_hw, sam.image_size):

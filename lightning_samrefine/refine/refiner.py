@@ -1,51 +1,52 @@
-"""From an image and a raw prediction to a refined one: Algorithm 4, or the softer rules after it.
+"""From an image and a raw prediction to a refined one.
 
-Algorithm 4, "Optimized SAM Refinement": regions → prompts → SAM → fusion. With an
-``unsupported_weight`` the fusion is that of `fusion.soft`, with ``points_per_side`` the masks are
-those of `mask_proposals`.
+read → split → prompt → predict → fuse, each a step with a type of its own: `RawPrediction`,
+`RegionSet`, `Prompts`, `MaskPredictions`, `Refinement`. Algorithm 4, "Optimized SAM Refinement", is
+the fusion of `fusion.algorithm4`; with an ``unsupported_weight`` that of `fusion.soft` takes its
+place, and with ``points_per_side`` the masks of `mask_proposals` take part in it.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models.base import (
+    Embedding,
     Promptable,
-    Prompts,
     accepts_points,
     check_promptable_members,
     drop_derived,
     has_multimask_output,
 )
-from lightning_samrefine.refine.cache.embedding_cache import (
-    EmbeddingCache,
-    image_digest,
-    make_cache,
-    rounded,
-)
-from lightning_samrefine.refine.checks import check_image_and_probs, checked_labels, first_argmax
+from lightning_samrefine.refine.cache.cached_sam import CachedSam
+from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, make_cache
+from lightning_samrefine.refine.checks import RawPrediction, read_predictions
 from lightning_samrefine.refine.class_filter import (
     check_classes,
     regions_of_refined_classes,
     restore_frozen_classes,
 )
-from lightning_samrefine.refine.decode import Decoded, decode_prompts, decodes_jointly
+from lightning_samrefine.refine.decode import (
+    Decoded,
+    decode_prompts,
+    decodes_jointly,
+    encode_images,
+)
 from lightning_samrefine.refine.fusion.algorithm4 import fuse_by_algorithm4
 from lightning_samrefine.refine.fusion.soft import fuse_soft
-from lightning_samrefine.refine.mask_proposals import MASKS_VERSION, MaskProposals, propose_masks
-from lightning_samrefine.refine.non_finite import non_finite_error
+from lightning_samrefine.refine.mask_proposals import MaskProposals, propose_masks_of_images
 from lightning_samrefine.refine.predictions import MaskPredictions
-from lightning_samrefine.refine.region_prompts import prompts_of, with_masks
-from lightning_samrefine.refine.regions import GridRegions, PendingSplit, begin_split
+from lightning_samrefine.refine.prompts import build_prompts
+from lightning_samrefine.refine.regions import PendingSplit, RegionSet, begin_split
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.memory import ChunkSize, images_at_once, prompts_at_once
 from lightning_samrefine.utils.precision import autocast, autocast_dtype
@@ -58,30 +59,31 @@ class Refiner:
 
     SAM runs without gradients under an autocast of its own; thresholds and fusion are float32.
     On CUDA the CPU waits for an image twice, however many regions it has: for its label map on the
-    working grid, which it splits while the GPU encodes the image before it in the batch, and for
-    SAM's predicted IoUs; for these once a batch where the model decodes prompts of several images
-    together. Masks of the point grid add two waits where they are made, and what a cache keeps one.
-    (tests/devices/test_waits.py counts them.)
-    Where memory runs out, the model is asked for half as many prompts or images at once, from then
-    on; only one prompt or image that does not fit raises.
+    working grid, which it splits (without a cache while the GPU encodes the image before it in the
+    batch), and for SAM's predicted IoUs, once a batch if the model decodes prompts of several
+    images together. New mask proposals add two waits, and a cache one for the image and one to
+    store (tests/devices/test_waits.py counts them).
+    If memory runs out, half as many prompts or images are processed at once from then on; only one
+    prompt or image that does not fit raises.
 
     Args:
         sam: The model, as `load_sam` returns it. It decides the device.
-        config: Thresholds; the preset ``"default"`` where None.
-        precision: ``"auto"`` (bf16 where the hardware has it), ``"32"``, ``"bf16-mixed"`` or
+        config: Thresholds; the preset ``"default"`` if None.
+        precision: ``"auto"`` (bf16 if the hardware has it), ``"32"``, ``"bf16-mixed"`` or
             ``"16-mixed"``.
         cache: Keeps image embeddings, so that an image that comes again is not encoded again:
             ``"memory"`` in this process, ``"disk"`` in a folder that runs share, or an
-            `EmbeddingCache` of yours. Image-driven masks are kept as well, and not decoded again
-            either. None keeps nothing.
+            `EmbeddingCache` of yours. Mask proposals are kept as well and not decoded again. None
+            keeps nothing.
         cache_gb: Limit in 10⁹ bytes of a cache that is made here, see `EmbeddingCache`.
 
     Attributes:
-        cache: The `EmbeddingCache`, None where nothing is kept.
-        config: As given, but regions are prompted instead of points where the model cannot
-            answer points: ``"default"`` turns into ``"fast"`` for a model without
-            multimask output, with a warning, and into ``"fast"`` with mask prompts for one
-            whose ``accepts_points`` is False, such as the tiny SAM of the demo.
+        sam: As given.
+        cache: The `EmbeddingCache`, or None.
+        config: As given, but regions are prompted instead of points if the model has no useful
+            masks for points: ``"default"`` turns into ``"fast"`` for a model without multimask
+            output, with a warning, and into ``"fast"`` with mask prompts for one whose
+            ``accepts_points`` is False, such as the tiny SAM of the demo.
 
     Raises:
         TypeError: ``sam`` is no `Promptable`, ``config`` no `RefineConfig`, ``cache`` no cache.
@@ -104,34 +106,23 @@ class Refiner:
         check_promptable_members(sam)
         if config is not None and not isinstance(config, RefineConfig):
             raise TypeError(f"config: got {type(config).__name__}, accepted is a RefineConfig")
-        autocast_dtype(precision, sam.device)  # refuses an unknown precision
+        autocast_dtype(precision, sam.device)  # raises for an unknown precision
         self.sam = sam
         self.config = _possible(config or RefineConfig.preset("default"), sam)
         self.precision = precision
         self.cache = make_cache(cache, cache_gb)
+        self._model = sam if self.cache is None else CachedSam(sam, self.cache)
         self._prompts_at_once, self._images_at_once = ChunkSize(), ChunkSize()
-        self._told: set[str] = set()
+        self._warned_of_left_out = False
         self.recheck_weights()
 
-    def with_config(self, config: RefineConfig) -> Refiner:
-        """Return a refiner with other thresholds that shares everything else with this one.
-
-        That is the model, the cache, and how many prompts and images memory was found to allow.
-
-        Args:
-            config: Adapted to the model as in the constructor.
-        """
-        other = copy.copy(self)
-        other.config = _possible(config, self.sam)
-        return other
-
     def recheck_weights(self) -> None:
-        """Find out whether the model's weights are still what they were.
+        """Recompute what was derived from the model's weights, in case they have changed.
 
-        Whatever was derived from them is made anew, and a cache compares them by what they hold.
-        Changes that torch counts (loading, moving, an optimizer's step) are noticed without this,
-        changes through ``.data`` are not. A new refiner rechecks, and so does every evaluation of
-        the callbacks; after such a change in between call this yourself.
+        A cache compares them by their contents. Changes that torch counts (loading, moving, an
+        optimizer's step) are noticed without this, changes through ``.data`` are not. A new refiner
+        rechecks, and so does every evaluation of the callbacks; after such a change in between call
+        this yourself.
         """
         drop_derived(self.sam)
         if self.cache is not None:
@@ -143,9 +134,8 @@ class Refiner:
         Args:
             image: (3, H, W) uint8 RGB, on any device.
             probs: (C, H, W) float in [0, 1] on SAM's device, the raw per-class probabilities L.
-            labels: (H, W) integer, the raw label map S; the argmax of ``probs`` where None.
-                Values outside [0, C) are unknown: never refined themselves, yet an accepted mask
-                may cover them.
+            labels: (H, W) integer, the raw label map S; the argmax of ``probs`` if None. Values
+                outside [0, C) are unknown: no regions of their own, yet a mask may cover them.
 
         Raises:
             TypeError: A wrong type or dtype.
@@ -174,125 +164,109 @@ class Refiner:
             TypeError: A wrong type or dtype.
             ValueError: A wrong count, shape, device or range.
         """
-        return [self.fuse(answers) for answers in self.ask(images, probs, labels)]
+        return [self.fuse(predictions) for predictions in self.predict(images, probs, labels)]
 
     @torch.no_grad()
-    def ask(
+    def predict(
         self,
         images: Sequence[Tensor] | Tensor,
         probs: Sequence[Tensor] | Tensor,
         labels: Sequence[Tensor] | Tensor | None = None,
+        config: RefineConfig | None = None,
     ) -> Iterator[MaskPredictions]:
-        """Ask SAM about every region of several images (steps 0 to 7).
+        """Predict the masks of every region and of the point grid on several images (steps 0 to 7).
 
         Args:
             images: As for `refine_batch`.
             probs: As for `refine_batch`.
             labels: As for `refine_batch`.
+            config: In place of the refiner's own.
 
         Returns:
-            B answers in order; an image is decoded when its turn comes. A GPU decodes all of them
-            together where the model can (`JointPromptable`) and ``max_prompts_per_batch`` is None.
+            B predictions in order; an image is decoded when its turn comes. A GPU decodes all of
+            them together if the model can (`JointPromptable`) and ``max_prompts_per_batch`` is
+            None.
 
         Raises:
             TypeError: A wrong type or dtype.
             ValueError: A wrong count, shape, device or range.
         """
-        if len(probs) != len(images) or (labels is not None and len(labels) != len(images)):
-            raise ValueError(
-                f"images, probs, labels: got {len(images)}, {len(probs)} and "
-                f"{'None' if labels is None else len(labels)} of them, accepted are equal counts"
-            )
-        raw = []
-        for index in range(len(images)):
-            check_image_and_probs(images[index], probs[index], self.sam.device)
-            check_classes(self.config, len(probs[index]))
-            image_probs = probs[index].float()
-            image_labels = (
-                first_argmax(image_probs)
-                if labels is None
-                else checked_labels(labels[index], image_probs)
-            )
-            raw.append((image_probs, image_labels))
-
-        config = self.config
-        # All set out for the CPU before the first is waited for.
+        config = self._acting(config)
+        read = read_predictions(images, probs, labels, self.sam.device)
+        for raw in read:
+            check_classes(config, len(raw.probs))
+        # All begin before the first is waited for.
         splits = [
             begin_split(
-                image_labels,
-                image_probs,
+                raw.labels,
+                raw.probs,
                 config.score_thresh,
                 config.stride,
                 config.min_region_area,
                 config.max_regions,
-                None if self.cache is None else image,
             )
-            for image, (image_probs, image_labels) in zip(images, raw, strict=True)
+            for raw in read
         ]
-        regions, embeddings, digests = self._split_and_embed(images, splits)
-        self._tell_of_left_out(regions)
-        masks: dict[int, MaskProposals] = {}
-        if config.points_per_side:
-            chosen = [images[index] for index in embeddings]
-            found = self._mask_proposals(chosen, list(embeddings.values()), digests)
-            masks = dict(zip(embeddings, found, strict=True))
+        with self._autocast():
+            regions, embeddings = self._split_and_encode(read, splits, config)
+            self._warn_of_left_out(regions)
+            proposals = self._propose(read, embeddings, config)
+        return self._decode(read, regions, embeddings, proposals, config)
 
-        def answered() -> Iterator[MaskPredictions]:
-            at_once = len(images) if decodes_jointly(self.sam, config) else 1
-            for start in range(0, len(images), at_once):
-                part = range(start, min(start + at_once, len(images)))
-                bare = [
-                    MaskPredictions(
-                        images[i],
-                        *raw[i],
-                        regions[i],
-                        low_res_logits=[],
-                        pred_iou=torch.zeros(len(regions[i])),
-                        mask_proposals=masks.get(i),
-                        labels_are_argmax=labels is None,
-                    )
-                    for i in part
-                ]
-                yield from self._with_region_masks(bare, [embeddings.get(i) for i in part])
+    @torch.no_grad()
+    def fuse(self, predictions: MaskPredictions, config: RefineConfig | None = None) -> Refinement:
+        """Accept or reject regions and fuse their masks into maps (steps 8 to 12).
 
-        return answered()
+        Args:
+            predictions: From `predict`; they are not changed, so they can be fused again with
+                another acceptance or fusion at the cost of the fusion.
+            config: In place of the refiner's own.
+        """
+        config, raw = self._acting(config), predictions.raw
+        fusion = fuse_soft if config.unsupported_weight else fuse_by_algorithm4
+        with autocast(None, self.sam.device):  # whatever the caller's
+            fused = fusion(predictions, config, self.sam)
+        return restore_frozen_classes(fused, raw.probs, raw.labels, config.classes)
 
-    def _split_and_embed(
-        self, images: Sequence[Tensor] | Tensor, splits: Sequence[PendingSplit]
-    ) -> tuple[list[GridRegions], dict[int, Any], list[str]]:
-        """Find every image's regions, and embed the images that have any.
+    def _acting(self, config: RefineConfig | None) -> RefineConfig:
+        return self.config if config is None else _possible(config, self.sam)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        device = self.sam.device
+        return autocast(autocast_dtype(self.precision, device), device)
+
+    def _split_and_encode(
+        self,
+        read: Sequence[RawPrediction],
+        splits: Sequence[PendingSplit],
+        config: RefineConfig,
+    ) -> tuple[list[RegionSet], dict[int, Embedding]]:
+        """Find every image's regions, and encode the images that have any.
 
         Returns:
-            B regions in order, the embedding of each image with a region by its index (None in its
-            place if no region is prompted), and these images' digests for the cache. SAM is not
-            needed for the others (step 4).
+            B sets of regions, and the embeddings by the images' indices. Without a region an image
+            is not encoded (step 4).
         """
-        regions: list[GridRegions] = []
-        embeddings: dict[int, Any] = {}
-        digests: list[str] = []
+        regions: list[RegionSet] = []
+        embeddings: dict[int, Embedding] = {}
         at_once = images_at_once(self.sam.device, len(splits))
         for start in range(0, len(splits), at_once):
             part = range(start, min(start + at_once, len(splits)))
             regions.extend(
-                regions_of_refined_classes(splits[i].finish(), self.config.classes) for i in part
+                regions_of_refined_classes(splits[i].finish(), config.classes) for i in part
             )
-            with_regions = [i for i in part if len(regions[i]) > 0]
-            own = (
-                [] if self.cache is None else [image_digest(splits[i].image) for i in with_regions]
-            )
-            digests += own
-            if self.config.prompt_regions:
-                found = self._embed([images[i] for i in with_regions], own)
-                embeddings.update(zip(with_regions, found, strict=True))
-            else:
-                embeddings.update(dict.fromkeys(with_regions))
-        return regions, embeddings, digests
+            chosen = [i for i in part if len(regions[i]) > 0]
+            if chosen:
+                images = [read[i].image for i in chosen]
+                encoded = encode_images(self._model, images, self._images_at_once)
+                embeddings.update(zip(chosen, encoded, strict=True))
+        return regions, embeddings
 
-    def _tell_of_left_out(self, regions: Sequence[GridRegions]) -> None:
+    def _warn_of_left_out(self, regions: Sequence[RegionSet]) -> None:
         worst = max(regions, key=lambda found: found.left_out, default=None)
-        if worst is None or worst.left_out == 0 or "left out" in self._told:
+        if worst is None or worst.left_out == 0 or self._warned_of_left_out:
             return
-        self._told.add("left out")
+        self._warned_of_left_out = True
         _log.warning(
             "An image has %d regions; the largest %d are prompted (max_regions), the others keep "
             "their raw prediction. Further such images are not reported.",
@@ -300,126 +274,70 @@ class Refiner:
             len(worst),
         )
 
-    def _embed(self, images: list[Tensor], digests: list[str]) -> list[Any]:
-        return self._once_an_image(images, digests, self._embed_rounded)
-
-    def _embed_rounded(self, images: list[Tensor]) -> list[Any]:
-        """Embed images as a cache would keep them, so that it makes no difference."""
-        dtype = autocast_dtype(self.precision, self.sam.device)
-        return [rounded(embedding, dtype) for embedding in self.sam.encode_images(images)]
-
-    def _mask_proposals(
-        self, images: list[Tensor], embeddings: list[Any], digests: list[str]
-    ) -> list[MaskProposals]:
-        """Return each image's masks; an embedding of None is made only where masks are."""
-        side, sam = self.config.points_per_side, self.sam
-        known = {id(image): e for image, e in zip(images, embeddings, strict=True)}
-
-        def compute(chosen: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-            unknown = [image for image in chosen if known[id(image)] is None]
-            if unknown:
-                new = zip(unknown, self._embed_rounded(unknown), strict=True)
-                known.update((id(image), embedding) for image, embedding in new)
-            found = []
-            for image in chosen:
-                size = (image.shape[1], image.shape[2])
-                masks = propose_masks(
-                    sam, known[id(image)], size, side, self._batch_size(), self._prompts_at_once
-                )
-                if masks is None:
-                    raise non_finite_error(sam.name, self.precision)
-                found.append((masks.packed, masks.pred_iou))
-            return found
-
-        kept = self._once_an_image(images, digests, compute, f"masks {MASKS_VERSION} {side}")
-        return [
-            MaskProposals(packed, pred_iou, sam.mask_hw((image.shape[1], image.shape[2])))
-            for (packed, pred_iou), image in zip(kept, images, strict=True)
-        ]
-
-    def _once_an_image(
+    def _propose(
         self,
-        images: list[Tensor],
-        digests: list[str],
-        ask: Callable[[list[Tensor]], list[Any]],
-        derived: str = "",
-    ) -> list[Any]:
-        """Ask SAM about images under its autocast, or the cache."""
-        if not images:
-            return []
-        device = self.sam.device
-        dtype = autocast_dtype(self.precision, device)
-
-        def under_autocast(chosen: list[Tensor]) -> list[Any]:
-            with autocast(dtype, device):
-                return ask(chosen)
-
-        def compute(chosen: list[Tensor]) -> list[Any]:
-            chunks = self._images_at_once.run(
-                len(chosen), len(chosen), lambda start, stop: under_autocast(chosen[start:stop])
-            )
-            return [result for _, _, results in chunks for result in results]
-
-        if self.cache is None:
-            return compute(images)
-        return self.cache.embed(self.sam, images, dtype, compute, derived, digests)
-
-    @torch.no_grad()
-    def _with_region_masks(
-        self, answers: Sequence[MaskPredictions], embeddings: Sequence[Any]
-    ) -> Iterator[MaskPredictions]:
-        """Prompt with the regions of images (steps 5 to 7); without a region SAM is not needed."""
-        prompted = [i for i, embedding in enumerate(embeddings) if embedding is not None]
-        decoded = self._decode(
-            [embeddings[i] for i in prompted],
-            [prompts_of(answers[i], self.config, self.sam) for i in prompted],
-            [self.sam.mask_hw(answers[i].image_hw) for i in prompted],
+        read: Sequence[RawPrediction],
+        embeddings: Mapping[int, Embedding],
+        config: RefineConfig,
+    ) -> dict[int, MaskProposals]:
+        """Return the mask proposals of the encoded images by their indices."""
+        if not config.points_per_side or not embeddings:
+            return {}
+        proposals = propose_masks_of_images(
+            self._model,
+            list(embeddings.values()),
+            [read[i].image_hw for i in embeddings],
+            config.points_per_side,
+            self._batch_size(config),
+            self._prompts_at_once,
         )
-        found = dict(zip(prompted, decoded, strict=True))
-        for index, bare in enumerate(answers):
-            own = found.pop(index, None)
-            yield bare if own is None else with_masks(bare, own, self.config, self.sam)
+        return dict(zip(embeddings, proposals, strict=True))
 
     @torch.no_grad()
-    def fuse(self, answers: MaskPredictions) -> Refinement:
-        """Accept or reject SAM's answers and fuse them into maps (steps 8 to 12).
-
-        `ask` and this make a refinement together; answers can be fused again by a refiner of the
-        same model that differs in acceptance or fusion alone, at the cost of the fusion.
-
-        Args:
-            answers: From `ask`; they are not changed.
-        """
-        config = self.config
-        with autocast(None, self.sam.device):  # whatever the caller's
-            if config.unsupported_weight and len(answers.regions) > 0:
-                fused = fuse_soft(answers, config)
-            else:
-                fused = fuse_by_algorithm4(answers, config, self.sam)
-        return restore_frozen_classes(fused, answers.probs, answers.labels, config.classes)
-
-    def _batch_size(self) -> int:
-        return self.config.max_prompts_per_batch or prompts_at_once(self.sam.device)
-
     def _decode(
         self,
-        embeddings: Sequence[Any],
-        prompts: Sequence[Prompts],
-        mask_hws: Sequence[tuple[int, int]],
-    ) -> list[Decoded]:
-        return decode_prompts(
-            self.sam,
-            embeddings,
-            prompts,
-            self.precision,
-            self._batch_size(),
-            self._prompts_at_once,
-            mask_hws if self.config.unsupported_weight else None,
-        )
+        read: Sequence[RawPrediction],
+        regions: Sequence[RegionSet],
+        embeddings: Mapping[int, Embedding],
+        proposals: Mapping[int, MaskProposals],
+        config: RefineConfig,
+    ) -> Iterator[MaskPredictions]:
+        """Prompt with the images' regions (steps 5 to 7); without a region SAM is not used."""
+        at_once = len(read) if decodes_jointly(self.sam, config) else 1
+        for start in range(0, len(read), at_once):
+            part = range(start, min(start + at_once, len(read)))
+            prompted = [i for i in part if config.prompt_regions and i in embeddings]
+            prompts = [
+                build_prompts(regions[i], self.sam, read[i].image_hw, config) for i in prompted
+            ]
+            mask_hws = [self.sam.mask_hw(read[i].image_hw) for i in prompted]
+            with self._autocast():
+                outputs = decode_prompts(
+                    self._model,
+                    [embeddings[i] for i in prompted],
+                    prompts,
+                    self._batch_size(config),
+                    self._prompts_at_once,
+                    mask_hws if config.unsupported_weight else None,
+                )
+            decoded = dict(zip(prompted, outputs, strict=True))
+            for i in part:
+                own = decoded.pop(i, None) or Decoded(torch.zeros(len(regions[i])))
+                yield MaskPredictions(
+                    raw=read[i],
+                    regions=regions[i],
+                    pred_iou=own.pred_iou,
+                    low_res_logits=own.low_res_logits,
+                    region_masks=own.packed,
+                    mask_proposals=proposals.get(i),
+                )
+
+    def _batch_size(self, config: RefineConfig) -> int:
+        return config.max_prompts_per_batch or prompts_at_once(self.sam.device)
 
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
-    """Return the thresholds, with region prompts instead of points where a model needs it."""
+    """Return the configuration, with region prompts instead of points if the model needs it."""
     if not config.points_per_side or (has_multimask_output(sam) and accepts_points(sam)):
         return config
     if has_multimask_output(sam):

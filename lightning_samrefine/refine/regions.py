@@ -1,4 +1,4 @@
-"""SplitRegions: from a label map to regions, their boxes, points and scores (steps 1 to 3)."""
+"""From a label map to regions with boxes, points and scores (docs/algorithm4.md, steps 1 to 3)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.utils.device import Download, upload
-from lightning_samrefine.utils.geometry import grid_shape
 from lightning_samrefine.utils.validation import check_range
 
 
 @dataclass(frozen=True)
-class GridRegions:
+class RegionSet:
     """N regions on the (h_d, w_d) working grid, by class, then by first pixel in row-major order.
 
     Attributes:
@@ -29,7 +28,7 @@ class GridRegions:
         component_ids: (N,) int64, the id of each region in ``components``. Components that were
             dropped have ids of their own and no region.
         probs: (C, h_d, w_d) float32, L_d, on the device of the prediction.
-        left_out: How many regions ``max_regions`` left out.
+        left_out: Number of regions that ``max_regions`` left out.
     """
 
     classes: np.ndarray
@@ -44,7 +43,7 @@ class GridRegions:
     def __len__(self) -> int:
         return len(self.classes)
 
-    def select(self, selected: np.ndarray) -> GridRegions:
+    def select(self, selected: np.ndarray) -> RegionSet:
         """Keep the selected regions in their order.
 
         Args:
@@ -72,18 +71,6 @@ class GridRegions:
         return torch.from_numpy((self.points + 0.5) / [width, height]).float()
 
 
-def split_regions(
-    labels: Tensor,
-    probs: Tensor,
-    score_thresh: float,
-    stride: int,
-    min_region_area: int,
-    max_regions: int | None = None,
-) -> GridRegions:
-    """Find the regions of a raw prediction: `begin_split` and `PendingSplit.finish` in one."""
-    return begin_split(labels, probs, score_thresh, stride, min_region_area, max_regions).finish()
-
-
 def begin_split(
     labels: Tensor,
     probs: Tensor,
@@ -91,12 +78,11 @@ def begin_split(
     stride: int,
     min_region_area: int,
     max_regions: int | None = None,
-    image: Tensor | None = None,
 ) -> PendingSplit:
     """Begin to find the regions of a raw prediction (docs/algorithm4.md, steps 1 to 3).
 
-    Of CUDA tensors the grid's labels and their probabilities set out for the CPU, and nothing is
-    waited for: splits of several images can be begun before the first is finished.
+    From CUDA the grid's labels and their probabilities begin to travel to the CPU without a wait:
+    splits of several images can be begun before the first is finished.
 
     Args:
         labels: (H, W) int64, S. Values outside [0, C) are unknown.
@@ -104,14 +90,14 @@ def begin_split(
         score_thresh: τ_c in [0, 1).
         stride: r ≥ 1.
         min_region_area: Smallest area in grid pixels that is kept.
-        max_regions: So many regions are kept at most, those of the largest area; of equal ones
-            those whose first pixel comes first in row-major order. None keeps all.
-        image: Comes to the CPU along with the grid, if given.
+        max_regions: Maximum number of regions (largest first; of equal ones the one whose first
+            pixel comes first in row-major order). None keeps all.
     """
     num_classes = probs.shape[0]
     labels_d, probs_d = _downsample(labels, probs, stride)
     if score_thresh > 0:
-        # A class that is nowhere sure enough is skipped whole, even where another is.
+        # A class whose probability is below the threshold everywhere has no region, even at pixels
+        # that another class keeps above it.
         skipped = F.pad(probs_d.amax(dim=(1, 2)) < score_thresh, (0, 1))
         unsure = (probs_d.amax(dim=0) < score_thresh) | skipped[labels_d]
         labels_d = labels_d.masked_fill(unsure, num_classes)
@@ -119,22 +105,19 @@ def begin_split(
     # Background is 0 for cc3d, hence the unknown class moves there and the others up.
     shifted = ((labels_d + 1) % (num_classes + 1)).to(torch.int32)
     extremes = torch.stack(torch.aminmax(probs))
-    with_image = () if image is None else (image,)
-    return PendingSplit(
-        Download(shifted, own, extremes, *with_image), probs_d, min_region_area, max_regions
-    )
+    return PendingSplit(Download(shifted, own, extremes), probs_d, min_region_area, max_regions)
 
 
 @dataclass(frozen=True)
 class PendingSplit:
-    """A split that the working grid has still to reach the CPU for; made by `begin_split`.
+    """A split whose working grid is on its way to the CPU; made by `begin_split`.
 
     Attributes:
         arrays: (h_d, w_d) int32 classes + 1, 0 for unknown; the class's probability, float32; (2,)
-            the smallest and the largest probability of the whole image; the image, if given.
+            the smallest and the largest probability of the whole image.
         probs: (C, h_d, w_d) float32, L_d.
         min_region_area: As in `begin_split`.
-        max_regions: The same.
+        max_regions: As in `begin_split`.
     """
 
     arrays: Download
@@ -142,21 +125,16 @@ class PendingSplit:
     min_region_area: int
     max_regions: int | None
 
-    @property
-    def image(self) -> np.ndarray:
-        """The image on the CPU, if `begin_split` was given it."""
-        return self.arrays.wait()[3]
+    def finish(self) -> RegionSet:
+        """Wait for this image's grid alone and split it on the CPU.
 
-    def finish(self) -> GridRegions:
-        """Wait for this image's grid, and for nothing after it, and split it on the CPU.
-
-        All classes' components are found in one pass over the grid; the rest works on the runs of
-        equal component along the rows.
+        The components of all classes are found in one pass over the grid; the rest works on the
+        runs of equal component along the rows.
 
         Raises:
             ValueError: Probabilities outside [0, 1], NaN included.
         """
-        grid, own_probs, extremes = self.arrays.wait()[:3]
+        grid, own_probs, extremes = self.arrays.wait()
         check_range(*extremes.tolist())
         components, count = cc3d.connected_components(
             grid.view(np.uint32), connectivity=8, return_N=True, out_dtype=np.uint32
@@ -171,7 +149,7 @@ class PendingSplit:
         ids = ids[np.lexsort((first[ids], grid.ravel()[first[ids]]))]
         positions = _first_largest(np.ascontiguousarray(own_probs).ravel(), runs, count, ids)
         y, x = np.divmod(positions, runs.width)
-        return GridRegions(
+        return RegionSet(
             classes=grid.ravel()[first[ids]].astype(np.int64) - 1,
             boxes=runs.boxes(count)[ids],
             points=np.stack([x, y], axis=1).astype(np.float64),
@@ -183,10 +161,15 @@ class PendingSplit:
         )
 
 
+def grid_shape(height: int, width: int, stride: int) -> tuple[int, int]:
+    """Return (h_d, w_d) = (⌊H/r⌋, ⌊W/r⌋), at least 1 each (step 1)."""
+    return max(1, height // stride), max(1, width // stride)
+
+
 def _downsample(labels: Tensor, probs: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Return S_d (int64, unknown = C) and L_d (float32) on the grid (steps 1 and 2)."""
     num_classes = probs.shape[0]
-    size = grid_shape(*labels.shape, stride)
+    size = grid_shape(labels.shape[0], labels.shape[1], stride)
     rows, columns = (
         _nearest(source, target, labels.device)
         for source, target in zip(labels.shape, size, strict=True)

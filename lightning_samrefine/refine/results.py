@@ -1,12 +1,16 @@
-"""What a refinement returns: the new labels, and every region with the reason for its fate."""
+"""The result of a refinement: new labels and probabilities, and every region with its outcome."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_samrefine.refine.regions import RegionSet
+from lightning_samrefine.utils.device import upload
 
 
 @dataclass(frozen=True)
@@ -15,13 +19,12 @@ class Region:
 
     Attributes:
         class_index: Class in [0, C).
-        box: (x_min, y_min, x_max, y_max) in image pixels, that of the first and last row and column
-            of the working grid that the region touches, times the stride.
+        box: (x_min, y_min, x_max, y_max) in image pixels: the first and last row and column of the
+            working grid that the region touches, times the stride.
         point: The positive click, (x, y) in image pixels.
         score: Mean raw probability of the class over the region, in [0, 1].
-        pred_iou: SAM's predicted IoU. Where regions are not prompted, that of the best
-            image-driven mask which lies on the point and supports the region's class; 0 without
-            one.
+        pred_iou: SAM's predicted IoU. If regions are not prompted, that of the best mask proposal
+            which lies on the point and stands for the region's class; 0 without one.
         accepted: Whether ``pred_iou`` passed the threshold.
     """
 
@@ -48,10 +51,9 @@ class Regions:
         scores: (N,) float32 in [0, 1], mean raw probability over the region.
         pred_iou: (N,) float32, SAM's predicted IoU, see `Region`.
         accepted: (N,) bool, ``pred_iou`` above the threshold.
-        masks: (N, h, w) bool on SAM's device, the mask that SAM answered with at its own low
-            resolution, cropped to the part of the frame that the image fills. None where SAM was
-            not asked, or the masks were let go.
-        left_out: How many more regions there were, which ``max_regions`` kept from being prompted.
+        masks: (N, h, w) bool on SAM's device, SAM's masks at its own low resolution, cropped to the
+            part of the frame that the image fills. None without masks.
+        left_out: Number of further regions, beyond ``max_regions``.
     """
 
     classes: Tensor
@@ -87,22 +89,22 @@ class Refinement:
 
     Tensors are on the device of the raw prediction. N counts the accepted regions.
 
-    With an ``unsupported_weight`` (presets ``default`` and ``fast``) the probabilities of every
-    pixel that a mask reaches sum to 1; all others are the raw ones.
-
     Attributes:
         labels: (H, W) int64, S'.
-        probs: (C, H, W) float32, L' to the letter: 0 for every class where a pixel is neither
-            covered nor in a rejected region. Equal to the raw probabilities if nothing was
-            accepted at all. ``labels`` need not be their argmax.
-        covered: (H, W) bool, Σ_c L'_c > 0 as step 10 leaves it: an accepted mask lies on the
-            pixel, and the raw probability of its class there is above 0.
-            With an ``unsupported_weight``: some mask, of the image or of an accepted region, lies
-            on it.
+        probs: (C, H, W) float32, the probabilities that the labels come from. At refined pixels
+            they sum to 1 and the label is their argmax; all other pixels have the raw
+            probabilities. Refined are, with an ``unsupported_weight`` (presets ``default`` and
+            ``fast``), the pixels that a mask reaches, and in Algorithm 4 the covered ones.
+        covered: (H, W) bool, in Algorithm 4 Σ_c L'_c > 0 as step 10 leaves it: an accepted mask
+            lies on the pixel, and the raw probability of its class there is above 0. With an
+            ``unsupported_weight``: a mask proposal or an accepted region's mask lies on it.
         pred_iou: (N,) float32, Q.
         boxes: (N, 4) float32 XYXY in image pixels, B'; see `Region`.
         classes: (N,) int64 in [0, C).
         regions: Every prompted region, accepted or not.
+        literal_probs: (C, H, W) float32, L' of Algorithm 4 as published: not normalized, and 0 for
+            every class at a pixel that is neither covered nor in a rejected region; the raw
+            probabilities if no region was accepted. None with an ``unsupported_weight``.
     """
 
     labels: Tensor
@@ -112,23 +114,71 @@ class Refinement:
     boxes: Tensor
     classes: Tensor
     regions: Regions
+    literal_probs: Tensor | None = None
 
-    def completed_probs(self, raw_probs: Tensor) -> Tensor:
-        """Fill the pixels that L' leaves empty with the raw probabilities.
+    @classmethod
+    def of(
+        cls,
+        regions: Regions,
+        labels: Tensor,
+        probs: Tensor,
+        covered: Tensor | None = None,
+        literal_probs: Tensor | None = None,
+    ) -> Refinement:
+        """Put a result together; the accepted regions are listed once more.
 
         Args:
-            raw_probs: (C, H, W) float in [0, 1], the L that was refined.
-
-        Returns:
-            (C, H, W) float32: L' where any class is above 0, L elsewhere. Not renormalized.
-
-        Raises:
-            ValueError: A shape other than that of `probs`.
+            regions: Every prompted region.
+            labels: As above.
+            probs: As above.
+            covered: As above; None if no pixel is.
+            literal_probs: As above.
         """
-        if raw_probs.shape != self.probs.shape:
-            raise ValueError(
-                f"raw_probs: got shape {tuple(raw_probs.shape)}, accepted is "
-                f"{tuple(self.probs.shape)}, that of the refined probabilities"
-            )
-        empty = (self.probs <= 0).all(dim=0)
-        return torch.where(empty, raw_probs.to(self.probs), self.probs)
+        if covered is None:
+            covered = torch.zeros_like(labels, dtype=torch.bool)
+        kept = regions.accepted
+        return cls(
+            labels=labels,
+            probs=probs,
+            covered=covered,
+            pred_iou=upload(regions.pred_iou[kept], probs.device),
+            boxes=upload(regions.boxes[kept], probs.device),
+            classes=upload(regions.classes[kept], probs.device),
+            regions=regions,
+            literal_probs=literal_probs,
+        )
+
+
+def region_table(
+    regions: RegionSet,
+    image_hw: tuple[int, int],
+    stride: int,
+    pred_iou: Tensor,
+    accepted: np.ndarray,
+    masks: Tensor | None,
+) -> Regions:
+    """Bring N regions from the working grid to image pixels (step 12).
+
+    Args:
+        regions: On the working grid.
+        image_hw: (H, W).
+        stride: r.
+        pred_iou: (N,) float32 on the CPU.
+        accepted: (N,) bool.
+        masks: (N, h, w) bool, or None.
+    """
+    height, width = image_hw
+    extents = (regions.boxes + np.array([0, 0, 1, 1])) * stride
+    return Regions(
+        classes=torch.from_numpy(regions.classes),
+        boxes=torch.from_numpy((regions.boxes * stride).astype(np.float32)),
+        extents=torch.from_numpy(
+            np.minimum(extents, [width, height, width, height]).astype(np.float32)
+        ),
+        points=torch.from_numpy((regions.points * stride).astype(np.float32)),
+        scores=torch.from_numpy(regions.scores),
+        pred_iou=pred_iou,
+        accepted=torch.from_numpy(accepted),
+        masks=masks,
+        left_out=regions.left_out,
+    )

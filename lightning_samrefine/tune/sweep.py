@@ -1,4 +1,4 @@
-"""Every cell of a grid on one image: SAM looks once, and answers once a pair of thresholds."""
+"""Every cell of a grid on one image: encoded once, decoded once a pair of prompt thresholds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_samrefine.tune.grid import Grid
 
 
 class Sweep:
-    """Counts what every cell of a grid does to the images that it is called with.
+    """Counts the changes that every cell of a grid makes to images.
 
     Args:
         grid: The thresholds to try.
@@ -26,23 +26,24 @@ class Sweep:
         scoring: How to score.
 
     Attributes:
-        counts: What was counted, cell by cell in the order of ``grid.cells``.
+        counts: Of the changes, cell by cell in the order of ``grid.cells``.
     """
 
     def __init__(self, grid: Grid, base: RefineConfig, scoring: Scoring) -> None:
-        self.grid, self.base, self.scoring = grid, ungated(base), scoring
+        self.grid, self.base, self.scoring = grid, with_all_classes(base), scoring
         self.counts = GridCounts(scoring, len(grid.cells))
 
     def __call__(self, refiner: Refiner, inputs: RefineInputs) -> None:
         """Sweep B samples.
 
         Args:
-            refiner: Its model, precision and cache are used. Without a cache the encoder looks at
-                an image once for each pair of the grid.
+            refiner: Its model, precision and cache are used. Without a cache an image is encoded
+                once for each pair of the grid.
             inputs: B samples with targets.
         """
+        targets = _targets(inputs)
         for index in range(len(inputs)):
-            truth = Truth(inputs.labels[index], inputs.targets[index], self.scoring)
+            truth = Truth(inputs.labels[index], targets[index], self.scoring)
             refined = self.labels(
                 refiner, inputs.images[index], inputs.probs[index], inputs.labels[index]
             )
@@ -55,7 +56,7 @@ class Sweep:
         Args:
             refiner: As above.
             image: (3, H, W) uint8.
-            probs: (C, H, W) float in [0, 1]; where it is not finite nothing is refined.
+            probs: (C, H, W) float in [0, 1]; if it is not finite, nothing is refined.
             raw: (H, W) int64.
         """
         if not probs.isfinite().all():
@@ -63,14 +64,16 @@ class Sweep:
         found = []
         for score_thresh, scale in self.grid.pairs:
             config = replace(self.base, score_thresh=score_thresh, mask_prompt_scale=scale)
-            (answers,) = refiner.with_config(config).ask([image], [probs], [raw])
-            # Fusing depends on the threshold by the accepted regions alone, often the same ones.
+            (predictions,) = refiner.predict([image], [probs], [raw], config)
+            # The threshold changes the fusion through the accepted regions alone.
             fused: dict[bytes, Tensor] = {}
             for iou in self.grid.pred_iou_thresh:
                 fusing = replace(config, pred_iou_thresh=iou)
-                accepted = accepted_regions(fusing, answers.regions.classes, answers.pred_iou)
+                accepted = accepted_regions(
+                    fusing, predictions.regions.classes, predictions.pred_iou
+                )
                 if (key := accepted.tobytes()) not in fused:
-                    fused[key] = refiner.with_config(fusing).fuse(answers).labels
+                    fused[key] = refiner.fuse(predictions, fusing).labels
                 found.append(fused[key])
         return found
 
@@ -99,10 +102,11 @@ class Trial:
         Raises:
             ValueError: Other images than in the sweep, or in another order.
         """
+        targets = _targets(inputs)
         for index in range(len(inputs)):
             number = len(self.counts)
             raw = inputs.labels[index]
-            truth = Truth(raw, inputs.targets[index], self._scoring)
+            truth = Truth(raw, targets[index], self._scoring)
             if number >= len(self._raw) or not np.array_equal(truth.totals, self._raw[number]):
                 raise ValueError(
                     "task=tune: got other images on the second pass over the validation loader "
@@ -119,13 +123,20 @@ class Trial:
             self.counts.add(truth.totals, found)
 
 
-def ungated(config: RefineConfig) -> RefineConfig:
-    """Return a configuration with all classes open and one threshold for all."""
+def with_all_classes(config: RefineConfig) -> RefineConfig:
+    """Return a configuration that refines all classes, with one threshold for all."""
     return replace(config, classes=None, class_pred_iou_thresh=None)
+
+
+def _targets(inputs: RefineInputs) -> Sequence[Tensor] | Tensor:
+    if inputs.targets is None:
+        raise ValueError("targets must be given to choose thresholds by them, got None")
+    return inputs.targets
 
 
 def _refined(refiner: Refiner, config: RefineConfig, inputs: RefineInputs, index: int) -> Tensor:
     image, probs, raw = inputs.images[index], inputs.probs[index], inputs.labels[index]
     if not probs.isfinite().all():
         return raw
-    return refiner.with_config(config)(image, probs, raw).labels
+    (predictions,) = refiner.predict([image], [probs], [raw], config)
+    return refiner.fuse(predictions, config).labels

@@ -1,4 +1,4 @@
-"""How much to ask a model for at a time, and less of it where memory runs out."""
+"""How many items a model processes at once, and fewer when memory runs out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 # Plain RuntimeErrors of torch's allocators, and of CUDA's libraries without room for a handle or a
 # workspace. What has another cause raises all the same, once a single item fails.
@@ -30,31 +30,31 @@ _GPU_PROMPTS = 32
 
 
 def prompts_at_once(device: torch.device) -> int:
-    """Return how many prompts to decode at once where memory allows it (step 7).
+    """Return how many prompts to decode at once if memory allows it (step 7).
 
-    The same on every run: where memory runs out, `ChunkSize` halves it.
+    The same on every run; `ChunkSize` halves it if memory runs out.
     """
     return _GPU_PROMPTS if device.type == "cuda" else _CPU_PROMPTS
 
 
 def images_at_once(device: torch.device, count: int) -> int:
-    """Return how many of ``count`` images to split before they are embedded.
+    """Return how many of ``count`` images to split before they are encoded.
 
     One on CUDA, so that the CPU splits the next while the GPU encodes it; all of them elsewhere,
-    where nothing overlaps and a model may gain from embedding them together.
+    where nothing overlaps and a model may gain from encoding them together.
     """
     return 1 if device.type == "cuda" else max(1, count)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    """Whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _MESSAGES)
 
 
 class ChunkSize:
-    """How many items a model takes at once: halved whenever memory runs out, and never raised.
+    """The number of items that a model processes at once: halved whenever memory runs out.
 
     Attributes:
         limit: The largest size that memory allowed so far, None before it ran out.
@@ -64,32 +64,32 @@ class ChunkSize:
         self.limit: int | None = None
 
     def run(
-        self, count: int, size: int, ask: Callable[[int, int], Answer]
-    ) -> Iterator[tuple[int, int, Answer]]:
-        """Ask for items 0 to ``count`` in chunks.
+        self, count: int, size: int, process: Callable[[int, int], Result]
+    ) -> Iterator[tuple[int, int, Result]]:
+        """Process items 0 to ``count`` in chunks.
 
         Args:
-            count: How many items there are.
-            size: How many to ask for at once, where memory allows it.
-            ask: Called with the start and the end of a chunk.
+            count: Number of items.
+            size: Number of items at once, if memory allows it.
+            process: Called with the start and the end of a chunk.
 
         Yields:
-            The start and the end of a chunk, and the answer.
+            The start and the end of a chunk, and its result.
 
         Raises:
-            Exception: Whatever ``ask`` raises, running out of memory over one item included.
+            Exception: Whatever ``process`` raises, running out of memory over one item included.
         """
         start = 0
         while start < count:
             stop = min(count, start + min(size, self.limit or size))
             try:
-                answer = ask(start, stop)
+                result = process(start, stop)
             except Exception as error:
                 if stop - start == 1 or not is_out_of_memory(error):
                     raise
                 self.limit = (stop - start) // 2
             else:
-                yield start, stop, answer
+                yield start, stop, result
                 start = stop
                 continue
             # Out of the handler, so that the error's frames have released their tensors.

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
 
@@ -64,6 +65,29 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContext
     if dtype is None:
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, dtype=dtype)
+
+
+def active_autocast(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the autocast in effect on a device, None without one."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def rounded(value: Any, dtype: torch.dtype | None) -> Any:
+    """Round floats to what ``dtype`` can hold; their own dtype comes back.
+
+    Args:
+        value: A tensor or a tuple of tensors; anything else is returned as it is.
+        dtype: Of the autocast that computed it; None rounds nothing.
+    """
+    if dtype is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(dtype).to(value.dtype) if value.is_floating_point() else value
+    if type(value) is tuple and all(isinstance(part, Tensor) for part in value):
+        return tuple(rounded(part, dtype) for part in value)
+    return value
 
 
 def _cpu_has_bf16() -> bool:

@@ -175,7 +175,7 @@ def test_a_cache_of_ones_own_outlives_a_run_and_travels_empty():
         trainer = Trainer(**SILENT, callbacks=[measure])
         trainer.validate(Segmenter(), loader(4), verbose=False)
     assert sam.embedded == 4
-    assert cache.stats.hit_rate == 0.5
+    assert (cache.stats.hits, cache.stats.misses) == (4, 4)
     # As in the processes that ddp_spawn starts.
     assert copy.deepcopy(cache).stats.nbytes == 0
     assert cache.stats.nbytes > 0

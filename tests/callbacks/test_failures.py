@@ -72,7 +72,7 @@ class TestFirstBatch:
         sam = Mistyped(build_random_sam(), "mistyped")
         with pytest.raises(AttributeError, match="devise") as caught:
             validate(attach(sam), loader(4))
-        assert any(entry.name == "embed" for entry in caught.traceback)
+        assert any(entry.name == "encode_images" for entry in caught.traceback)
         if sys.version_info >= (3, 11):
             (note,) = caught.value.__notes__
             assert "all 2 images of the first batch" in note

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_samrefine import RefineConfig, Refiner, SAMRefineCallback
 from lightning_samrefine.adapters.scores import to_probs
 from lightning_samrefine.models.sam import SamPromptable
-from lightning_samrefine.refine.regions import split_regions
+from lightning_samrefine.refine.regions import begin_split
 from lightning_samrefine.utils.memory import ChunkSize, is_out_of_memory
 
 OUT_OF_MEMORY = [
@@ -242,7 +242,7 @@ class TestSizes:
         assert [0, 0, 300, 300] in kept
         assert [100, 100, 110, 110] in kept
         assert [200, 200, 205, 205] in kept
-        everything = split_regions(labels, probs, 0.0, stride=1, min_region_area=1)
+        everything = begin_split(labels, probs, 0.0, stride=1, min_region_area=1).finish()
         assert len(everything) == len(out.regions) + out.regions.left_out
         assert everything.left_out == 0
         assert RefineConfig().max_regions is None

@@ -52,7 +52,7 @@ class TestFiles:
                 assert picture.mode == "P"
                 assert np.array_equal(np.array(picture), out.labels.numpy())
             stored = load_file(complete / f"probs/scene/{index:03d}.safetensors")["probs"]
-            expected = (out.completed_probs(probs) * 255).round().to(torch.uint8)
+            expected = (out.probs * 255).round().to(torch.uint8)
             assert torch.equal(stored, expected)
             row = rows(complete)[index]
             assert row["stem"] == f"scene/{index:03d}"

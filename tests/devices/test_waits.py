@@ -19,14 +19,15 @@ from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.models.sam import SamPromptable
 
 # Waits an image on CUDA, by kind and function.
-SPLIT = ("event", "refine/regions.py finish")  # the working grid, the range of values, the image
+SPLIT = ("event", "refine/regions.py finish")  # the working grid, the range of values
+HASHED = ("event", "refine/cache/embedding_cache.py digests")  # the image, for its hash
 PREDICTED = ("download", "refine/decode.py decode_prompts")  # SAM's predicted IoUs
 GOOD = ("download", "refine/mask_proposals.py _best")  # the number of good masks of the point grid
 DUPLICATES = ("download", "refine/mask_proposals.py _first_of_duplicates")
 KEPT = (
     "event",
-    "refine/cache/embedding_cache.py _pack",
-)  # an embedding or masks on their way into the cache
+    "refine/cache/embedding_cache.py _store_pending",
+)  # an embedding and mask proposals on their way into the cache
 CHANGED = ("nonzero", "metrics/changes.py __init__")  # the changed pixels
 BY_REGION = ("event", "metrics/changes.py by_region")
 SCORED = ("event", "metrics/calibration.py score_regions")
@@ -40,12 +41,12 @@ ALLOWED = {
     ("algorithm4", "no cache"): {SPLIT: 1, PREDICTED: 1},
     ("fast", "no cache"): {SPLIT: 1, PREDICTED: 1},
     ("default", "no cache"): {SPLIT: 1, PREDICTED: 1, GOOD: 1, DUPLICATES: 1},
-    ("algorithm4", "first look"): {SPLIT: 1, PREDICTED: 1, KEPT: 1},
-    ("fast", "first look"): {SPLIT: 1, PREDICTED: 1, KEPT: 1},
-    ("default", "first look"): {SPLIT: 1, PREDICTED: 1, GOOD: 1, DUPLICATES: 1, KEPT: 2},
-    ("algorithm4", "cached"): {SPLIT: 1, PREDICTED: 1},
-    ("fast", "cached"): {SPLIT: 1, PREDICTED: 1},
-    ("default", "cached"): {SPLIT: 1, PREDICTED: 1},
+    ("algorithm4", "first look"): {SPLIT: 1, HASHED: 1, PREDICTED: 1, KEPT: 1},
+    ("fast", "first look"): {SPLIT: 1, HASHED: 1, PREDICTED: 1, KEPT: 1},
+    ("default", "first look"): {SPLIT: 1, HASHED: 1, PREDICTED: 1, GOOD: 1, DUPLICATES: 1, KEPT: 1},
+    ("algorithm4", "cached"): {SPLIT: 1, HASHED: 1, PREDICTED: 1},
+    ("fast", "cached"): {SPLIT: 1, HASHED: 1, PREDICTED: 1},
+    ("default", "cached"): {SPLIT: 1, HASHED: 1, PREDICTED: 1},
 }
 METRICS = {CHANGED: 1, BY_REGION: 1, SCORED: 1}
 MOST = 6

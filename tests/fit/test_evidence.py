@@ -25,7 +25,7 @@ def predicted(random_sam):
     def predict(config: RefineConfig, labels: torch.Tensor | None = None) -> MaskPredictions:
         image, probs = blobs(C, seed=3)
         given = None if labels is None else [labels]
-        (found,) = Refiner(random_sam, config, "32").ask([image], [probs], given)
+        (found,) = Refiner(random_sam, config, "32").predict([image], [probs], given)
         return found
 
     return predict
@@ -49,7 +49,7 @@ def regions(found: MaskPredictions) -> tuple[np.ndarray, ...]:
     assert 0 < accepted.sum() < len(accepted), found.pred_iou
     masks = found.region_masks.probs().numpy().astype(np.float64)
     classes = found.regions.classes
-    purity = inside(masks, found.probs)[classes, np.arange(len(classes))]
+    purity = inside(masks, found.raw.probs)[classes, np.arange(len(classes))]
     pred_iou = found.region_masks.pred_iou.numpy()
     return masks[accepted], pred_iou[accepted], purity[accepted], classes[accepted]
 
@@ -86,7 +86,7 @@ def test_labels_are_the_argmax_of_the_fused_probabilities(predicted):
     refined = fuse_fitted(found, CONFIG, weights)
     torch.testing.assert_close(refined.probs, maps.fuse(weights.fusion))
     assert torch.equal(refined.labels, refined.probs.argmax(dim=0))
-    assert not torch.equal(refined.labels, found.labels)
+    assert not torch.equal(refined.labels, found.raw.labels)
     control = fuse_fitted(found, CONFIG, weights, maps, control=True)
     assert torch.equal(control.labels, maps.fuse(weights.control).argmax(dim=0))
 
@@ -94,8 +94,8 @@ def test_labels_are_the_argmax_of_the_fused_probabilities(predicted):
 def test_weights_that_refine_nothing_give_the_raw_prediction(predicted):
     found = predicted(CONFIG)
     refined = fuse_fitted(found, CONFIG, fusion_weights(refine=False))
-    assert torch.equal(refined.labels, found.labels)
-    assert torch.equal(refined.probs, found.probs)
+    assert torch.equal(refined.labels, found.raw.labels)
+    assert torch.equal(refined.probs, found.raw.probs)
     assert len(refined.regions) == len(found.regions)
 
 
@@ -103,10 +103,10 @@ def test_frozen_classes_keep_their_pixels(predicted):
     found = predicted(CONFIG)
     free = fuse_fitted(found, CONFIG, fusion_weights())
     kept = fuse_fitted(found, CONFIG, fusion_weights(frozen_classes=(1,)))
-    touches = (free.labels != found.labels) & ((free.labels == 1) | (found.labels == 1))
+    touches = (free.labels != found.raw.labels) & ((free.labels == 1) | (found.raw.labels == 1))
     assert touches.any()
-    assert torch.equal(kept.labels, torch.where(touches, found.labels, free.labels))
-    assert torch.equal(kept.probs, torch.where(touches, found.probs, free.probs))
+    assert torch.equal(kept.labels, torch.where(touches, found.raw.labels, free.labels))
+    assert torch.equal(kept.probs, torch.where(touches, found.raw.probs, free.probs))
 
 
 def test_unknown_labels_are_replaced_and_others_kept_if_nothing_changes(predicted):
@@ -117,7 +117,7 @@ def test_unknown_labels_are_replaced_and_others_kept_if_nothing_changes(predicte
     same = LogLinear(("raw",), (1.0,), (0.0,) * C)
     refined = fuse_fitted(found, CONFIG, fusion_weights(fusion=same))
     assert torch.equal(refined.labels[4:], labels[4:])
-    assert torch.equal(refined.labels[:4], found.probs.argmax(dim=0)[:4])
+    assert torch.equal(refined.labels[:4], found.raw.probs.argmax(dim=0)[:4])
 
 
 def test_an_image_without_masks_is_fused_by_what_it_has(predicted):

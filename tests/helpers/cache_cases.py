@@ -33,5 +33,14 @@ def images(count, size=(24, 32), seed=0):
     ]
 
 
-def embed(cache, sam, batch, dtype=None):
-    return cache.embed(sam, batch, dtype, sam.encode_images)
+def embed(cache, sam, batch, dtype=None, compute=None, derived=""):
+    """Return what `EmbeddingCache.fetch` returns for images; ``compute`` takes the missing ones."""
+    compute = compute or sam.encode_images
+    return cache.fetch(
+        sam,
+        cache.digests(batch),
+        dtype,
+        lambda missing: compute([batch[i] for i in missing]),
+        len(batch),
+        derived,
+    )

@@ -22,6 +22,7 @@ class StubSam:
 
     name = "stub"
     mask_size = 4
+    has_multimask_output = False
 
     def __init__(self) -> None:
         self.module = nn.Module()

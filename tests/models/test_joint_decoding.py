@@ -124,18 +124,17 @@ def counting(module, limit=None):
 def test_chunks_reach_over_the_ends_of_images():
     sam, calls = counting(shaken(build_random_sam()))
     embeddings, prompts = several(sam)
-    answers = decode_prompts(sam, embeddings, prompts, "32", 8, ChunkSize())
+    answers = decode_prompts(sam, embeddings, prompts, 8, ChunkSize())
     assert calls == [[5, 1, 2], [8], [2, 3]]
     for answer, embedding, own in zip(answers, embeddings, prompts, strict=True):
         logits, pred_iou = sam.predict_masks(embedding, own)
         assert_near((torch.stack(answer.low_res_logits), answer.pred_iou), (logits, pred_iou))
-        assert answer.extents.shape == (len(own), 2, logits.shape[-1])
 
 
 def test_where_memory_runs_out_fewer_prompts_come_together():
     sam, calls = counting(shaken(build_random_sam()), limit=4)
     embeddings, prompts = several(sam)
-    answers = decode_prompts(sam, embeddings, prompts, "32", 8, ChunkSize())
+    answers = decode_prompts(sam, embeddings, prompts, 8, ChunkSize())
     assert calls == [[4], [1, 1, 2], [4], [4], [2, 2], [1]]
     assert [len(answer.pred_iou) for answer in answers] == list(COUNTS)
 

@@ -45,7 +45,7 @@ def test_a_closed_class_keeps_its_map_to_the_pixel(random_sam, gate):
             if len(gate) == 3:
                 changed += int((free.labels == c).ne(raw == c).sum())
         assert set(out.regions.classes.tolist()) <= set(gate)
-        kept = out.completed_probs(probs).argmax(dim=0)
+        kept = out.probs.argmax(dim=0)
         assert torch.equal(kept[~out.covered], raw[~out.covered])
         if not gate:
             assert torch.equal(out.labels, raw)

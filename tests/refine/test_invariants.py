@@ -13,7 +13,7 @@ from stub_sams import BrightSam, PerfectSam
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.models.base import Promptable
-from lightning_samrefine.refine.regions import split_regions
+from lightning_samrefine.refine.regions import begin_split
 
 pytestmark = pytest.mark.numerical
 
@@ -43,9 +43,9 @@ def refine(sam, image, probs, labels=None, **thresholds):
 
 def tied(out):
     """The covered pixels on which two classes come to the same product, but for rounding."""
-    if len(out.probs) < 2:
+    if len(out.literal_probs) < 2:
         return torch.zeros_like(out.covered)
-    first, second = out.probs.topk(2, dim=0).values
+    first, second = out.literal_probs.topk(2, dim=0).values
     return (first - second <= 1e-6 * first) & out.covered
 
 
@@ -69,7 +69,9 @@ def test_flipping_the_image_flips_the_result(prediction, axes):
     mirror = refine(BrightSam(), flipped[0], flipped[1], flipped[2][0], stride=1)
     back = [a - 3 for a in axes]
     # Vectorised and scalar sigmoid differ in the last bit, and a mirror moves pixels between them.
-    torch.testing.assert_close(mirror.probs.flip(*back), out.probs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        mirror.literal_probs.flip(*back), out.literal_probs, rtol=1e-6, atol=0
+    )
     assert torch.equal(mirror.covered[None].flip(*back)[0], out.covered)
     clear = ~tied(out)
     assert torch.equal(mirror.labels[None].flip(*back)[0][clear], out.labels[clear])
@@ -86,7 +88,7 @@ def test_permuting_the_classes_permutes_the_result(prediction, random):
     permuted[new_of_old] = probs
     out = refine(BrightSam(), image, probs, labels)
     other = refine(BrightSam(), image, permuted, new_of_old[labels])
-    assert torch.equal(other.probs[new_of_old], out.probs)
+    assert torch.equal(other.literal_probs[new_of_old], out.literal_probs)
     assert torch.equal(other.covered, out.covered)
     clear = ~tied(out)  # on ties the lowest class wins, whichever that is
     assert torch.equal(other.labels[clear], new_of_old[out.labels][clear])
@@ -130,16 +132,21 @@ def test_what_no_accepted_mask_covers_is_raw(random_sam, case):
     accepted = out.regions.accepted.numpy()
     if not accepted.any():
         assert torch.equal(out.labels, raw)
-        assert torch.equal(out.probs, probs)
+        assert torch.equal(out.literal_probs, probs)
         return
-    grid = split_regions(raw, probs, config.score_thresh, config.stride, config.min_region_area)
+    grid = begin_split(
+        raw, probs, config.score_thresh, config.stride, config.min_region_area
+    ).finish()
     failed = F.interpolate(grid.mask_of(~accepted)[None, None].float(), raw.shape)[0, 0] > 0
-    assert (out.probs >= probs * failed).all()
+    assert (out.literal_probs >= probs * failed).all()
     only_failed = failed & ~out.covered
-    assert torch.equal(out.probs[:, only_failed], probs[:, only_failed])
+    assert torch.equal(out.literal_probs[:, only_failed], probs[:, only_failed])
     free = out.covered & ~failed
-    assert torch.equal(out.labels[free], out.probs.argmax(dim=0)[free])
-    assert not out.probs[:, ~out.covered & ~failed].any()
+    assert torch.equal(out.labels[free], out.literal_probs.argmax(dim=0)[free])
+    decided = out.covered & ~tied(out)
+    assert torch.equal(out.labels[decided], out.probs.argmax(dim=0)[decided])
+    assert torch.equal(out.probs[:, ~out.covered], probs[:, ~out.covered])
+    assert not out.literal_probs[:, ~out.covered & ~failed].any()
 
 
 @pytest.mark.parametrize("stride", [1, 2])

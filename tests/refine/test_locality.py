@@ -10,9 +10,10 @@ import torch
 from random_predictions import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
+from lightning_samrefine.refine.checks import RawPrediction
 from lightning_samrefine.refine.mask_proposals import MaskProposals, pack_masks
 from lightning_samrefine.refine.predictions import MaskPredictions
-from lightning_samrefine.refine.regions import split_regions
+from lightning_samrefine.refine.regions import begin_split
 
 pytestmark = pytest.mark.numerical
 
@@ -30,9 +31,9 @@ CONFIGS = {
 def scene(seed: int, config: RefineConfig) -> MaskPredictions:
     """Return a prediction, masks that nearly are its regions, and a few masks of the image."""
     image, probs = blobs(CLASSES, HW, seed)
-    regions = split_regions(
+    regions = begin_split(
         probs.argmax(0), probs, config.score_thresh, config.stride, config.min_region_area
-    )
+    ).finish()
     generator = torch.Generator().manual_seed(seed)
     logits = []
     for index in range(len(regions)):
@@ -51,21 +52,17 @@ def scene(seed: int, config: RefineConfig) -> MaskPredictions:
         rough = torch.nn.functional.interpolate(rough, GRID, mode="bilinear")[:, 0]
         mask_proposals = MaskProposals(pack_masks(rough), torch.linspace(0.95, 0.75, 6), GRID)
     return MaskPredictions(
-        image,
-        probs,
-        probs.argmax(0),
+        RawPrediction(image, probs, probs.argmax(0), labels_are_argmax=True),
         regions,
-        low_res_logits=[],
         pred_iou=ious,
         region_masks=region_masks,
         mask_proposals=mask_proposals,
-        labels_are_argmax=True,
     )
 
 
-def reach(answers: MaskPredictions, index: int) -> torch.Tensor:
+def reach(predictions: MaskPredictions, index: int) -> torch.Tensor:
     """Return (H, W) bool, the pixels of a region's mask, and those close by."""
-    mask = (answers.region_masks[index : index + 1].probs() > 0)[None].float()
+    mask = (predictions.region_masks[index : index + 1].probs() > 0)[None].float()
     near = torch.nn.functional.interpolate(mask, HW)
     return torch.nn.functional.max_pool2d(near, 2 * REACH + 1, 1, REACH)[0, 0] > 0
 
@@ -77,12 +74,12 @@ def test_a_verdict_changes_nothing_out_of_its_reach(random_sam, name, others):
     refiner = Refiner(random_sam, config, "32")
     compared = changed = 0
     for seed in range(3):
-        answers = scene(seed, config)
-        count = len(answers.regions)
+        predictions = scene(seed, config)
+        count = len(predictions.regions)
         assert count > 3
         verdicts = {
             "rejected": torch.zeros(count),
-            "mixed": (answers.pred_iou > 0.5).float(),
+            "mixed": (predictions.pred_iou > 0.5).float(),
             "accepted": torch.ones(count),
         }[others]
         outs = []
@@ -90,11 +87,12 @@ def test_a_verdict_changes_nothing_out_of_its_reach(random_sam, name, others):
             flipped = verdicts.clone()
             flipped[index] = 1 - flipped[index]
             outs = [
-                refiner.fuse(replace(answers, pred_iou=verdict)) for verdict in (verdicts, flipped)
+                refiner.fuse(replace(predictions, pred_iou=verdict))
+                for verdict in (verdicts, flipped)
             ]
             first, second = outs
             assert int((first.regions.accepted != second.regions.accepted).sum()) == 1
-            outside = ~reach(answers, index)
+            outside = ~reach(predictions, index)
             for field in ("labels", "probs", "covered"):
                 one, other = (getattr(out, field)[..., outside] for out in outs)
                 assert torch.equal(one, other), (seed, index, field)
@@ -110,23 +108,23 @@ def test_what_no_mask_reaches_is_raw(random_sam, name):
     refiner = Refiner(random_sam, config, "32")
     raw = 0
     for seed in range(3):
-        answers = scene(seed, config)
-        verdicts = torch.zeros(len(answers.regions))
-        largest = int(answers.region_masks.probs().sum(dim=(1, 2)).argmax())
+        predictions = scene(seed, config)
+        verdicts = torch.zeros(len(predictions.regions))
+        largest = int(predictions.region_masks.probs().sum(dim=(1, 2)).argmax())
         for accepted in (None, largest):
             if accepted is not None:
                 verdicts[accepted] = 1
-            out = refiner.fuse(replace(answers, pred_iou=verdicts))
+            out = refiner.fuse(replace(predictions, pred_iou=verdicts))
             touched = torch.zeros(HW, dtype=torch.bool)
             if accepted is not None:
-                touched |= reach(answers, accepted)
-            if answers.mask_proposals is not None:
-                inside = (answers.mask_proposals.probs().amax(0) > 0)[None, None].float()
+                touched |= reach(predictions, accepted)
+            if predictions.mask_proposals is not None:
+                inside = (predictions.mask_proposals.probs().amax(0) > 0)[None, None].float()
                 near = torch.nn.functional.interpolate(inside, HW)
                 touched |= torch.nn.functional.max_pool2d(near, 2 * REACH + 1, 1, REACH)[0, 0] > 0
-            assert torch.equal(out.probs[:, ~touched], answers.probs[:, ~touched])
-            assert torch.equal(out.labels[~touched], answers.labels[~touched])
+            assert torch.equal(out.probs[:, ~touched], predictions.raw.probs[:, ~touched])
+            assert torch.equal(out.labels[~touched], predictions.raw.labels[~touched])
             raw += int((~touched).sum())
             if accepted is not None:
-                assert (out.labels != answers.labels).any()
+                assert (out.labels != predictions.raw.labels).any()
     assert raw > 300

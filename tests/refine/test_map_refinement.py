@@ -1,29 +1,13 @@
-"""Masks to a map inside their own extents, against the whole-frame tensors they stand for."""
+"""Masks to a map one after another, against tensors of all masks at once."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_samrefine.models.sam import SamPromptable
-from lightning_samrefine.refine.fusion.map_refinement import MapRefinement
-from lightning_samrefine.refine.fusion.upscaling import Window, WindowedUpscale, extents
-from lightning_samrefine.utils.geometry import get_preprocess_shape
+from lightning_samrefine.models.transforms import get_preprocess_shape
+from lightning_samrefine.refine.fusion.algorithm4 import MapRefinement
 
 pytestmark = pytest.mark.numerical
-
-CPU = torch.device("cpu")
-
-# Model sides (m, input) and image sizes: up- and down-scaling, equal sides, slivers, tiny frames.
-FRAMES = [
-    ((64, 256), (360, 480)),
-    ((64, 256), (90, 121)),
-    ((32, 64), (100, 70)),
-    ((32, 64), (40, 48)),
-    ((32, 128), (128, 96)),
-    ((20, 128), (3, 200)),
-    ((64, 256), (200, 1)),
-    ((64, 256), (1, 1)),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -54,67 +38,6 @@ def random_mask(size, generator, filled=None):
     return logits
 
 
-def windowed(sizes, image_hw):
-    mask_size, image_size = sizes
-    input_hw = get_preprocess_shape(*image_hw, image_size)
-    return WindowedUpscale(mask_size, image_size, input_hw, image_hw, CPU)
-
-
-@pytest.mark.parametrize(("sizes", "image_hw"), FRAMES)
-def test_a_window_holds_every_positive_pixel_and_the_same_logits(sizes, image_hw):
-    generator = torch.Generator().manual_seed(0)
-    upscale = windowed(sizes, image_hw)
-    smaller = positive = 0
-    for _ in range(40):
-        mask = random_mask(sizes[0], generator, get_preprocess_shape(*image_hw, sizes[0]))
-        whole = upscale_whole(mask, sizes[1], image_hw)
-        logits, window = upscale(mask, extents(mask[None])[0].numpy())
-        outside = whole.clone()
-        if window:
-            assert logits.shape == whole[window.slices].shape
-            torch.testing.assert_close(logits, whole[window.slices], rtol=0, atol=1e-6)
-            outside[window.slices] = -1
-            # Signs decide labels, so they must agree even where a logit is next to 0.
-            assert torch.equal(logits > 0, whole[window.slices] > 0)
-        assert not (outside > 0).any()
-        smaller += logits.numel() < whole.numel()
-        positive += bool((whole > 0).any())
-    assert positive >= 1
-    assert smaller > 10 or min(image_hw) == 1
-
-
-def test_a_window_grows_with_its_mask_only():
-    upscale = windowed((256, 1024), (720, 960))
-    mask = torch.full((256, 256), -1.0)
-    mask[10:15, 20:28] = 1
-    _, window = upscale(mask, extents(mask[None])[0].numpy())
-    # One low-resolution pixel is 3.75 image pixels; the rim is one such pixel and a little more.
-    assert 5 * 3.75 <= window.y1 - window.y0 <= 7 * 3.75 + 3
-    assert 8 * 3.75 <= window.x1 - window.x0 <= 10 * 3.75 + 3
-
-
-def test_masks_that_are_positive_nowhere_or_in_the_padding_have_no_window():
-    upscale = windowed((64, 256), (100, 200))
-    nowhere = torch.full((64, 64), -1.0)
-    padding = nowhere.clone()
-    padding[50:, :] = 9  # the image fills 32 rows
-    nan = torch.full((64, 64), float("nan"))
-    for mask in (nowhere, padding, nan):
-        logits, window = upscale(mask, extents(mask[None])[0].numpy())
-        assert not window
-        assert logits.numel() == 0
-        assert not (upscale_whole(mask, 256, (100, 200)) > 0).any()
-
-
-def test_a_model_with_a_rule_of_its_own_is_asked_for_whole_frames(random_sam):
-    class Other(SamPromptable):
-        def postprocess_masks(self, low_res_logits, image_hw):
-            return super().postprocess_masks(low_res_logits, image_hw) + 1
-
-    assert WindowedUpscale.of(random_sam, (40, 60)) is not None
-    assert WindowedUpscale.of(Other(random_sam.module, "other"), (40, 60)) is None
-
-
 def fuse_whole(masks, classes, probs, labels, failed):
     """Steps 10 and 11 as docs/algorithm4.md writes them, with all N × H × W values at once."""
     refined = torch.zeros_like(probs)
@@ -127,7 +50,7 @@ def fuse_whole(masks, classes, probs, labels, failed):
 
 
 @pytest.mark.parametrize("image_hw", [(96, 130), (41, 33)])
-def test_fused_windows_equal_the_whole_tensors(image_hw):
+def test_masks_one_by_one_equal_all_at_once(image_hw):
     generator = torch.Generator().manual_seed(3)
     num_classes, grid_hw = 5, (image_hw[0] // 2, image_hw[1] // 2)
     overlaps = raised = 0
@@ -136,7 +59,6 @@ def test_fused_windows_equal_the_whole_tensors(image_hw):
         if round_ % 2:
             probs.fill_(1 / num_classes)  # classes tie where masks saturate
         labels = torch.randint(-1, num_classes + 1, image_hw, generator=generator)
-        upscale = windowed((32, 128), image_hw)
         classes = sorted(torch.randint(0, num_classes, (9,), generator=generator).tolist())
         low_res = [random_mask(32, generator) * (10 if round_ % 2 else 1) for _ in classes]
         masks = [upscale_whole(mask, 128, image_hw) for mask in low_res]
@@ -144,10 +66,8 @@ def test_fused_windows_equal_the_whole_tensors(image_hw):
         inside = F.interpolate(failed[None, None].float(), image_hw, mode="nearest")[0, 0] > 0
 
         fused = MapRefinement(probs, labels)
-        for mask, c in zip(low_res, classes, strict=True):
-            logits, window = upscale(mask, extents(mask[None])[0].numpy())
-            if window:
-                fused.add(logits, c, window)
+        for mask, c in zip(masks, classes, strict=True):
+            fused.add(mask, c)
         got = fused.finish(failed)
         expected = fuse_whole(masks, classes, probs, labels, inside)
         assert torch.equal(got[0], expected[0])
@@ -164,8 +84,9 @@ def test_equal_values_go_to_the_lowest_class_and_inputs_stay():
     labels = torch.full((4, 4), 2)
     fused = MapRefinement(probs, labels)
     fused.add(torch.full((4, 4), 1.0), 0)
-    fused.add(torch.full((2, 4), 1.0), 1, Window(0, 2, 0, 4))
-    fused.add(torch.tensor([[2.0]]), 1, Window(3, 4, 3, 4))
+    second = torch.full((4, 4), -1.0)
+    second[:2], second[3, 3] = 1.0, 2.0
+    fused.add(second, 1)
     new_labels, new_probs, covered = fused.finish()
     assert new_labels[:2].tolist() == [[0] * 4] * 2
     assert new_labels[3].tolist() == [0, 0, 0, 1]

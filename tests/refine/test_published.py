@@ -66,9 +66,9 @@ def test_the_preset_gives_what_the_published_function_gives(sam, case):
     assert_published(out.labels.numpy(), out.pred_iou.numpy(), out.boxes.numpy(), case)
     expected = case["out_probs"].astype(np.float32)
     # A pixel whose logit is within rounding of 0 is covered in one of the two and not in the other.
-    decided = (expected > 0).any(axis=0) == (out.probs.numpy() > 0).any(axis=0)
+    decided = (expected > 0).any(axis=0) == (out.literal_probs.numpy() > 0).any(axis=0)
     assert (~decided).mean() <= MOST_DIFFERENT
-    assert np.abs(out.probs.numpy() - expected)[:, decided].max() <= 1e-3
+    assert np.abs(out.literal_probs.numpy() - expected)[:, decided].max() <= 1e-3
 
     slipped = algorithm4(
         sam.module,

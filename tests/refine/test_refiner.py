@@ -98,17 +98,15 @@ def test_inputs_are_left_alone_and_nothing_requires_grad(refiner):
     assert out.probs.dtype == out.pred_iou.dtype == out.boxes.dtype == torch.float32
 
 
-def test_completed_probs_fill_what_is_empty_with_raw(refiner):
+def test_labels_come_from_probabilities_that_sum_to_1_where_refined_and_are_raw_elsewhere(refiner):
     image, probs = blobs()
     out = refiner(image, probs)
-    completed = out.completed_probs(probs)
-    empty = (out.probs == 0).all(dim=0)
-    assert empty.any()
-    assert not empty.all()
-    assert torch.equal(completed[:, empty], probs[:, empty])
-    assert torch.equal(completed[:, ~empty], out.probs[:, ~empty])
-    with pytest.raises(ValueError, match="raw_probs: got shape"):
-        out.completed_probs(probs[:1])
+    assert out.covered.any()
+    assert not out.covered.all()
+    assert not torch.equal(out.literal_probs, out.probs)
+    assert torch.equal(out.probs[:, ~out.covered], probs[:, ~out.covered])
+    torch.testing.assert_close(out.probs.sum(0)[out.covered], torch.ones(int(out.covered.sum())))
+    assert torch.equal(out.labels, out.probs.argmax(dim=0))
 
 
 def test_regions_read_as_plain_python(refiner):
@@ -278,4 +276,5 @@ def test_an_image_is_refined_to_the_same_bits_in_any_batch(random_sam):
         alone = refiner(image, probs)
         assert torch.equal(alone.labels, out.labels)
         assert torch.equal(alone.regions.pred_iou, out.regions.pred_iou)
-        assert torch.equal(alone.completed_probs(probs), out.completed_probs(probs))
+        assert torch.equal(alone.probs, out.probs)
+        assert torch.equal(alone.literal_probs, out.literal_probs)

@@ -78,8 +78,9 @@ def global_attention(qkv: Tensor, rel_pos: tuple[Tensor, Tensor] | None) -> Tens
             part = (slice(None), slice(head, head + group), slice(row, row + rows))
             bias = by_row[part][..., :, None] + by_column[part][..., None, :]
             chosen = (slice(image, image + 1), slice(head, head + group))
+            queries = (*chosen, slice(row * width, (row + rows) * width))
             attended = _attend(
-                query[(*chosen, slice(row * width, (row + rows) * width))],
+                query[queries],
                 key[chosen],
                 value[chosen],
                 bias.flatten(4).flatten(2, 3),

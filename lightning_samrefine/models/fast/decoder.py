@@ -14,7 +14,6 @@ channels instead of 256.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,9 +90,9 @@ class FastMaskDecoder:
         Returns:
             Low-resolution logits (N, 4h, 4w) float32 and predicted IoU (N,) float32.
         """
-        memo = self._recall(embedding, prompts.masks)
-        masks = memo.mask_channels[prompts.mask_index]  # (N, 16, T)
-        return self._forward(memo.model, memo.image, masks, prompts, *embedding.shape[-2:])
+        memo, masks = self._recall_masks(embedding, prompts)
+        height, width = embedding.shape[-2:]
+        return self._forward(memo.model, memo.image, masks, prompts, height, width)
 
     def predict_jointly(
         self, embeddings: Sequence[Tensor], prompts: Sequence[Prompts]
@@ -105,13 +104,13 @@ class FastMaskDecoder:
             prompts: As many; N_k ≥ 1 each.
 
         Returns:
-            What a call for each image returns, one after the other.
+            The outputs of a call for each image, one after the other.
         """
-        memos = [self._recall(e, own.masks) for e, own in zip(embeddings, prompts, strict=True)]
-        masks = [m.mask_channels[own.mask_index] for m, own in zip(memos, prompts, strict=True)]
+        recalled = [self._recall_masks(*pair) for pair in zip(embeddings, prompts, strict=True)]
+        memos, masks = zip(*recalled, strict=True)
         image, joined = beside(memos, prompts), join(prompts)
-        size = embeddings[0].shape[-2:]
-        return self._forward(memos[-1].model, image, torch.cat(masks), joined, *size)
+        height, width = embeddings[0].shape[-2:]
+        return self._forward(memos[-1].model, image, torch.cat(masks), joined, height, width)
 
     def _forward(
         self,
@@ -222,26 +221,38 @@ class FastMaskDecoder:
         mask = torch.cat([m.flatten() for m in masks]).view(count, height, width, 2, 2, 2, 2)
         return mask.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, 4 * height, 4 * width)
 
+    def _recall_masks(self, embedding: Tensor, prompts: Prompts) -> tuple[Memo, Tensor]:
+        """Return the constant sides of a call with masks, and its masks' channels, (N, 16, T)."""
+        if prompts.masks is None or prompts.mask_index is None:
+            raise ValueError("prompts must have masks, got None")
+        memo = self._recall(embedding, prompts.masks)
+        return memo, memo.mask_channels[prompts.mask_index]
+
     def _recall(self, embedding: Tensor, masks: Tensor) -> Memo:
-        """Return the constant sides of this call, made anew where something changed."""
+        """Return the constant sides of this call, computed again if an input has changed."""
         device = embedding.device
         dtype = torch.float32
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         state = (dtype, stamp(all_weights(self._prompt_encoder, self._mask_decoder)))
         old = self._memo
+        if old is not None and old.state != state:
+            old = None
+        own, own_masks = Identity(embedding), Identity(masks)
         with autocast(None, device):
-            if old is None or old.state != state:
-                old = Memo(state, cast(self._model_side(), dtype))
-            # A new memo instead of a changed one: another thread may be reading the old.
-            new = replace(old, embedding=Identity(embedding), masks=Identity(masks))
-            if old.image is None or old.embedding != new.embedding:
-                new.image = cast(self._image_side(embedding), dtype)
-            if old.mask_channels is None or old.masks != new.masks:
+            model = cast(self._model_side(), dtype) if old is None else old.model
+            if old is not None and old.embedding == own:
+                image = old.image
+            else:
+                image = cast(self._image_side(embedding), dtype)
+            if old is not None and old.masks == own_masks:
+                mask_channels = old.mask_channels
+            else:
                 channels = self._prompt_encoder.mask_downscaling[:-1](masks[:, None])
-                new.mask_channels = channels.flatten(2).to(dtype)
-        self._memo = new
-        return new
+                mask_channels = channels.flatten(2).to(dtype)
+        # A new memo instead of a changed one: another thread may be reading the old.
+        self._memo = Memo(state, model, own, image, own_masks, mask_channels)
+        return self._memo
 
     def _model_side(self) -> ModelSide:
         transformer = self._mask_decoder.transformer

@@ -1,9 +1,9 @@
-"""What SAM's mask decoder computes once: for its weights, for an image, for its mask prompts."""
+"""Parts of SAM's mask decoder computed once for its weights, an image and its mask prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from lightning_samrefine.models.fingerprint import Identity
 
 @dataclass(frozen=True)
 class ModelSide:
-    """What depends on the weights alone: T image tokens, H heads of d channels.
+    """Products of the weights alone: T image tokens, H heads of d channels.
 
     Attributes:
         pe_keys: One (H, d, T) for each attention to the image after the first layer, the last
@@ -38,7 +38,7 @@ class ModelSide:
 
 @dataclass(frozen=True)
 class ImageSide:
-    """What depends on the image as well; the bias of the mask prompt's last layer is in all.
+    """Products of an image; the bias of the mask prompt's last layer is in all.
 
     Prompts on several images have N of each, see `beside`.
 
@@ -58,16 +58,16 @@ class ImageSide:
 Side = TypeVar("Side", ModelSide, ImageSide)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Memo:
-    """The constant sides of the latest call, and what they were made from."""
+    """The constant sides of the latest call, and the identity of their inputs."""
 
     state: tuple[Any, ...]
     model: ModelSide
-    embedding: Identity | None = None
-    image: ImageSide | None = None
-    masks: Identity | None = None
-    mask_channels: Tensor | None = None
+    embedding: Identity
+    image: ImageSide
+    masks: Identity
+    mask_channels: Tensor
 
 
 def beside(memos: Sequence[Memo], prompts: Sequence[Prompts]) -> ImageSide:
@@ -94,4 +94,5 @@ def cast(side: Side, dtype: torch.dtype) -> Side:
     def convert(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         return [v.to(dtype) for v in value] if isinstance(value, list) else value.to(dtype)
 
-    return type(side)(**{f.name: convert(getattr(side, f.name)) for f in fields(side)})
+    changed: dict[str, Any] = {f.name: convert(getattr(side, f.name)) for f in fields(side)}
+    return replace(side, **changed)

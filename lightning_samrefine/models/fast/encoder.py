@@ -1,14 +1,15 @@
-"""Image encoders' forward passes with the same weights, the same answer and less work."""
+"""Image encoders' forward passes with the same weights, the same output and less work."""
 
 from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import Block
 from timm.models.tiny_vit import ConvNorm, MBConv, PatchMerging, TinyVitBlock
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ _CPU_ELEMENTS = 2**22
 
 
 class FastImageEncoder:
-    """Calls an image encoder the fast way, or as it is where no fast way is known.
+    """Calls an image encoder the fast way, or as it is if no fast way is known.
 
     - segment-anything's `ImageEncoderViT`: scores never exist for more than a slice of one head,
       padding is never projected, and additions happen in place. No weight is copied.
@@ -62,13 +63,13 @@ class FastImageEncoder:
         if kind is ImageEncoderViT:
             return _vit(self.encoder, images)
         if kind is TinyVitEncoder:
-            return _tiny_vit(self._without_batch_norm(), images)
+            return _tiny_vit(cast(TinyVitEncoder, self._without_batch_norm()), images)
         if kind is TinyImageEncoder:
             return self._without_batch_norm()(images)
         return self.encoder(images)
 
     def _without_batch_norm(self) -> nn.Module:
-        """Return the folded copy, made anew where the module's weights are not those it has."""
+        """Return the folded copy, made again if the module's weights have changed."""
         fingerprint = stamp(all_weights(self.encoder))
         if self._folded is None or fingerprint != self._fingerprint:
             self._folded = _fold_batch_norms(copy.deepcopy(self.encoder))
@@ -166,20 +167,23 @@ def _add_mlp(x: Tensor, norm: nn.Module, first: nn.Linear, act: nn.Module, last:
 
 
 def _rows_at_once(device: torch.device, rows: int, elements: int) -> int:
-    """Return how many of the rows, with so many elements each, to compute together."""
+    """Return the number of rows, of the given number of elements each, to compute together."""
     return max(1, min(rows, _CPU_ELEMENTS // elements)) if device.type == "cpu" else rows
 
 
 def _activate(act: nn.Module, x: Tensor) -> Tensor:
-    """Apply an activation; the exact GELU writes over its input, which a caller gives away."""
+    """Apply an activation; the exact GELU overwrites its input."""
     if type(act) is nn.GELU and act.approximate == "none":
         return torch.ops.aten.gelu_(x)
     return act(x)
 
 
+_Neck: TypeAlias = tuple[nn.Conv2d, LayerNorm2d, nn.Conv2d, LayerNorm2d]
+
+
 def _neck(neck: nn.Sequential, x: Tensor) -> Tensor:
-    """Run SAM's neck on (B, h, w, D): its channel norm is a layer norm where channels are last."""
-    reduce, norm, mix, last_norm = neck
+    """Run SAM's neck on (B, h, w, D): with channels last its channel norm is a layer norm."""
+    reduce, norm, mix, last_norm = cast(_Neck, tuple(neck))
     x = F.linear(x, reduce.weight.flatten(1), reduce.bias)
     x = F.layer_norm(x.float(), norm.weight.shape, norm.weight, norm.bias, norm.eps)
     x = mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -42,7 +42,7 @@ def folded_scores(x: Tensor, constant: Tensor, weight: Tensor, channels: Tensor)
     Args:
         x: (N, H, P, d), the tokens' side, scaled.
         constant: (H, d, T), the part of the image's side that the prompts share; (N, H, d, T)
-            where they do not share it.
+            if they do not share it.
         weight: (H · d, K), projects the part that they do not share.
         channels: (N, K, T), that part.
     """
@@ -56,7 +56,7 @@ def softmax_over_tokens(scores: Tensor, attention: Attention) -> Tensor:
 
 
 def token_outputs(attention: Attention, queries: Tensor) -> Tensor:
-    """Return (N, H · P, C), what each token gives to an image token that attends to it alone.
+    """Return (N, H · P, C), the output of an image token that attends to one token alone.
 
     The bias of the output goes to the first head: there, too, the weights sum to 1.
     """
@@ -90,7 +90,7 @@ def unfold(x: Tensor, weight: Tensor) -> Tensor:
 def per_head(x: Tensor, matrices: Tensor) -> Tensor:
     """Multiply (N, H, P, K) by (H, K, L), one matrix a head for all N: (N, H, P, L).
 
-    Or by (N, H, K, L), where each of the N has its own.
+    Or by (N, H, K, L), one matrix a head for each of the N.
     """
     if matrices.ndim == 4:
         return x @ matrices

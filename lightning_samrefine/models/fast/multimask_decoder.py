@@ -1,4 +1,4 @@
-"""SAM's answers to prompts without a mask, by the algebra of `fast_decoder`.
+"""SAM's masks for prompts without a mask prompt, by the algebra of `fast.decoder`.
 
 Without a mask prompt all prompts of an image share the same image tokens, so the whole image side
 of the first layer is computed once. The three multimask outputs differ in their last product
@@ -34,8 +34,10 @@ _SINGLE, _MULTI = slice(0, 1), slice(1, 4)  # of SAM's four mask tokens
 class FastMultimaskDecoder(FastMaskDecoder):
     """Decodes points, boxes or both as segment-anything does without a mask prompt.
 
-    What is kept between calls, and what callers must not do meanwhile, is as in `FastMaskDecoder`.
+    Values kept between calls, and the restriction on callers, are as in `FastMaskDecoder`.
     """
+
+    _empty_masks: Tensor | None = None
 
     def drop_derived(self) -> None:
         """Drop what is kept between calls."""
@@ -58,7 +60,9 @@ class FastMultimaskDecoder(FastMaskDecoder):
             or 1.
         """
         memo = self._recall(embedding, self._no_masks(embedding))
-        return self._forward(memo.model, memo.image, prompts, multimask, *embedding.shape[-2:])
+        return self._forward_without_masks(
+            memo.model, memo.image, prompts, multimask, *embedding.shape[-2:]
+        )
 
     def predict_jointly(
         self, embeddings: Sequence[Tensor], prompts: Sequence[Prompts], multimask: bool = False
@@ -71,13 +75,15 @@ class FastMultimaskDecoder(FastMaskDecoder):
             multimask: As for one image.
 
         Returns:
-            What a call for each image returns, one after the other.
+            The outputs of a call for each image, one after the other.
         """
         memos = [self._recall(e, self._no_masks(e)) for e in embeddings]
         image, joined = beside(memos, prompts), join(prompts)
-        return self._forward(memos[-1].model, image, joined, multimask, *embeddings[0].shape[-2:])
+        return self._forward_without_masks(
+            memos[-1].model, image, joined, multimask, *embeddings[0].shape[-2:]
+        )
 
-    def _forward(
+    def _forward_without_masks(
         self,
         model: ModelSide,
         image: ImageSide,
@@ -114,7 +120,7 @@ class FastMultimaskDecoder(FastMaskDecoder):
 
     def _no_masks(self, embedding: Tensor) -> Tensor:
         """Return one and the same empty stack of mask prompts for `_recall` to recognize."""
-        empty = getattr(self, "_empty_masks", None)
+        empty = self._empty_masks
         if empty is None or empty.device != embedding.device:
             side = self._prompt_encoder.mask_input_size
             empty = self._empty_masks = torch.empty(0, *side, device=embedding.device)

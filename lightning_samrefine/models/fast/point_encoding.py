@@ -41,6 +41,7 @@ def prompt_tokens(encoder: PromptEncoder, points: Tensor | None, boxes: Tensor |
         click = _encode(encoder.pe_layer, _relative(points[:, None], height, width))
         tokens.append(click + encoder.point_embeddings[1].weight)
     if boxes is None:
+        assert points is not None  # `Prompts` has one of the two
         padding = encoder.not_a_point_embed.weight
         tokens.append(padding.expand(len(points), 1, -1))
     else:

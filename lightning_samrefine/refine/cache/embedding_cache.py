@@ -1,4 +1,4 @@
-"""Image embeddings that outlive an epoch: the encoder looks at every image once."""
+"""Image embeddings that outlive an epoch: every image is encoded once."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lightning_samrefine.models.fingerprint import all_weights, checksums, raw_b
 from lightning_samrefine.refine.cache.stores import DiskStore, Entry, MemoryStore, Store
 from lightning_samrefine.utils.cache_dir import home
 from lightning_samrefine.utils.device import Download, upload
+from lightning_samrefine.utils.precision import rounded
 
 # Raise this when an encoder's output changes by more than rounding: older entries never hit again.
 CODE_VERSION = 1
@@ -28,11 +29,11 @@ _DEFAULT_GB = {"memory": 4.0, "disk": 20.0}
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache has done so far.
+    """Counts of a cache.
 
     Attributes:
-        hits: Embeddings that were found.
-        misses: Embeddings that had to be computed.
+        hits: Embeddings and mask proposals that were found.
+        misses: Those that had to be computed.
         nbytes: Bytes held, in the whole folder for a cache on disk.
     """
 
@@ -40,34 +41,28 @@ class CacheStats:
     misses: int
     nbytes: int
 
-    @property
-    def hit_rate(self) -> float:
-        """Hits among all lookups; NaN before the first."""
-        lookups = self.hits + self.misses
-        return self.hits / lookups if lookups else float("nan")
-
 
 class EmbeddingCache:
-    """Image embeddings in memory or on disk, found again by what they were computed from.
+    """Image embeddings and mask proposals in memory or on disk, found by their inputs.
 
     The key is a hash of the image's pixels and shape, of the image encoder's weights, of the
     model's name and input size, of the precision, the kind of device and `CODE_VERSION`. So a
     changed augmentation or another checkpoint never hits, and the same image always does,
     whatever the order, epoch, run or process.
 
-    Embeddings are kept in the autocast's dtype; where there is none, and everything but embeddings,
-    as they are. A computed embedding is `rounded` in the same way before it is used: a miss and a
-    hit give equal bits, and a refiner without a cache, which rounds as well, gives them too.
+    Embeddings are kept in the autocast's dtype; without an autocast, and mask proposals always, as
+    they are. A computed embedding is `rounded` in the same way before it is used: a miss and a hit
+    have equal bits, also to those of a refiner without a cache, which rounds as well.
 
-    Nothing that goes wrong here stops a run: the cache says so once and goes on without.
+    No failure here stops a run: the cache warns once, and no more is kept.
 
     Args:
         kind: ``"memory"`` for this process and run, ``"disk"`` for a folder that processes and
             runs share.
-        gb: Limit in 10⁹ bytes, beyond which what was used longest ago is removed; 4 in memory and
-            20 on disk where None. An embedding of SAM is 4 MB in float32 and 2 MB in bf16,
-            and so are the image-driven masks that are kept in its place.
-        folder: The folder on disk, `default_folder` where None.
+        gb: Limit in 10⁹ bytes, beyond which the least recently used entries are removed; 4 in
+            memory and 20 on disk if None. An embedding of SAM is 4 MB in float32 and 2 MB in
+            bf16; an image's mask proposals are about as large.
+        folder: The folder on disk, `default_folder` if None.
 
     Raises:
         ValueError: An unknown kind, a limit not above 0, or a folder for a cache in memory.
@@ -103,9 +98,12 @@ class EmbeddingCache:
         self._epoch = _Epoch()
         self._wrote: set[str] = set()
         self._writing = True
+        # Computed, and stored once the outermost `fetch` has all of its values.
+        self._pending: dict[str, Entry] = {}
+        self._depth = 0
 
     def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[Any, ...]]:
-        # Copies, in another process say, begin empty.
+        # Copies, as in another process, begin empty.
         return type(self), self._arguments
 
     @property
@@ -113,48 +111,77 @@ class EmbeddingCache:
         """Hits, misses and bytes since the cache was made."""
         return CacheStats(self._hits, self._misses, self._store.nbytes)
 
-    def embed(
-        self,
-        sam: Promptable,
-        images: Sequence[Tensor],
-        dtype: torch.dtype | None,
-        compute: Callable[[list[Tensor]], list[Any]],
-        derived: str = "",
-        digests: Sequence[str] | None = None,
-    ) -> list[Any]:
-        """Return an embedding for each image, computing only those that are not held.
-
-        Args:
-            sam: The model that ``compute`` asks.
-            images: (3, H, W) uint8 each.
-            dtype: Of the autocast that ``compute`` runs under; None for float32.
-            compute: Embeds images, all in one call.
-            derived: Names, with its version and settings, what ``compute`` returns instead of
-                embeddings: tensors that depend on the image and on all of the model's weights.
-            digests: The images' `image_digest`, where the caller has them already.
+    def digests(self, images: Sequence[Tensor]) -> list[str] | None:
+        """Hash images on any device, which begin to travel to the CPU together.
 
         Returns:
-            Embeddings on the model's device: a tensor or a tuple of tensors, as ``compute`` gives.
+            40 hexadecimal digits an image; None if one of them cannot be hashed.
         """
-        keys = self._keys(sam, images, dtype, derived, digests)
+        if not images:
+            return []
+        try:
+            return [image_digest(image) for image in Download(*images).wait()]
+        except Exception as error:
+            self._give_up(error)
+            return None
+
+    def fetch(
+        self,
+        sam: Promptable,
+        digests: Sequence[str] | None,
+        dtype: torch.dtype | None,
+        compute: Callable[[list[int]], list[Any]],
+        count: int,
+        derived: str = "",
+    ) -> list[Any]:
+        """Return a value for each of several images, computing only those that are not held.
+
+        Values of a `fetch` inside ``compute`` are stored together with those of this one: on CUDA
+        the CPU waits for them once.
+
+        Args:
+            sam: The model that ``compute`` uses.
+            digests: The images' hashes, from `digests`; None computes all and keeps none.
+            dtype: Of the autocast that ``compute`` runs under; None for float32.
+            compute: Returns the values of the images with these indices.
+            count: Number of images.
+            derived: Empty for embeddings; otherwise the name of what ``compute`` returns, with its
+                version and settings: tensors that depend on the image and on all of the model's
+                weights.
+
+        Returns:
+            Values on the model's device: tensors or tuples of tensors, as ``compute`` returns them.
+        """
+        keys = None if digests is None else self._keys(sam, digests, dtype, derived)
         if keys is None:
-            return compute(list(images))
+            return compute(list(range(count)))
         found: dict[str, Any] = {}
         for key in keys:
-            if key not in found and (embedding := self._get(key, sam.device)) is not None:
-                found[key] = embedding
-        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
+            if key not in found and (value := self._get(key, sam.device)) is not None:
+                found[key] = value
+        missing = {key: index for index, key in enumerate(keys) if key not in found}
         misses = sum(key in missing for key in keys)
         self._count(len(keys) - misses, misses)
-        computed = compute(list(missing.values())) if missing else []
-        for key, embedding in zip(missing, computed, strict=True):
-            found[key] = self._put(key, embedding, None if derived else dtype)
+        if missing:
+            self._depth += 1
+            try:
+                computed = compute(list(missing.values()))
+            except BaseException:
+                self._pending.clear()
+                raise
+            finally:
+                self._depth -= 1
+            for key, value in zip(missing, computed, strict=True):
+                found[key] = self._prepare(key, value, None if derived else dtype)
+            if self._depth == 0:
+                self._store_pending()
         return [found[key] for key in keys]
 
     def recheck(self, module: nn.Module) -> None:
-        """Compare a model's weights by what they hold when they are needed next.
+        """Compare a model's weights by their contents when they are needed next.
 
-        Otherwise they are only where torch has counted a change, and none through ``.data``.
+        Otherwise they are only compared after a change that torch counts, which those through
+        ``.data`` are not.
         """
         for known in self._fingerprints.get(module, {}).values():
             known.state = None
@@ -164,10 +191,10 @@ class EmbeddingCache:
 
         From the second epoch of a stage on, an epoch in which no image was found although an
         earlier one was kept means that the images change, by random augmentation for example, or
-        that they do not fit. The cache then says so once and keeps no more.
+        that they do not fit. The cache then warns once and keeps no more.
 
         Args:
-            stage: What tells evaluations of different images apart, such as ``"val"``.
+            stage: Tells evaluations of different images apart, such as ``"val"``.
         """
         epoch, self._epoch = self._epoch, _Epoch(evictions=self._store.evictions)
         if stage in self._wrote and epoch.misses and not epoch.hits and self._writing:
@@ -183,18 +210,11 @@ class EmbeddingCache:
             self._wrote.add(stage)
 
     def _keys(
-        self,
-        sam: Promptable,
-        images: Sequence[Tensor],
-        dtype: torch.dtype | None,
-        derived: str,
-        digests: Sequence[str] | None,
+        self, sam: Promptable, digests: Sequence[str], dtype: torch.dtype | None, derived: str
     ) -> list[str] | None:
-        """Return a key for each image; None where the model or an image cannot be hashed."""
+        """Return a key for each image; None if the model cannot be hashed."""
         try:
             model = self._fingerprint(sam, derived)
-            if digests is None:
-                digests = [image_digest(image.detach().cpu().numpy()) for image in images]
             return [_key(model, digest, dtype, sam.device) for digest in digests]
         except Exception as error:
             self._give_up(error)
@@ -208,20 +228,32 @@ class EmbeddingCache:
             self._give_up(error)
             return None
 
-    def _put(self, key: str, embedding: Any, dtype: torch.dtype | None) -> Any:
-        """Keep an embedding and return it as a hit would."""
+    def _prepare(self, key: str, value: Any, dtype: torch.dtype | None) -> Any:
+        """Set a value aside for `_store_pending`, and return it as a hit would."""
         try:
-            found, entry = _pack(embedding, dtype, keep=self._writing)
+            tensors = _tensors(value)
+            if self._writing:
+                self._pending[key] = Entry(_narrowed(tensors, dtype), _note(value))
         except Exception as error:
             self._give_up(error)
-            return embedding
-        if entry is not None:
-            try:
+            return value
+        return rounded(value, dtype)
+
+    def _store_pending(self) -> None:
+        """Bring the values set aside to the CPU, in one wait, and store them."""
+        pending, self._pending = self._pending, {}
+        try:
+            tensors = [tensor for own in pending.values() for tensor in own.tensors]
+            if tensors and tensors[0].device.type != "cpu":
+                # Clones, out of pinned memory: the system has little of it.
+                tensors = [tensor.clone() for tensor in Download(*tensors).tensors()]
+            remaining = iter(tensors)
+            for key, own in pending.items():
+                entry = Entry(tuple(next(remaining) for _ in own.tensors), own.note)
                 self._store.put(key, entry)
                 self._epoch.written += 1
-            except Exception as error:
-                self._give_up(error)
-        return found
+        except Exception as error:
+            self._give_up(error)
 
     def _count(self, hits: int, misses: int) -> None:
         self._hits += hits
@@ -235,12 +267,13 @@ class EmbeddingCache:
             _warn(f"{type(error).__name__}: {error}. The run goes on; no more embeddings are kept.")
 
     def _fingerprint(self, sam: Promptable, derived: str) -> str:
-        """Hash what an entry depends on besides the image; anew only after a change."""
+        """Hash the model that an entry depends on; again only after a change."""
         whole = bool(derived)
         about = (CODE_VERSION, sam.name, sam.image_size)
         state = _state(sam.module, whole)
         of_module = self._fingerprints.setdefault(sam.module, {})
-        known = of_module.get((whole, *about))
+        kind = (whole, *about)
+        known = of_module.get(kind)
         if known is None or known.state != state:
             weights = _weights(sam.module, whole)
             contents = checksums(weights.values())
@@ -248,18 +281,18 @@ class EmbeddingCache:
                 known.state = state
             else:
                 known = _Fingerprint(state, contents, weights_fingerprint(weights.items(), about))
-                of_module[(whole, *about)] = known
+                of_module[kind] = known
         return f"{known.digest} {derived}" if derived else known.digest
 
 
 def make_cache(
     cache: Literal["memory", "disk"] | EmbeddingCache | None, gb: float | None = None
 ) -> EmbeddingCache | None:
-    """Make a cache of a kind; one that exists and None are handed back.
+    """Make a cache of a kind; an existing one and None are returned as they are.
 
     Raises:
         TypeError: Neither a kind nor a cache, or a limit that is no number.
-        ValueError: An unknown kind, or a limit out of range or where none applies.
+        ValueError: An unknown kind, a limit out of range, or a limit without a new cache.
     """
     if isinstance(cache, str):
         return EmbeddingCache(cache, gb)
@@ -276,10 +309,10 @@ def make_cache(
 
 @dataclass
 class _Fingerprint:
-    """The hash of a model's weights, and what tells whether it still holds.
+    """The hash of a model's weights, and how to tell whether it is still true.
 
     Attributes:
-        state: As `_state` returned it; None where the contents have to be compared.
+        state: As `_state` returned it; None if the contents have to be compared.
         contents: As `checksums` returned them.
         digest: As `weights_fingerprint` returned it.
     """
@@ -309,7 +342,7 @@ def weights_fingerprint(weights: Iterable[tuple[str, Tensor]], about: tuple[Any,
 
     Args:
         weights: Names and tensors on any device.
-        about: What else the hash depends on.
+        about: Further values that the hash includes.
 
     Returns:
         40 hexadecimal digits.
@@ -320,23 +353,6 @@ def weights_fingerprint(weights: Iterable[tuple[str, Tensor]], about: tuple[Any,
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()
-
-
-def rounded(embedding: Any, dtype: torch.dtype | None) -> Any:
-    """Round the floats of an embedding to what a cache keeps; their own dtype comes back.
-
-    Args:
-        embedding: A tensor or a tuple of tensors; anything else is returned as it is.
-        dtype: Of the autocast that made it; None rounds nothing.
-    """
-    if dtype is None:
-        return embedding
-    if isinstance(embedding, Tensor):
-        is_float = embedding.is_floating_point()
-        return embedding.to(dtype).to(embedding.dtype) if is_float else embedding
-    if type(embedding) is tuple and all(isinstance(part, Tensor) for part in embedding):
-        return tuple(rounded(part, dtype) for part in embedding)
-    return embedding
 
 
 def image_digest(image: np.ndarray) -> str:
@@ -353,10 +369,7 @@ def _key(model: str, image: str, dtype: torch.dtype | None, device: torch.device
 
 
 def _weights(module: nn.Module, whole: bool) -> dict[str, Tensor]:
-    """Return all that the encoder computes with, the model's own buffers (its mean) included.
-
-    Or all that the whole model computes with.
-    """
+    """Return the tensors of the whole model, or of the encoder with the model's own buffers."""
     if whole:
         return {**dict(module.named_parameters()), **dict(module.named_buffers())}
     encoder = getattr(module, "image_encoder", module)
@@ -369,39 +382,39 @@ def _weights(module: nn.Module, whole: bool) -> dict[str, Tensor]:
 
 
 def _state(module: nn.Module, whole: bool) -> tuple[tuple[Any, ...], ...]:
-    """Return what changes when one of `_weights` is replaced, moved or written to."""
+    """Return a value that changes when one of `_weights` is replaced, moved or written to."""
     if whole:
         return stamp(all_weights(module))
     encoder = getattr(module, "image_encoder", module)
     return stamp([*all_weights(encoder), *module.buffers(recurse=False)])
 
 
-def _pack(embedding: Any, dtype: torch.dtype | None, keep: bool) -> tuple[Any, Entry | None]:
-    """Round an embedding to ``dtype``; return it as it goes on being used, and as it is kept.
+def _tensors(value: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of a value.
 
     Raises:
-        TypeError: The embedding is neither a tensor nor a tuple of tensors.
+        TypeError: The value is neither a tensor nor a tuple of tensors.
     """
-    tensors = (embedding,) if isinstance(embedding, Tensor) else embedding
+    tensors = (value,) if isinstance(value, Tensor) else value
     # A named tuple would come back without its names.
     if type(tensors) is not tuple or not all(isinstance(t, Tensor) for t in tensors):
-        raise TypeError(f"embeddings of type {type(embedding).__name__} cannot be kept")
-    entry = None
-    if keep:
-        narrow = [dtype if dtype and t.is_floating_point() else t.dtype for t in tensors]
-        # Copies: a view would hold on to its whole batch, and a reader might write into it.
-        narrowed = [
-            t.detach().to(kept_as, copy=True, memory_format=torch.contiguous_format)
-            for t, kept_as in zip(tensors, narrow, strict=True)
-        ]
-        if narrowed[0].device.type != "cpu":
-            # In one wait; and out of pinned memory, which the system has little of.
-            narrowed = [tensor.clone() for tensor in Download(*narrowed).tensors()]
-        copies = tuple(narrowed)
-        names = [str(t.dtype).removeprefix("torch.") for t in tensors]
-        layout = "tensor" if isinstance(embedding, Tensor) else "tuple"
-        entry = Entry(copies, " ".join([layout, *names]))
-    return rounded(embedding, dtype), entry
+        raise TypeError(f"embeddings of type {type(value).__name__} cannot be kept")
+    return tensors
+
+
+def _narrowed(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """Return copies with floats in ``dtype``; views would hold on to their whole batch."""
+    narrow = [dtype if dtype and t.is_floating_point() else t.dtype for t in tensors]
+    return tuple(
+        t.detach().to(kept_as, copy=True, memory_format=torch.contiguous_format)
+        for t, kept_as in zip(tensors, narrow, strict=True)
+    )
+
+
+def _note(value: Any) -> str:
+    """Return what `_unpack` needs to rebuild a value: its layout and dtypes."""
+    names = [str(t.dtype).removeprefix("torch.") for t in _tensors(value)]
+    return " ".join(["tensor" if isinstance(value, Tensor) else "tuple", *names])
 
 
 def _unpack(entry: Entry, device: torch.device) -> Any:

@@ -61,7 +61,7 @@ class Store(Protocol):
         ...
 
     def get(self, key: str) -> Entry | None:
-        """Return an entry, None where there is none that is sound."""
+        """Return an entry, None without a sound one."""
         ...
 
     def put(self, key: str, entry: Entry) -> None:
@@ -116,7 +116,7 @@ class DiskStore:
     """One safetensors file an entry, in a folder that any number of processes share.
 
     A file appears whole or not at all: it is written under a temporary name and then renamed. Its
-    modification time says when it was last used. A file that does not hold what was written is
+    modification time is that of its last use. A file that does not hold what was written is
     deleted when it is met. Reading maps the file into memory.
 
     Args:
@@ -136,7 +136,7 @@ class DiskStore:
         """Return an entry and count it as used; a damaged one is deleted.
 
         Raises:
-            OSError: The file could not be read, which says nothing of what is in it.
+            OSError: The file could not be read; its content may be sound.
             MemoryError: Likewise.
         """
         path = self._path(key)
@@ -216,7 +216,7 @@ def _read(path: Path, key: str) -> Entry:
     """Read a file, which stays mapped for as long as the tensors live.
 
     Raises:
-        _DamagedError: As it says.
+        _DamagedError: The content is not what was written.
         SafetensorError: The file is not whole.
     """
     with safe_open(path, framework="pt") as file:
@@ -231,5 +231,5 @@ def _read(path: Path, key: str) -> Entry:
 def _checksum(tensors: Sequence[Tensor]) -> str:
     checksum = 0
     for tensor in tensors:
-        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
     return str(checksum)

@@ -1,6 +1,6 @@
-"""What the color of a pixel says about its class, learned from the very image.
+"""The probability of each class given a pixel's color, estimated from the image itself.
 
-The segmenter names most of an image rightly, so what it calls sky shows what sky looks like there.
+Most of a prediction is right, so the pixels predicted as sky show the colors of sky in this image.
 Masks follow outlines; colors tell the sky between the branches from the tree around it. Each class
 has a histogram of the colors in it, as in Boykov and Jolly, "Interactive Graph Cuts for Optimal
 Boundary and Region Segmentation of Objects in N-D Images" (ICCV 2001), here of soft labels.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_samrefine.utils.class_planes import normalize_
+from lightning_samrefine.refine.fusion.mask_votes import normalize_
 
 _BINS = 24  # along each of the three axes of color
 _PRIOR_PIXELS = 5  # of the classes' shares in the image, added to every bin
@@ -31,11 +31,11 @@ def weigh_by_color(probs: Tensor, image: Tensor, weight: float, stride: int) -> 
     Args:
         probs: (C, H, W) float32 in [0, 1], L; it is not changed.
         image: (3, H, W) uint8 RGB.
-        weight: Above 0; 1 takes colors for independent of what L has seen.
-        stride: Only every so manyth row and column is counted.
+        weight: Above 0; 1 assumes that colors are independent of L.
+        stride: Step between the counted rows and columns.
 
     Returns:
-        (C, H, W) float32, normalized over the classes wherever L is not 0 for all of them.
+        (C, H, W) float32, normalized over the classes unless L is 0 for all of them.
     """
     ratios, bins = color_ratios(probs, image, stride)
     factors = ratios.clamp_(min=_MIN_RATIO).pow_(weight)
@@ -96,7 +96,7 @@ def _ratios(probs: Tensor, bins: Tensor) -> Tensor:
 
 
 def _blurred(counted: Tensor, axis: int) -> Tensor:
-    """Spread a quarter of each bin to either neighbor along an axis; ends keep what is theirs."""
+    """Spread a quarter of each bin to either neighbor along an axis; end bins keep theirs."""
     bins = counted.movedim(axis, 0)
     spread = 2 * bins
     spread[1:] += bins[:-1]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_samrefine.utils.class_planes import class_parts
+from lightning_samrefine.refine.fusion.mask_votes import class_parts
 
 _RADII = (1, 3)  # of the neighbors above, below, left and right, in pixels
 _COLOR_SIGMA = 10.0  # of 0 to 255, as a standard deviation over the three channels together

@@ -1,13 +1,13 @@
-"""How much SAM's masks support each class at each pixel, and what that makes of a prediction.
+"""Mask votes: how much SAM's masks support each class at each pixel, and the weighing by them.
 
 Algorithm 4 keeps a class where a mask covers it and drops it elsewhere. Here a class loses
-probability where no mask supports it, but never all of it, so that thin things which no mask caught
-survive, and masks may come from anywhere.
+probability where no mask supports it, but never all of it, so that thin things without a mask
+survive, and masks may come from any prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,19 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.refine.mask_proposals import MaskProposals
-from lightning_samrefine.utils.class_planes import class_parts, normalize_
 
 # A mask of one class counts for more than a mixed one: weight = pred_iou · purity³.
 _PURITY_POWER = 3
-# A region's mask counts for less beside the masks of the image: its prompt came from the prediction
-# that it is to judge.
+# Weight of a region's mask beside mask proposals: its prompt came from the prediction that it is to
+# judge.
 _OF_REGIONS = 0.3
-# Of a probability before its logarithm: a single pixel must not forbid a class.
+# Lower bound of a probability before its logarithm: a single pixel must not forbid a class.
 _MIN_PROB = 1e-3
-# What lies around a mask is looked up at every so manyth pixel, within so many of these steps.
+# Step in pixels of the coarse grid around a mask, and the reach of its surroundings in such steps.
 _AROUND_STEP, _AROUND_REACH = 4, 2
-_MIN_AROUND = 1e-2  # of a class around a mask, which its probability inside is divided by
-# So many unpacked masks stay in a core's cache.
+_MIN_AROUND = 1e-2  # added to a class's probability around a mask, a divisor
+# Number of unpacked masks that stay in a core's cache.
 _CPU_MASKS = 16
 
 
@@ -37,7 +36,7 @@ class Planes(NamedTuple):
 
     Attributes:
         logs: (C + 1, h_n, w_n) float32, logarithms of the probabilities, then 1. One product with
-            masks gives each class's sum in each mask and, by the ones, its area.
+            masks yields each class's sum in each mask and, by the ones, its area.
         coarse: (C, h_c, w_c) float32, the probabilities themselves at every fourth row and column.
     """
 
@@ -47,7 +46,7 @@ class Planes(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskVotes:
-    """What masks say about C classes on SAM's low-resolution grid.
+    """Support of C classes by masks, on SAM's low-resolution grid.
 
     Attributes:
         classes: (C, h_n, w_n) float32 in [0, 1].
@@ -80,7 +79,7 @@ class MaskVotes:
 
     @classmethod
     def of_image(cls, masks: MaskProposals, planes: Planes) -> tuple[MaskVotes, Tensor]:
-        """Let every mask support the class that is most probable inside it.
+        """Collect mask proposals: each supports the class that is most probable inside it.
 
         A mask's purity is the probability of that class from `class_probs`. Its support is
         pred_iou · purity³ · σ; a pixel takes the largest of a class.
@@ -112,7 +111,7 @@ class MaskVotes:
         purity: Tensor,
         classes: Tensor,
     ) -> MaskVotes:
-        """Add the masks of accepted regions to those of the image, for 0.3 of what these count.
+        """Add the masks of accepted regions to mask proposals, with 0.3 of their weight.
 
         A region's mask supports the region's class, weighted as in `of_image`.
 
@@ -128,6 +127,22 @@ class MaskVotes:
         return MaskVotes(support, self.inside)
 
 
+def class_parts(maps: Tensor) -> Iterator[slice]:
+    """Yield slices of (C, H, W) maps that are worth computing at once.
+
+    One class at a time stays in a CPU's cache; a GPU takes all of them.
+    """
+    at_once = 1 if maps.device.type == "cpu" else len(maps)
+    for start in range(0, len(maps), at_once):
+        yield slice(start, start + at_once)
+
+
+def normalize_(maps: Tensor) -> Tensor:
+    """Divide (C, H, W) maps in place by their sum over the classes unless it is 0."""
+    total = maps.sum(dim=0)
+    return maps.div_(total.masked_fill_(total == 0, 1))
+
+
 def weigh(
     probs: Tensor, votes: Sequence[MaskVotes], floors: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -136,11 +151,11 @@ def weigh(
     Args:
         probs: (C, H, W) float32 in [0, 1], L.
         votes: At least one, on one grid.
-        floors: What a class keeps where no mask of a support votes it, each above 0.
+        floors: One for each of ``votes``, above 0: the factor of a class without support.
 
     Returns:
-        (C, H, W) float32, L · Π (floor + support), normalized over the classes wherever L is not 0
-        for all of them; (H, W) bool, whether some mask lies on the pixel.
+        (C, H, W) float32, L · Π (floor + support), normalized over the classes unless L is 0 for
+        all of them; (H, W) bool, whether a mask lies on the pixel.
     """
     first, *others = votes
     factors = first.classes + floors[0]
@@ -170,8 +185,8 @@ def masks_at(
         classes: (N,) int64.
 
     Returns:
-        Its predicted IoU, (N,) float32, and the mask, (N, h_n, w_n) bool; 0 and nothing where there
-        is no such mask.
+        Its predicted IoU, (N,) float32, and the mask, (N, h_n, w_n) bool; 0 and an empty mask
+        without such a mask.
     """
     height, width = masks.mask_hw
     x = (points[:, 0] * width).long().clamp(0, width - 1)
@@ -194,8 +209,8 @@ def class_probs(mask_probs: Tensor, planes: Planes) -> Tensor:
 
     Inside a mask it is the geometric mean of the pixels' probabilities, weighted by σ and
     normalized over the classes: a class that is certain at a few pixels and excluded at the others
-    has thus less of it than one that is possible everywhere. It is then multiplied by how much
-    larger it is than around the mask, inside² / (around + 0.01): inside a thing that a blurred
+    is thus less probable than one that is possible everywhere. It is then multiplied by its ratio
+    to the probability around the mask, inside² / (around + 0.01): inside a thing that a blurred
     prediction nearly missed, its class is rarer than that of the background, yet more frequent
     than around it.
 
@@ -209,7 +224,7 @@ def class_probs(mask_probs: Tensor, planes: Planes) -> Tensor:
     ring = (_dilated(masks) - masks).flatten(1)
     size = ring.sum(dim=1)
     around = (planes.coarse.flatten(1) @ ring.T) / size.clamp(min=1e-6)
-    # A mask that fills the image, or falls between the pixels of the coarse grid, has no ring.
+    # A mask that fills the image, or lies between the pixels of the coarse grid, has no ring.
     around = torch.where(size > 1e-3, around, inside)
     lifted = inside.square() / (around + _MIN_AROUND)
     return lifted / lifted.sum(dim=0)
@@ -247,7 +262,7 @@ def _raise_to(support: Tensor, mask_probs: Tensor, weight: Tensor, classes: Tens
         support.flatten(1).scatter_reduce_(0, rows, weighted, "amax")
         return
     weighted = torch.empty_like(support[0])
-    # One mask at a time stays in a CPU's cache; scatter_reduce takes ten times as long there.
+    # One mask at a time stays in a CPU's cache; scatter_reduce takes ten times as long.
     for mask, of_mask, c in zip(mask_probs, weight, classes.tolist(), strict=True):
         torch.mul(mask, of_mask, out=weighted)
         torch.maximum(support[c], weighted, out=support[c])

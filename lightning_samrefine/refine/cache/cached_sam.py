@@ -1,0 +1,217 @@
+"""A promptable model that keeps what depends on images alone: embeddings and mask proposals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_samrefine.models.base import (
+    Embedding,
+    JointPromptable,
+    Promptable,
+    Prompts,
+    accepts_masks,
+    accepts_points,
+    drop_derived,
+    has_multimask_output,
+)
+from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
+from lightning_samrefine.refine.decode import encode_images
+from lightning_samrefine.refine.mask_proposals import MASKS_VERSION, MaskProposals, propose_masks
+from lightning_samrefine.utils.memory import ChunkSize
+from lightning_samrefine.utils.precision import active_autocast, autocast
+
+
+@dataclass
+class _ImageBatch:
+    """Images that were encoded in one call, and their embeddings as far as they were needed."""
+
+    images: list[Tensor]
+    digests: list[str] | None
+    dtype: torch.dtype | None
+    embeddings: dict[int, Embedding] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LazyEmbedding:
+    """An embedding that is read from the cache, or computed, when it is first needed.
+
+    Attributes:
+        batch: The images that were encoded together.
+        index: The image's place among them.
+    """
+
+    batch: _ImageBatch
+    index: int
+
+
+class CachedSam:
+    """A model in front of a cache, itself a `Promptable` and a `MaskProposer`.
+
+    `encode_images` hashes the images and returns embeddings that are looked up when they are first
+    needed: if an image's mask proposals are cached and its regions are not prompted, its embedding
+    is never read. Embeddings are `rounded` to the autocast's dtype, in which the cache keeps them.
+
+    Args:
+        sam: The model.
+        cache: Its key includes the model's weights and the autocast in effect.
+    """
+
+    def __init__(self, sam: Promptable, cache: EmbeddingCache) -> None:
+        self.sam, self.cache = sam, cache
+        self._images_at_once = ChunkSize()
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.sam.name
+
+    @property
+    def module(self) -> nn.Module:
+        """The model's module."""
+        return self.sam.module
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the model's square input."""
+        return self.sam.image_size
+
+    @property
+    def mask_size(self) -> int:
+        """Side of its mask prompts and low-resolution logits."""
+        return self.sam.mask_size
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.sam.device
+
+    @property
+    def accepts_masks(self) -> bool:
+        """Whether the model takes mask prompts."""
+        return accepts_masks(self.sam)
+
+    @property
+    def accepts_points(self) -> bool:
+        """Whether single points get useful masks."""
+        return accepts_points(self.sam)
+
+    @property
+    def has_multimask_output(self) -> bool:
+        """Whether the model predicts three masks a prompt."""
+        return has_multimask_output(self.sam)
+
+    def drop_derived(self) -> None:
+        """Drop what the model keeps between calls; the cache keeps its entries."""
+        drop_derived(self.sam)
+
+    def input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return the size to which an image of size (H, W) is resized."""
+        return self.sam.input_hw(image_hw)
+
+    def mask_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return the part of a mask prompt that an image of size (H, W) fills."""
+        return self.sam.mask_hw(image_hw)
+
+    def postprocess_masks(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
+        """Bring (N, m, m) logits to (N, H, W) float32."""
+        return self.sam.postprocess_masks(low_res_logits, image_hw)
+
+    def encode_images(self, images: Sequence[Tensor]) -> list[Embedding]:
+        """Hash images, each uint8 (3, H, W); on CUDA the CPU waits once for all of them.
+
+        Returns:
+            A `LazyEmbedding` an image.
+        """
+        images = list(images)
+        batch = _ImageBatch(images, self.cache.digests(images), active_autocast(self.device))
+        return [LazyEmbedding(batch, index) for index in range(len(images))]
+
+    def predict_masks(
+        self, embedding: Embedding, prompts: Prompts, multimask_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Predict masks, with the embeddings of all images that were encoded together."""
+        batch = embedding.batch
+        everything = [LazyEmbedding(batch, index) for index in range(len(batch.images))]
+        own = self.resolve(everything)[embedding.index]
+        return self.sam.predict_masks(own, prompts, multimask_output)
+
+    def predict_masks_jointly(
+        self, embeddings: Sequence[Embedding], prompts: Sequence[Prompts]
+    ) -> tuple[Tensor, Tensor]:
+        """Predict masks on several images, in one batch if the model is a `JointPromptable`."""
+        own = self.resolve(embeddings)
+        if isinstance(self.sam, JointPromptable):
+            return self.sam.predict_masks_jointly(own, prompts)
+        results = [self.sam.predict_masks(*pair) for pair in zip(own, prompts, strict=True)]
+        return torch.cat([logits for logits, _ in results]), torch.cat([iou for _, iou in results])
+
+    def propose_masks(
+        self,
+        embeddings: Sequence[Embedding],
+        image_hws: Sequence[tuple[int, int]],
+        points_per_side: int,
+        prompts_per_batch: int,
+        at_once: ChunkSize,
+    ) -> list[MaskProposals]:
+        """Return the mask proposals of B images; those not in the cache are made and kept.
+
+        Args:
+            embeddings: B `LazyEmbedding`.
+            image_hws: B × (H, W).
+            points_per_side: See `lightning_samrefine.refine.mask_proposals.propose_masks`.
+            prompts_per_batch: The same.
+            at_once: The same.
+        """
+
+        def compute(missing: list[int]) -> list[Embedding]:
+            resolved = self.resolve([embeddings[i] for i in missing])
+            proposals = [
+                propose_masks(
+                    self.sam, own, image_hws[i], points_per_side, prompts_per_batch, at_once
+                )
+                for i, own in zip(missing, resolved, strict=True)
+            ]
+            return [(masks.packed, masks.pred_iou) for masks in proposals]
+
+        kept = self.cache.fetch(
+            self.sam,
+            _digests(embeddings),
+            active_autocast(self.device),
+            compute,
+            len(embeddings),
+            derived=f"masks {MASKS_VERSION} {points_per_side}",
+        )
+        return [
+            MaskProposals(packed, pred_iou, self.sam.mask_hw(image_hw))
+            for (packed, pred_iou), image_hw in zip(kept, image_hws, strict=True)
+        ]
+
+    def resolve(self, embeddings: Sequence[LazyEmbedding]) -> list[Embedding]:
+        """Return the embeddings themselves; those not in the cache are encoded in one call."""
+        pending = [one for one in embeddings if one.index not in one.batch.embeddings]
+        if pending:
+            dtype = pending[0].batch.dtype
+
+            def compute(missing: list[int]) -> list[Embedding]:
+                images = [pending[i].batch.images[pending[i].index] for i in missing]
+                with autocast(dtype, self.device):
+                    return encode_images(self.sam, images, self._images_at_once)
+
+            found = self.cache.fetch(self.sam, _digests(pending), dtype, compute, len(pending))
+            for one, embedding in zip(pending, found, strict=True):
+                one.batch.embeddings[one.index] = embedding
+        return [one.batch.embeddings[one.index] for one in embeddings]
+
+
+def _digests(embeddings: Sequence[LazyEmbedding]) -> list[str] | None:
+    """Return the images' hashes; None if one of them could not be hashed."""
+    found = []
+    for one in embeddings:
+        if one.batch.digests is None:
+            return None
+        found.append(one.batch.digests[one.index])
+    return found
