@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,15 +10,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_samrefine.adapters.batch_adapter import AdapterFunction, RefineInputs
+from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
-from lightning_samrefine.adapters.scores import ScoresKind
 from lightning_samrefine.adapters.targets import (
     DEFAULT_IGNORE_INDEX,
     IgnoreIndex,
     parse_ignore_index,
 )
-from lightning_samrefine.callbacks.arguments import SharedArguments, Thresholds
+from lightning_samrefine.callbacks.arguments import SharedArguments
 from lightning_samrefine.callbacks.real_samples import evaluation_dataloaders
 from lightning_samrefine.callbacks.sam_callback import SAMCallback
 from lightning_samrefine.config import RefineConfig
@@ -35,9 +33,17 @@ Visitor = Callable[[Refiner, RefineInputs], None]
 class TuneCallback(SAMCallback):
     """Hands the samples of a validation set to a visitor, batch by batch.
 
-    Takes the arguments of `SAMRefineCallback` that concern SAM, the classes, and the reading of
-    batches. With ``cache="memory"`` embeddings are kept for the callback's whole life, so that the
-    second pass of a tuning does not encode the images again.
+    With ``cache="memory"`` embeddings are kept for the callback's whole life, so that the second
+    pass of a tuning does not encode the images again.
+
+    Args:
+        sam: As for `SAMRefineCallback`, like all that follow.
+        ignore_index: Target value that is not counted.
+        cache: Where SAM's image embeddings are kept.
+        cache_gb: Limit of the cache.
+        max_batches: Number of batches read of each loader.
+        trimap_width: Half-width of the band around borders.
+        **shared: Other arguments of `SharedArguments.of`.
 
     Attributes:
         visitor: Takes how the samples are scored, once that is known, and returns what takes the
@@ -54,43 +60,15 @@ class TuneCallback(SAMCallback):
     def __init__(
         self,
         sam: str | Promptable = "vit_t",
-        checkpoint: str | Path | None = None,
-        num_classes: int | None = None,
+        *,
         ignore_index: IgnoreIndex = "auto",
-        class_names: Sequence[str] | None = None,
-        refine: Thresholds = "default",
-        precision: str = "auto",
         cache: Literal["memory", "disk"] | EmbeddingCache | None = "memory",
         cache_gb: float | None = None,
         max_batches: int | None = None,
         trimap_width: int = 3,
-        image_key: str | None = None,
-        target_key: str | None = None,
-        scores_key: str | None = None,
-        scores_kind: ScoresKind = "auto",
-        image_mean: Sequence[float] | float | None = None,
-        image_std: Sequence[float] | float | None = None,
-        image_range: Literal["0-255", "0-1"] | None = None,
-        adapter: AdapterFunction | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            SharedArguments.of(
-                sam=sam,
-                checkpoint=checkpoint,
-                num_classes=num_classes,
-                class_names=class_names,
-                refine=refine,
-                precision=precision,
-                image_key=image_key,
-                target_key=target_key,
-                scores_key=scores_key,
-                scores_kind=scores_kind,
-                image_mean=image_mean,
-                image_std=image_std,
-                image_range=image_range,
-                adapter=adapter,
-            )
-        )
+        super().__init__(SharedArguments.of(sam=sam, **shared))
         self.cache = make_cache(cache, cache_gb)
         self.max_batches = None if max_batches is None else check_count("max_batches", max_batches)
         self.trimap_width = check_count("trimap_width", trimap_width)
