@@ -14,6 +14,7 @@ TESTS = ROOT / "tests"
 # A folder imports only from itself and from those of earlier lines.
 ORDER = (
     ("utils",),
+    ("fusion_weights",),
     ("config",),
     ("config_files",),
     ("adapters",),
