@@ -34,9 +34,9 @@ class Prompts:
 
     def __post_init__(self) -> None:
         if self.boxes is None and self.points is None:
-            raise ValueError("boxes, points: got None twice, accepted is at least one of them")
+            raise ValueError("boxes or points must be given, got None twice")
         if (self.masks is None) != (self.mask_index is None):
-            raise ValueError("masks, mask_index: got one without the other, accepted is both")
+            raise ValueError("masks and mask_index must be given together, got one of them")
 
     def __len__(self) -> int:
         if self.boxes is not None:

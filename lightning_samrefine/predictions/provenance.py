@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models.base import Promptable
-from lightning_samrefine.refine.cache.embedding_cache import weights_fingerprint
+from lightning_samrefine.refine.cache.keys import weights_fingerprint
 
 # Raise this when the files change for the same settings.
 FORMAT = 2

@@ -51,8 +51,8 @@ def read_predictions(
     """
     if len(probs) != len(images) or (labels is not None and len(labels) != len(images)):
         raise ValueError(
-            f"images, probs, labels: got {len(images)}, {len(probs)} and "
-            f"{'None' if labels is None else len(labels)} of them, accepted are equal counts"
+            f"images, probs and labels must be equally many, got {len(images)}, {len(probs)} and "
+            f"{'None' if labels is None else len(labels)}"
         )
     read = []
     for index in range(len(images)):
@@ -67,32 +67,32 @@ def check_image_and_probs(image: Tensor, probs: Tensor, device: torch.device) ->
     """Refuse an image or probabilities by type, shape or device; `check_range` looks at values."""
     for name, value in (("image", image), ("probs", probs)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, accepted is a torch tensor")
+            raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}")
     if image.dtype != torch.uint8:
-        raise TypeError(f"image: got dtype {image.dtype}, accepted is uint8 (RGB, 0 to 255)")
+        raise TypeError(f"image must be of dtype uint8 (RGB, 0 to 255), got {image.dtype}")
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise ValueError(f"image: got shape {tuple(image.shape)}, accepted is (3, H, W)")
+        raise ValueError(f"image must be of shape (3, H, W), got {tuple(image.shape)}")
     if not probs.is_floating_point():
-        raise TypeError(f"probs: got dtype {probs.dtype}, accepted is a floating-point type")
+        raise TypeError(f"probs must be of a floating-point dtype, got {probs.dtype}")
     if probs.ndim != 3 or probs.shape[1:] != image.shape[1:] or probs.shape[0] == 0:
         raise ValueError(
-            f"probs: got shape {tuple(probs.shape)}, accepted is (C, H, W) with the image's "
-            f"(H, W) = {tuple(image.shape[1:])}"
+            f"probs must be of shape (C, H, W) with the image's (H, W) = {tuple(image.shape[1:])}, "
+            f"got {tuple(probs.shape)}"
         )
     if probs.device != device:
-        raise ValueError(f"probs: got device {probs.device}, accepted is SAM's, {device}")
+        raise ValueError(f"probs must be on SAM's device, {device}, got {probs.device}")
 
 
 def checked_labels(labels: Tensor, probs: Tensor) -> Tensor:
     """Return (H, W) labels as int64 on the probabilities' device, or refuse them."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: got {type(labels).__name__}, accepted is a torch tensor")
+        raise TypeError(f"labels must be a torch tensor, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels: got dtype {labels.dtype}, accepted is an integer type")
+        raise TypeError(f"labels must be of an integer dtype, got {labels.dtype}")
     if labels.shape != probs.shape[1:]:
         raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, accepted is (H, W) = "
-            f"{tuple(probs.shape[1:])}, that of the probabilities"
+            f"labels must be of shape (H, W) = {tuple(probs.shape[1:])}, that of the "
+            f"probabilities, got {tuple(labels.shape)}"
         )
     return labels.to(device=probs.device, dtype=torch.int64)
 

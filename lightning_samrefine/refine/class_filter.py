@@ -49,8 +49,8 @@ def check_classes(
         beyond = [c for c in getattr(config, name) or () if c >= num_classes]
         if beyond:
             raise ValueError(
-                f"{name}: got {', '.join(map(str, beyond))}, accepted are classes below "
-                f"num_classes={num_classes}"
+                f"{name} must be classes below num_classes={num_classes}, got "
+                f"{', '.join(map(str, beyond))}"
             )
 
 

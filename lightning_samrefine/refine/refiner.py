@@ -105,7 +105,7 @@ class Refiner:
     ) -> None:
         check_promptable_members(sam)
         if config is not None and not isinstance(config, RefineConfig):
-            raise TypeError(f"config: got {type(config).__name__}, accepted is a RefineConfig")
+            raise TypeError(f"config must be a RefineConfig, got {type(config).__name__}")
         autocast_dtype(precision, sam.device)  # raises for an unknown precision
         self.sam = sam
         self.config = _possible(config or RefineConfig.preset("default"), sam)

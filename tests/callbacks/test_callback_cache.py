@@ -191,7 +191,7 @@ def test_augmented_validation_images_are_noticed_once():
 
 
 def test_wrong_arguments_are_refused_at_once(random_sam):
-    with pytest.raises(ValueError, match="cache: got 'ram', accepted are 'memory', 'disk'"):
+    with pytest.raises(ValueError, match="cache must be 'memory', 'disk' or None, got 'ram'"):
         callback(random_sam, cache="ram")
-    with pytest.raises(ValueError, match="cache_gb: got 2 beside no cache"):
+    with pytest.raises(ValueError, match="cache_gb must be None beside no cache, got 2"):
         callback(random_sam, cache=None, cache_gb=2)

@@ -100,7 +100,7 @@ def test_a_class_has_its_own_threshold(random_sam):
 
 @pytest.mark.parametrize("field", [{"classes": (0, 4)}, {"class_pred_iou_thresh": {7: 0.5}}])
 def test_a_class_that_does_not_exist_is_refused(random_sam, field):
-    with pytest.raises(ValueError, match=r"got [47], accepted are classes below num_classes=4"):
+    with pytest.raises(ValueError, match=r"must be classes below num_classes=4, got [47]"):
         refine(random_sam, prediction(0), **field)
 
 

@@ -629,15 +629,17 @@ def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
 
 
 def test_wrong_arguments_are_refused(sam):
-    with pytest.raises(ValueError, match="cache: got 'ram', accepted are 'memory', 'disk'"):
+    with pytest.raises(ValueError, match="cache must be 'memory', 'disk' or None, got 'ram'"):
         Refiner(sam, cache="ram")
-    with pytest.raises(TypeError, match="cache: got bool"):
+    with pytest.raises(TypeError, match=r"cache must be .*, got bool"):
         Refiner(sam, cache=True)
-    with pytest.raises(ValueError, match="cache_gb: got 0, accepted is a number above 0"):
+    with pytest.raises(ValueError, match="cache_gb must be above 0 or None, got 0"):
         Refiner(sam, cache="memory", cache_gb=0)
-    with pytest.raises(TypeError, match="cache_gb: got str"):
+    with pytest.raises(TypeError, match="cache_gb must be a number or None, got str"):
         EmbeddingCache("memory", "4")
-    with pytest.raises(ValueError, match="folder: got one for a cache in memory"):
+    with pytest.raises(ValueError, match="folder must be None for a cache in memory"):
         EmbeddingCache("memory", folder="somewhere")
-    with pytest.raises(ValueError, match="cache_gb: got 1 beside an EmbeddingCache"):
+    with pytest.raises(
+        ValueError, match="cache_gb must be None beside an EmbeddingCache, which has one, got 1"
+    ):
         Refiner(sam, cache=EmbeddingCache("memory"), cache_gb=1)

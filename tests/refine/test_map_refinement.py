@@ -99,5 +99,5 @@ def test_equal_values_go_to_the_lowest_class_and_inputs_stay():
 def test_classes_that_descend_are_refused():
     fused = MapRefinement(torch.ones(3, 2, 2), torch.zeros(2, 2, dtype=torch.int64))
     fused.add(torch.ones(2, 2), 2)
-    with pytest.raises(ValueError, match="c: got 1 after 2"):
+    with pytest.raises(ValueError, match="c must not be below 2, the class before, got 1"):
         fused.add(torch.ones(2, 2), 1)

@@ -28,17 +28,41 @@ def bad_inputs():
     nan = probs.clone()
     nan[0, 0, 0] = float("nan")
     return {
-        "numpy image": ((image.numpy(), probs), TypeError, "image: got ndarray"),
-        "float image": ((image.float(), probs), TypeError, "image: got dtype torch.float32"),
-        "batched image": ((image[None], probs), ValueError, r"image: got shape \(1, 3"),
-        "empty image": ((image[:, :0], probs[:, :0]), ValueError, "image: got shape"),
-        "integer probs": ((image, probs.long()), TypeError, "probs: got dtype torch.int64"),
-        "other size": ((image, probs[:, 1:]), ValueError, "probs: got shape"),
-        "no class": ((image, probs[:0]), ValueError, "probs: got shape"),
+        "numpy image": (
+            (image.numpy(), probs),
+            TypeError,
+            "image must be a torch tensor, got ndarray",
+        ),
+        "float image": (
+            (image.float(), probs),
+            TypeError,
+            "image must be .*uint8.*got torch.float32",
+        ),
+        "batched image": (
+            (image[None], probs),
+            ValueError,
+            r"image must be of shape \(3, H, W\), got \(1, 3",
+        ),
+        "empty image": ((image[:, :0], probs[:, :0]), ValueError, "image must be of shape"),
+        "integer probs": (
+            (image, probs.long()),
+            TypeError,
+            "probs must be of a floating-point dtype, got torch.int64",
+        ),
+        "other size": ((image, probs[:, 1:]), ValueError, "probs must be of shape"),
+        "no class": ((image, probs[:0]), ValueError, "probs must be of shape"),
         "logits": ((image, probs * 5 - 1), ValueError, "apply softmax"),
         "nan": ((image, nan), ValueError, "without NaN"),
-        "float labels": ((image, probs, labels.float()), TypeError, "labels: got dtype"),
-        "labels of another size": ((image, probs, labels[1:]), ValueError, "labels: got shape"),
+        "float labels": (
+            (image, probs, labels.float()),
+            TypeError,
+            "labels must be of an integer dtype",
+        ),
+        "labels of another size": (
+            (image, probs, labels[1:]),
+            ValueError,
+            "labels must be of shape",
+        ),
     }
 
 
@@ -62,7 +86,7 @@ def test_wrong_construction_is_refused(random_sam):
 
     with pytest.raises(TypeError, match=r"got Former with decode: decode is now predict_masks$"):
         Refiner(Former(random_sam.module, "former"))
-    with pytest.raises(TypeError, match="config: got dict"):
+    with pytest.raises(TypeError, match="config must be a RefineConfig, got dict"):
         Refiner(random_sam, {"stride": 2})
     with pytest.raises(ValueError, match="precision: got 'bf16', accepted are 'auto', '32'"):
         Refiner(random_sam, precision="bf16")
@@ -70,7 +94,7 @@ def test_wrong_construction_is_refused(random_sam):
 
 def test_counts_of_a_batch_must_agree(refiner):
     image, probs = blobs()
-    with pytest.raises(ValueError, match="got 1, 2 and None of them"):
+    with pytest.raises(ValueError, match="must be equally many, got 1, 2 and None"):
         refiner.refine_batch([image], [probs, probs])
 
 

@@ -95,7 +95,7 @@ class TestMultimask:
         )
 
     def test_prompts_need_something(self):
-        with pytest.raises(ValueError, match="boxes, points: got None twice"):
+        with pytest.raises(ValueError, match="boxes or points must be given"):
             Prompts(None, None, None, None)
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_samrefine.models.base import Promptable
-from lightning_samrefine.models.fingerprint import all_weights, checksums, raw_bytes, stamp
+from lightning_samrefine.models.fingerprint import checksums
+from lightning_samrefine.refine.cache.keys import (
+    entry_key,
+    image_digest,
+    key_weights,
+    weights_fingerprint,
+    weights_state,
+)
 from lightning_samrefine.refine.cache.stores import DiskStore, Entry, MemoryStore, Store
 from lightning_samrefine.utils.cache_dir import home
 from lightning_samrefine.utils.device import Download, upload
@@ -76,13 +81,13 @@ class EmbeddingCache:
         folder: str | Path | None = None,
     ) -> None:
         if kind not in _DEFAULT_GB:
-            raise ValueError(f"cache: got {kind!r}, accepted are 'memory', 'disk' and None")
+            raise ValueError(f"cache must be 'memory', 'disk' or None, got {kind!r}")
         if gb is not None and (isinstance(gb, bool) or not isinstance(gb, int | float)):
-            raise TypeError(f"cache_gb: got {type(gb).__name__}, accepted is a number or None")
+            raise TypeError(f"cache_gb must be a number or None, got {type(gb).__name__}")
         if gb is not None and not gb > 0:
-            raise ValueError(f"cache_gb: got {gb}, accepted is a number above 0, or None")
+            raise ValueError(f"cache_gb must be above 0 or None, got {gb}")
         if kind == "memory" and folder is not None:
-            raise ValueError("folder: got one for a cache in memory, accepted is None there")
+            raise ValueError(f"folder must be None for a cache in memory, got {str(folder)!r}")
         self.kind = kind
         self._arguments = (kind, gb, folder)
         self._limit = limit = int((_DEFAULT_GB[kind] if gb is None else gb) * 1e9)
@@ -215,7 +220,7 @@ class EmbeddingCache:
         """Return a key for each image; None if the model cannot be hashed."""
         try:
             model = self._fingerprint(sam, derived)
-            return [_key(model, digest, dtype, sam.device) for digest in digests]
+            return [entry_key(model, digest, dtype, sam.device) for digest in digests]
         except Exception as error:
             self._give_up(error)
             return None
@@ -270,12 +275,12 @@ class EmbeddingCache:
         """Hash the model that an entry depends on; again only after a change."""
         whole = bool(derived)
         about = (CODE_VERSION, sam.name, sam.image_size)
-        state = _state(sam.module, whole)
+        state = weights_state(sam.module, whole)
         of_module = self._fingerprints.setdefault(sam.module, {})
         kind = (whole, *about)
         known = of_module.get(kind)
         if known is None or known.state != state:
-            weights = _weights(sam.module, whole)
+            weights = key_weights(sam.module, whole)
             contents = checksums(weights.values())
             if known is not None and known.contents == contents:
                 known.state = state
@@ -298,12 +303,11 @@ def make_cache(
         return EmbeddingCache(cache, gb)
     if cache is not None and not isinstance(cache, EmbeddingCache):
         raise TypeError(
-            f"cache: got {type(cache).__name__}, accepted are 'memory', 'disk', an EmbeddingCache "
-            "and None"
+            f"cache must be 'memory', 'disk', an EmbeddingCache or None, got {type(cache).__name__}"
         )
     if gb is not None:
         reason = "beside no cache" if cache is None else "beside an EmbeddingCache, which has one"
-        raise ValueError(f"cache_gb: got {gb} {reason}, accepted is None there")
+        raise ValueError(f"cache_gb must be None {reason}, got {gb}")
     return cache
 
 
@@ -312,7 +316,7 @@ class _Fingerprint:
     """The hash of a model's weights, and how to tell whether it is still true.
 
     Attributes:
-        state: As `_state` returned it; None if the contents have to be compared.
+        state: As `weights_state` returned it; None if the contents have to be compared.
         contents: As `checksums` returned them.
         digest: As `weights_fingerprint` returned it.
     """
@@ -335,58 +339,6 @@ class _Epoch:
 def default_folder() -> Path:
     """Return ``embeddings`` in the package's `home`."""
     return home() / "embeddings"
-
-
-def weights_fingerprint(weights: Iterable[tuple[str, Tensor]], about: tuple[Any, ...] = ()) -> str:
-    """Hash tensors with their names, dtypes and shapes, in their order.
-
-    Args:
-        weights: Names and tensors on any device.
-        about: Further values that the hash includes.
-
-    Returns:
-        40 hexadecimal digits.
-    """
-    digest = hashlib.blake2b(digest_size=20)
-    digest.update(repr(about).encode())
-    for name, tensor in weights:
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
-
-
-def image_digest(image: np.ndarray) -> str:
-    """Hash an image on the CPU, its dtype and shape included."""
-    digest = hashlib.blake2b(digest_size=20)
-    digest.update(repr((str(image.dtype), image.shape)).encode())
-    digest.update(np.ascontiguousarray(image).data)
-    return digest.hexdigest()
-
-
-def _key(model: str, image: str, dtype: torch.dtype | None, device: torch.device) -> str:
-    about = repr((model, dtype, device.type, image))
-    return hashlib.blake2b(about.encode(), digest_size=20).hexdigest()
-
-
-def _weights(module: nn.Module, whole: bool) -> dict[str, Tensor]:
-    """Return the tensors of the whole model, or of the encoder with the model's own buffers."""
-    if whole:
-        return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    encoder = getattr(module, "image_encoder", module)
-    own = module.named_buffers(recurse=False)
-    return {
-        **{f"encoder.{name}": tensor for name, tensor in encoder.named_parameters()},
-        **{f"encoder.{name}": tensor for name, tensor in encoder.named_buffers()},
-        **dict(own),
-    }
-
-
-def _state(module: nn.Module, whole: bool) -> tuple[tuple[Any, ...], ...]:
-    """Return a value that changes when one of `_weights` is replaced, moved or written to."""
-    if whole:
-        return stamp(all_weights(module))
-    encoder = getattr(module, "image_encoder", module)
-    return stamp([*all_weights(encoder), *module.buffers(recurse=False)])
 
 
 def _tensors(value: Any) -> tuple[Tensor, ...]:

@@ -91,7 +91,7 @@ class MapRefinement:
             ValueError: A class smaller than the last.
         """
         if c < self._last_class:
-            raise ValueError(f"c: got {c} after {self._last_class}, accepted are ascending classes")
+            raise ValueError(f"c must not be below {self._last_class}, the class before, got {c}")
         self._last_class = c
         # torch.where, not a product: a NaN of SAM must not reach the map.
         value = torch.where(logits > 0, logits.sigmoid() * self._raw[c], 0.0)
