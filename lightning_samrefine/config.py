@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
+
+from lightning_samrefine.fusion_weights import FusionWeights
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,16 @@ class RefineConfig:
         class_pred_iou_thresh: τ_iou of single classes, by index, in place of ``pred_iou_thresh``.
         class_names: Names of the C classes that the values were tuned for, by index; a run with
             other classes is refused. None for any.
+        weights: Weights of the fitted fusion, which replaces the soft fusion and its
+            ``unsupported_weight``, ``color_weight`` and ``crf_weight``. ``"auto"``: the callback
+            fits them to the images of its evaluations; until it has, and without a callback, the
+            soft fusion is used. None for the soft fusion.
 
     Raises:
         TypeError: A value of the wrong type.
-        ValueError: A value outside its range; ``points_per_side``, ``color_weight`` or
-            ``crf_weight`` without ``unsupported_weight``; neither region nor point prompts.
+        ValueError: A value outside its range; ``points_per_side``, ``color_weight``,
+            ``crf_weight`` or ``weights`` without ``unsupported_weight``; neither region nor point
+            prompts; fitted weights of other classes than ``class_names``.
     """
 
     score_thresh: float = 0.0
@@ -71,6 +78,7 @@ class RefineConfig:
     classes: tuple[int, ...] | None = None
     class_pred_iou_thresh: Mapping[int, float] | None = field(default=None, hash=False)
     class_names: tuple[str, ...] | None = None
+    weights: FusionWeights | Literal["auto"] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_float("score_thresh", self.score_thresh, 0 <= _num(self.score_thresh) < 1, "[0, 1)")
@@ -92,7 +100,7 @@ class RefineConfig:
             _check_count("max_prompts_per_batch", self.max_prompts_per_batch, "or None")
         for name in ("prompt_regions", "mask_prompts"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: got {getattr(self, name)!r}, accepted is a bool")
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _check_count("points_per_side", self.points_per_side, least=0)
         _check_float(
             "unsupported_weight",
@@ -105,16 +113,18 @@ class RefineConfig:
         _check_float(
             "crf_weight", self.crf_weight, 0 <= _num(self.crf_weight) < math.inf, "[0, inf)"
         )
-        for name in ("points_per_side", "color_weight", "crf_weight"):
+        for name in ("points_per_side", "color_weight", "crf_weight", "weights"):
             if getattr(self, name) and not self.unsupported_weight:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with unsupported_weight 0, "
-                    "accepted is 0, or an unsupported_weight above 0"
+                    f"unsupported_weight must be above 0 with {name}, got {name} "
+                    f"{getattr(self, name)!r} and unsupported_weight 0"
                 )
         if not self.prompt_regions and not self.points_per_side:
+            raise ValueError("prompt_regions must be True with points_per_side 0, got False")
+        if self.weights is not None and (self.points_per_side or not self.prompt_regions):
             raise ValueError(
-                "prompt_regions: got False with points_per_side 0, accepted is True, or a "
-                "points_per_side above 0"
+                "weights must be None without region prompts or with a point grid, got "
+                f"prompt_regions {self.prompt_regions} and points_per_side {self.points_per_side}"
             )
         # YAML brings lists, and dicts that somebody else holds.
         object.__setattr__(self, "classes", _checked_classes(self.classes))
@@ -122,6 +132,14 @@ class RefineConfig:
             self, "class_pred_iou_thresh", _checked_thresholds(self.class_pred_iou_thresh)
         )
         object.__setattr__(self, "class_names", _checked_names(self.class_names))
+        object.__setattr__(self, "weights", _checked_weights(self.weights))
+        if isinstance(self.weights, FusionWeights):
+            if self.class_names not in (None, self.weights.classes):
+                raise ValueError(
+                    f"class_names must be those of weights, {', '.join(self.weights.classes)}, got "
+                    f"{', '.join(self.class_names or ())}"
+                )
+            object.__setattr__(self, "class_names", self.weights.classes)
 
     @classmethod
     def preset(cls, name: str, /, **overrides: Any) -> RefineConfig:
@@ -129,7 +147,8 @@ class RefineConfig:
 
         Args:
             name: ``"algorithm4"`` (the published algorithm with its published thresholds, see
-                docs/algorithm4.md); ``"fast"`` (one prompt per region, soft fusion); ``"default"``
+                docs/algorithm4.md); ``"fast"`` (one prompt per region, soft fusion); ``"auto"``
+                (the same prompts, a fusion that is fitted to the user's images); ``"default"``
                 (``"fast"`` and the masks of a point grid).
             **overrides: Fields of `RefineConfig`.
 
@@ -139,7 +158,7 @@ class RefineConfig:
         """
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(
-                f"preset: got {name!r}, accepted are {', '.join(map(repr, sorted(PRESETS)))}"
+                f"preset must be {', '.join(map(repr, sorted(PRESETS)))}, got {name!r}"
             )
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(overrides) - known)
@@ -174,6 +193,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "pred_iou_thresh": 0.8,
             "min_region_area": 225,
         },
+        "auto": {**_FAST, "weights": "auto"},
         "default": {**_FAST, "points_per_side": 24},
         "fast": _FAST,
     }
@@ -193,24 +213,23 @@ def _num(value: Any) -> float:
 def _check_float(name: str, value: Any, in_range: bool, accepted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(
-            f"{name}: got {value!r} of type {type(value).__name__}, accepted is a "
-            f"number in {accepted}"
+            f"{name} must be a number in {accepted}, got {value!r} of type {type(value).__name__}"
         )
     if not in_range:
-        raise ValueError(f"{name}: got {value!r}, accepted is a number in {accepted}")
+        raise ValueError(f"{name} must be a number in {accepted}, got {value!r}")
 
 
 def _checked_classes(classes: Any) -> tuple[int, ...] | None:
     """Return class indices as a sorted tuple."""
     if classes is None:
         return None
-    accepted = "accepted are different integers of at least 0 in a sequence, or None"
+    accepted = "classes must be different integers of at least 0 in a sequence, or None"
     if isinstance(classes, str) or not isinstance(classes, Sequence):
-        raise TypeError(f"classes: got {classes!r} of type {type(classes).__name__}, {accepted}")
+        raise TypeError(f"{accepted}, got {classes!r} of type {type(classes).__name__}")
     if not all(isinstance(c, int) and not isinstance(c, bool) for c in classes):
-        raise TypeError(f"classes: got {list(classes)}, {accepted}")
+        raise TypeError(f"{accepted}, got {list(classes)}")
     if min(classes, default=0) < 0 or len(set(classes)) < len(classes):
-        raise ValueError(f"classes: got {list(classes)}, {accepted}")
+        raise ValueError(f"{accepted}, got {list(classes)}")
     return tuple(sorted(classes))
 
 
@@ -219,8 +238,22 @@ def _checked_names(names: Any) -> tuple[str, ...] | None:
         return None
     is_sequence = isinstance(names, Sequence) and not isinstance(names, str)
     if not is_sequence or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"class_names: got {names!r}, accepted are strings in a sequence, or None")
+        raise TypeError(f"class_names must be strings in a sequence, or None, got {names!r}")
     return tuple(names)
+
+
+def _checked_weights(weights: Any) -> FusionWeights | str | None:
+    """Return weights; a mapping, as YAML files hold it, becomes `FusionWeights`."""
+    if weights is None or weights == "auto" or isinstance(weights, FusionWeights):
+        return weights
+    if isinstance(weights, Mapping):
+        try:
+            return FusionWeights.from_mapping(weights)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"weights: {error}") from error
+    raise TypeError(
+        f"weights must be FusionWeights, a mapping of them, 'auto' or None, got {weights!r}"
+    )
 
 
 def _checked_thresholds(thresholds: Any) -> dict[int, float] | None:
@@ -230,8 +263,7 @@ def _checked_thresholds(thresholds: Any) -> dict[int, float] | None:
     name, accepted = "class_pred_iou_thresh", "a mapping of class indices to numbers, or None"
     if not isinstance(thresholds, Mapping):
         raise TypeError(
-            f"{name}: got {thresholds!r} of type {type(thresholds).__name__}, accepted is "
-            f"{accepted}"
+            f"{name} must be {accepted}, got {thresholds!r} of type {type(thresholds).__name__}"
         )
     classes = _checked_classes(list(thresholds))
     for c, value in thresholds.items():
@@ -242,8 +274,6 @@ def _checked_thresholds(thresholds: Any) -> dict[int, float] | None:
 def _check_count(name: str, value: Any, alternative: str = "", least: int = 1) -> None:
     accepted = f"an integer of at least {least} {alternative}".strip()
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name}: got {value!r} of type {type(value).__name__}, accepted is {accepted}"
-        )
+        raise TypeError(f"{name} must be {accepted}, got {value!r} of type {type(value).__name__}")
     if value < least:
-        raise ValueError(f"{name}: got {value!r}, accepted is {accepted}")
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")

@@ -1,14 +1,15 @@
-"""Thresholds in a YAML file, such as the one that `samrefine task=tune` writes."""
+"""Thresholds and weights in YAML files, such as ``tuned.yaml`` and ``fitted.yaml``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 from lightning_samrefine.config import RefineConfig, unknown_fields
+from lightning_samrefine.fusion_weights import FusionWeights
 
 _OVERRIDE = "refine="
 _SUFFIXES = (".yaml", ".yml")
@@ -22,7 +23,7 @@ def is_refine_file(name: str) -> bool:
 
 
 def read_refine(path: str | Path) -> RefineConfig:
-    """Read a YAML mapping of `RefineConfig`'s fields; others are those of ``"default"``.
+    """Read a YAML mapping of `RefineConfig`'s fields; others are those of ``"auto"``.
 
     Raises:
         FileNotFoundError: No file at that path.
@@ -45,10 +46,33 @@ def read_refine(path: str | Path) -> RefineConfig:
         raise type(error)(f"refine={path}: {error}") from error
 
 
+def write_refine(config: RefineConfig, path: str | Path, comments: Sequence[str] = ()) -> None:
+    """Write a YAML file that `read_refine` and ``samrefine refine=PATH`` read.
+
+    Args:
+        config: Every field is written.
+        path: The file.
+        comments: Lines at its head.
+    """
+    from omegaconf import OmegaConf
+
+    text = "".join(f"# {comment}\n" for comment in comments)
+    text += OmegaConf.to_yaml(OmegaConf.create(refine_to_mapping(config)))
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def refine_to_mapping(config: RefineConfig) -> dict[str, Any]:
+    """Return all fields as plain values, from which `RefineConfig` is built again."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    if isinstance(config.weights, FusionWeights):
+        values["weights"] = config.weights.to_mapping()
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
 def refine_from_mapping(fields: Mapping[Any, Any]) -> RefineConfig:
-    """Replace fields of a preset: the one under the key ``"preset"``, or else ``"default"``."""
+    """Replace fields of a preset: the one under the key ``"preset"``, or else ``"auto"``."""
     values = {str(key): value for key, value in fields.items()}
-    return RefineConfig.preset(values.pop("preset", "default"), **values)
+    return RefineConfig.preset(values.pop("preset", "auto"), **values)
 
 
 def with_refine_files(arguments: Sequence[str]) -> list[str]:
@@ -95,10 +119,10 @@ def _option(name: str) -> str:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    fields = asdict(read_refine(name))
+    values = refine_to_mapping(read_refine(name))
     # Sweeps may name files of one stem in several folders.
     taken = [str(option) for option in store.repo.get("refine", {}).get("file", {})]
     stem = Path(name).stem
     option = stem if f"{stem}.yaml" not in taken else f"{stem}_{len(taken)}"
-    store.store(group="refine/file", name=option, node=fields, provider="samrefine")
+    store.store(group="refine/file", name=option, node=values, provider="samrefine")
     return f"file/{option}"

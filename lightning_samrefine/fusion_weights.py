@@ -1,18 +1,15 @@
 """Weights of the fitted fusion: plain values that travel in checkpoints and as ``fitted.yaml``.
 
 The score of class c at a pixel is Σ_f w_f · feature_f,c + b_c, and the refined probabilities are
-the softmax of the scores. The features are those of `lightning_samrefine.fit.features`.
+the softmax of the scores. The features are those of `lightning_samrefine.refine.fusion.features`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-import yaml
 
 FEATURES = ("raw", "color", "presence", "region_votes")
 SAM_FEATURES = ("region_votes",)
@@ -161,33 +158,6 @@ class FusionWeights:
             images=values["images"],
             found=values["found"],
         )
-
-    def save(self, path: str | Path) -> None:
-        """Write the weights as YAML."""
-        text = yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True, width=100)
-        Path(path).write_text(text, encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> FusionWeights:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: No file at that path.
-            TypeError: A value of the wrong type.
-            ValueError: No YAML, or as `from_mapping`.
-        """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            return cls.from_mapping(values)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} must be YAML, got {error}") from error
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from error
-
-
-def is_fusion_weights(values: Mapping[Any, Any]) -> bool:
-    """Tell plain values of `FusionWeights` from those of thresholds."""
-    return "features" in values and "biases" in values
 
 
 def _plain(weights: LogLinear, classes: tuple[str, ...]) -> dict[str, dict[str, float]]:

@@ -10,11 +10,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.config_files import read_refine, write_refine
 from lightning_samrefine.fusion_weights import (
     FEATURES,
     FusionWeights,
     LogLinear,
-    is_fusion_weights,
 )
 
 CLASSES = ("road", "sky", "true")  # YAML takes an unquoted true for a bool
@@ -34,11 +35,12 @@ def weights() -> FusionWeights:
 
 def test_a_file_gives_back_what_was_saved(tmp_path: Path):
     path = tmp_path / "fitted.yaml"
-    weights().save(path)
-    assert FusionWeights.load(path) == weights()
+    config = RefineConfig.preset("auto", pred_iou_thresh=0.6, weights=weights())
+    write_refine(config, path, ["fitted to 31 images"])
+    assert read_refine(path) == config
     text = path.read_text(encoding="utf-8")
-    assert "1.6…2.7" in text
-    assert yaml.safe_load(text)["frozen_classes"] == ["road", "true"]
+    assert text.startswith("# fitted to 31 images\n")
+    assert yaml.safe_load(text)["weights"]["frozen_classes"] == ["road", "true"]
 
 
 @given(st.lists(NUMBERS, min_size=4, max_size=4), st.lists(NUMBERS, min_size=3, max_size=3))
@@ -95,19 +97,34 @@ def damaged(key: str, value: object) -> dict:
 )
 def test_a_damaged_file_is_refused(key, value, error, message, tmp_path: Path):
     path = tmp_path / "damaged.yaml"
-    path.write_text(yaml.safe_dump(damaged(key, value)), encoding="utf-8")
-    with pytest.raises(error, match=f"damaged.yaml: .*{message}"):
-        FusionWeights.load(path)
+    path.write_text(yaml.safe_dump({"weights": damaged(key, value)}), encoding="utf-8")
+    with pytest.raises(error, match=f"damaged.yaml: weights: .*{message}"):
+        read_refine(path)
 
 
-def test_what_is_no_mapping_or_no_yaml_is_refused(tmp_path: Path):
-    path = tmp_path / "other.yaml"
-    path.write_text("- 1\n- 2\n", encoding="utf-8")
-    with pytest.raises(TypeError, match="weights must be a mapping"):
-        FusionWeights.load(path)
-    path.write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="must be YAML"):
-        FusionWeights.load(path)
+@pytest.mark.parametrize("value", [3, "fitted", [1, 2]])
+def test_what_is_no_weights_is_refused(value: object):
+    with pytest.raises(TypeError, match="weights must be FusionWeights, a mapping"):
+        RefineConfig.preset("auto", weights=value)
+
+
+def test_weights_decide_the_classes():
+    assert RefineConfig.preset("auto", weights=weights()).class_names == CLASSES
+    with pytest.raises(ValueError, match="class_names must be those of weights, road, sky, true"):
+        RefineConfig.preset("auto", weights=weights(), class_names=("road", "sky"))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"points_per_side": 8}, {"points_per_side": 8, "prompt_regions": False}]
+)
+def test_weights_go_with_region_prompts_alone(fields: dict):
+    with pytest.raises(ValueError, match="weights must be None without region prompts"):
+        RefineConfig.preset("auto", **fields)
+
+
+def test_weights_need_the_soft_masks():
+    with pytest.raises(ValueError, match="unsupported_weight must be above 0 with weights"):
+        RefineConfig(weights="auto")
 
 
 def test_weights_of_different_numbers_of_classes_are_refused():
@@ -122,8 +139,3 @@ def test_weights_of_different_numbers_of_classes_are_refused():
             ("a",),
             frozen_classes=(1,),
         )
-
-
-def test_weights_are_told_from_thresholds():
-    assert is_fusion_weights(weights().to_mapping())
-    assert not is_fusion_weights({"preset": "fast", "stride": 2})

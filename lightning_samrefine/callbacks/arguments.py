@@ -54,7 +54,7 @@ class SharedArguments:
         checkpoint: str | Path | None = None,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
-        refine: Thresholds = "default",
+        refine: Thresholds = "auto",
         precision: str = "auto",
         image_key: str | None = None,
         scores_key: str | None = None,

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.nested import batch_size
+from lightning_samrefine.callbacks.collective import gather_on_zero
 from lightning_samrefine.callbacks.loader_evaluation import LoaderEvaluation
 from lightning_samrefine.callbacks.monitors import warn_monitors, warn_unscored
 from lightning_samrefine.callbacks.presenter import (
@@ -22,6 +24,7 @@ from lightning_samrefine.callbacks.presenter import (
 from lightning_samrefine.callbacks.real_samples import evaluation_dataloaders
 from lightning_samrefine.callbacks.run_state import RunState
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.fit.auto import AutoFusion
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.reporting.loggers import safe_names
 
@@ -65,6 +68,7 @@ class Evaluation:
         options: What is measured.
         presenter: Shows the results.
         draws: Whether panels and charts are drawn, see `Presenter.draws`.
+        fits: Whether ``refine="auto"`` is fitted to the images at the end.
     """
 
     def __init__(
@@ -75,11 +79,13 @@ class Evaluation:
         options: EvaluationOptions,
         presenter: Presenter,
         draws: bool,
+        fits: bool,
     ) -> None:
         state.bind(pl_module)
         state.recheck_weights()
+        state.start_fit(fits)
         self._state, self._options, self._presenter = state, options, presenter
-        self._module, self._draws = pl_module, draws
+        self._module, self._draws, self._fits = pl_module, draws, fits
         self._evaluated: list[Evaluated] = []
         num_classes = state.num_classes
         names = safe_names(options.class_names or map(str, range(num_classes)), trainer.loggers)
@@ -94,6 +100,7 @@ class Evaluation:
                 ).to(trainer.strategy.root_device),
                 presenter.panels if draws else 0,
                 presenter.gallery(trainer, num_classes, options.ignore_index),
+                has_control=state.auto is not None,
             )
             for loader in evaluation_dataloaders(trainer)
         ]
@@ -177,7 +184,32 @@ class Evaluation:
             if self._options.class_names is not None:  # in pictures they are what the user wrote
                 result = replace(result, class_names=tuple(self._options.class_names))
             self._evaluated.append(Evaluated(stage, index, suffix, loader, result))
+        if self._state.auto is not None and self._fits:
+            figures = self._fit(trainer, self._state.auto)
+            self._log(trainer, stage, "", figures)
+            for entry in entries:
+                entry.update(figures)
         return entries
+
+    def _fit(self, trainer: Trainer, auto: AutoFusion) -> dict[str, float]:
+        """Fit the fusion to this evaluation's images. A collective call.
+
+        Returns:
+            The cross-validated figures; none if there are too few images.
+        """
+        others = [image for part in gather_on_zero(list(auto.sample)) for image in part]
+        verdict = auto.finish(others) if trainer.is_global_zero else None
+        # One process fits: others may round differently.
+        auto.fitted, verdict = trainer.strategy.broadcast((auto.fitted, verdict))
+        if verdict is None or auto.fitted is None:
+            return {}
+        rank_zero_info(f"SAMRefineCallback: {auto.fitted.final.found}")
+        return {
+            "fitted_gain": verdict.gain.gain,
+            "fitted_gain_low": verdict.gain.low,
+            "fitted_gain_high": verdict.gain.high,
+            "fitted_gain_without_sam": verdict.control.gain,
+        }
 
     def present(self, trainer: Trainer, history: Sequence[Mapping[str, Any]]) -> None:
         """Show what `finish` measured in panels, charts and the report. A collective call.

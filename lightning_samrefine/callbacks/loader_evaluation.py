@@ -23,6 +23,7 @@ class LoaderEvaluation:
         comparison: Counts pixels and regions.
         panels: Number of images kept for panels.
         gallery: Keeps images and regions for the report, None without one.
+        has_control: Whether refinements have the labels of a control without SAM.
 
     Attributes:
         picker: The images for panels.
@@ -34,11 +35,13 @@ class LoaderEvaluation:
         comparison: RefinementComparison,
         panels: int,
         gallery: Gallery | None = None,
+        has_control: bool = False,
     ) -> None:
         self._samples = RealSamples(dataloader)
         self.comparison = comparison
         self.picker = PanelPicker(panels)
         self.gallery = gallery
+        self._has_control = has_control
 
     def real(self, inputs: RefineInputs) -> RefineInputs:
         """Count the next batch, and return it without the samples that the sampler repeats."""
@@ -78,12 +81,14 @@ class LoaderEvaluation:
         for index, refinement in enumerate(refinements):
             raw, target = inputs.labels[index], inputs.targets[index]
             if refinement is None:
-                self.comparison.update(raw, raw, target)
+                control = raw if self._has_control else None
+                self.comparison.update(raw, raw, target, control=control)
                 counts.update(failed=1)
                 continue
             refined, regions = refinement.labels, refinement.regions
             counts.update(regions=len(regions), accepted=len(refinement.pred_iou))
-            (found,) = self.comparison.update(raw, refined, target, regions)
+            control = refinement.control
+            (found,) = self.comparison.update(raw, refined, target, regions, control)
             image, name = inputs.images[index], names[index]
             self.picker.offer(name, image, raw, refined, target, found.valid, regions)
             if self.gallery is not None:

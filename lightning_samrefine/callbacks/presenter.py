@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_samrefine.adapters.sample_names import own_names
 from lightning_samrefine.callbacks.collective import gather_on_zero, is_distributed
 from lightning_samrefine.callbacks.loader_evaluation import LoaderEvaluation
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.config_files import write_refine
+from lightning_samrefine.fusion_weights import FusionWeights
 from lightning_samrefine.metrics.comparison import ComparisonResult
 from lightning_samrefine.reporting.charts import curve_unit, draw_class_bars, draw_reliability
 from lightning_samrefine.reporting.loggers import rasterize, show_pictures
@@ -97,6 +100,23 @@ class Presenter:
             self.panels, self.panels_every_n_epochs, self.panels_width, self.report, self.name
         )
 
+    def write_fitted(self, trainer: Trainer, config: RefineConfig | None) -> None:
+        """Write fitted weights to ``fitted.yaml`` in the log folder, if a logger has one.
+
+        A collective call. An error is a warning.
+        """
+        if config is None or trainer.logger is None or _is_trial(trainer):
+            return
+        path = _log_folder(trainer) / self._named("fitted.yaml")
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(config.weights, FusionWeights)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_refine(config, path, [config.weights.found])
+        except OSError as error:
+            rank_zero_warn(f"SAMRefineCallback: {path} could not be written ({error})")
+
     def gallery(
         self, trainer: Trainer, num_classes: int, ignore_index: int | None
     ) -> Gallery | None:
@@ -153,7 +173,7 @@ class Presenter:
                 path = self._report_path(folder)
                 facts = {
                     "Command": {"": _command()},
-                    "Thresholds": {key: str(value) for key, value in asdict(thresholds).items()},
+                    "Thresholds": {key: str(value) for key, value in vars(thresholds).items()},
                     "Set-up": dict(about),
                     "Versions": _versions(),
                 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_samrefine.adapters.batch_adapter import AdapterFunction
@@ -23,6 +24,8 @@ from lightning_samrefine.callbacks.arguments import SharedArguments, Thresholds,
 from lightning_samrefine.callbacks.evaluation import Evaluation, EvaluationOptions
 from lightning_samrefine.callbacks.presenter import Presenter
 from lightning_samrefine.callbacks.sam_callback import SAMCallback
+from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.fit.auto import FittedFusion
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, make_cache
 from lightning_samrefine.utils.validation import check_count
@@ -37,15 +40,17 @@ class SAMRefineCallback(SAMCallback):
     ``miou_raw``, ``miou_refined``, ``miou_gain`` and its 95% interval ``miou_gain_low|high``,
     ``iou_raw/<class>``, ``iou_refined/<class>``, ``trimap_miou_*``, ``boundary_iou_*``,
     ``refine_fixed_px``, ``refine_broken_px``, ``refine_accept_rate``, ``refine_ms_per_image`` and
-    more, see `lightning_samrefine.metrics.comparison.ComparisonResult.figures`. With several
+    more, see `lightning_samrefine.metrics.comparison.ComparisonResult.figures`. With
+    ``refine="auto"`` also ``miou_without_sam``, the control, and after the fit the cross-validated
+    ``fitted_gain``, ``fitted_gain_low|high`` and ``fitted_gain_without_sam``. With several
     dataloaders every name ends in ``/dataloader_idx_<i>``, as Lightning's own do. The sanity check
     reads batches without SAM, and warns of monitored figures that may never be logged.
 
-    The user's model is not run again and not changed; nothing goes into checkpoints, and training
-    sees the same random numbers as without the callback. If every image of a loader's first batch
-    fails to be refined, the set-up is wrong and the first error is raised. An image that fails
-    later keeps its raw prediction, with one warning per kind of failure, and is counted in
-    ``refine_failed_images``.
+    The user's model is not run again and not changed; of the callback only fitted weights go into
+    checkpoints, and training sees the same random numbers as without the callback. If every image
+    of a loader's first batch fails to be refined, the set-up is wrong and the first error is
+    raised. An image that fails later keeps its raw prediction, with one warning per kind of
+    failure, and is counted in ``refine_failed_images``.
 
     Args:
         sam: A name for `load_sam`, or a `Promptable`. SAM is moved to the Trainer's device for
@@ -57,38 +62,38 @@ class SAMRefineCallback(SAMCallback):
         ignore_index: Target value that is not counted, or None. ``"auto"`` is 255, and refused
             where 255 is a class. Any other target outside [0, C) is an error.
         class_names: C names for ``iou_raw/<class>``; "0", "1", … where None.
-        refine: Thresholds: a `RefineConfig`, a preset's name, the path of a YAML file such as
-            ``tuned.yaml``, or a mapping of fields that replace those of ``"default"`` (or of the
-            preset under the key ``"preset"``).
+        refine: ``"auto"`` fits the fusion to your labels: the first validation is refined by the
+            preset ``"fast"`` and samples pixels; at its end weights are fitted and cross-validated.
+            From then on images are refined with weights that were not fitted to them, and nothing
+            is refined, or not in some classes, where no gain is certain. The weights are used in
+            test and by `SAMRefineWriter`, and are written to ``fitted.yaml`` in the log folder.
+            Else a preset's name, a `RefineConfig`, the path of a YAML file such as ``fitted.yaml``,
+            or a mapping of fields that replace those of ``"auto"`` (or of the preset under the key
+            ``"preset"``).
         precision: SAM's autocast, see `Refiner`; independent of the Trainer's precision.
-        cache: Where SAM's image embeddings are kept, so that the validation images of the next
-            epoch are not encoded again: ``"memory"`` (of each process, inside ``fit``),
-            ``"disk"`` (a folder that processes and later runs share, see `EmbeddingCache`), an
+        cache: Where SAM's image embeddings are kept for the next epoch: ``"memory"`` (of each
+            process, inside ``fit``), ``"disk"`` (a folder that processes and later runs share), an
             `EmbeddingCache` of yours, or None.
         cache_gb: Its limit in 10⁹ bytes; None is 4 in memory and 20 on disk.
         every_n_epochs: Inside ``fit``, measure the first validation and every n-th after it, those
-            inside an epoch counted one by one. Nothing is logged for the others, where Lightning
-            shows the last measured values to `ModelCheckpoint` and `EarlyStopping`: with the
-            default ``save_top_k=1`` an equal value saves nothing, with more the weights of a
-            skipped validation may be saved under the last measured value; ``patience`` counts
-            skipped validations, too.
-        max_batches: Measure the first n batches of each loader (of each process), raw and refined
-            alike; None for all.
+            inside an epoch counted one by one. For the others Lightning shows the last measured
+            values to `ModelCheckpoint` and `EarlyStopping`: an equal value saves nothing with the
+            default ``save_top_k=1``, but may with more; ``patience`` counts them, too.
+        max_batches: Measure the first n batches of each loader (of each process); None for all.
         trimap_width: Half-width in pixels of the band around borders.
         panels: Number of images drawn per evaluation, half of those that gained and half of those
             that lost the most, as image | raw | refined | truth | changed pixels, with every
             region's box and predicted IoU: into ``panels/`` of the Trainer's log folder, and into
             TensorBoard, W&B and MLflow, along with charts of classes and of predicted IoU. 0 draws
             none.
-        panels_every_n_epochs: Inside ``fit``, draw the first measured validation and every n-th
-            after it. Pictures are logged under the same step as Lightning's figures.
-        panels_width: Width of the panels in pixels.
+        panels_every_n_epochs: Inside ``fit``, draw the first measured validation and every n-th.
+        panels_width: Their width in pixels.
         report: Write a self-contained HTML page after every evaluation. True writes
             ``report.html`` in the log folder (``report-v1.html`` if another run has left one), a
             path replaces the file there. ``Trainer(fast_dev_run=True)`` writes neither panels nor
             report.
         image_key: Where the image is in the batch, such as ``"image"``, ``"data.image"`` or
-            ``"0"``; None searches, see `lightning_samrefine.adapters.batch_adapter.BatchAdapter`.
+            ``"0"``; None searches, see docs/reading.md.
         target_key: Where the target is.
         scores_key: Where the scores are in what the step returned, or in the batch.
         scores_kind: ``"logits"``, ``"probs"``, ``"labels"``, or ``"auto"`` to decide by the values.
@@ -104,7 +109,7 @@ class SAMRefineCallback(SAMCallback):
 
     Attributes:
         history: What was logged (under ``Trainer(barebones=True)``, which forbids logging, what
-            would have been), one dict an evaluation and loader: ``stage``, ``epoch``, ``step`` (as
+            would have been), one dict per evaluation and loader: ``stage``, ``epoch``, ``step`` (as
             loggers count), ``dataloader_idx``, and the names above without their prefix; also what
             is not logged, see `lightning_samrefine.metrics.comparison.ComparisonResult.details`.
 
@@ -135,7 +140,7 @@ class SAMRefineCallback(SAMCallback):
         num_classes: int | None = None,
         ignore_index: IgnoreIndex = "auto",
         class_names: Sequence[str] | None = None,
-        refine: Thresholds = "default",
+        refine: Thresholds = "auto",
         precision: str = "auto",
         cache: Literal["memory", "disk"] | EmbeddingCache | None = "memory",
         cache_gb: float | None = None,
@@ -188,6 +193,7 @@ class SAMRefineCallback(SAMCallback):
         self.name = parse_name(name)
         self.presenter = Presenter(panels, panels_every_n_epochs, panels_width, report, self.name)
         self.history: list[dict[str, Any]] = []
+        self._fitted: FittedFusion | None = None
         self._evaluation: Evaluation | None = None
         # Of the running fit: finished validations, and where its part of the history begins.
         self._validations = 0
@@ -197,6 +203,27 @@ class SAMRefineCallback(SAMCallback):
     @override
     def state_key(self) -> str:
         return super().state_key if self.name is None else self._generate_state_key(name=self.name)
+
+    @property
+    def fitted_config(self) -> RefineConfig | None:
+        """The thresholds with the weights that ``refine="auto"`` fitted, None before it has.
+
+        `lightning_samrefine.config_files.write_refine` writes them to a file for ``refine=``.
+        """
+        if self._fitted is None:
+            return None
+        return replace(self.refine_config, weights=self._fitted.final)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._fitted is None else {"fitted": self._fitted.to_mapping()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "fitted" in state_dict:
+            self._fitted = FittedFusion.from_mapping(state_dict["fitted"])
+            if self._attached is not None and self._attached.auto is not None:
+                self._attached.auto.fitted = self._fitted
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -215,7 +242,7 @@ class SAMRefineCallback(SAMCallback):
         # Without a second epoch nothing is read again from memory.
         once = self.cache == "memory" and stage != "fit"
         cache = None if once else make_cache(self.cache, self.cache_gb)
-        self._attach(trainer, cache, self._ignore_index)
+        self._attach(trainer, cache, self._ignore_index, self._fitted)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -230,7 +257,13 @@ class SAMRefineCallback(SAMCallback):
         if due or trainer.sanity_checking:
             draws = self.presenter.draws(trainer, self._validations)
             self._evaluation = Evaluation(
-                trainer, pl_module, self._run_state, self._options, self.presenter, draws
+                trainer,
+                pl_module,
+                self._run_state,
+                self._options,
+                self.presenter,
+                draws,
+                fits=not trainer.testing,
             )
 
     @override
@@ -301,6 +334,9 @@ class SAMRefineCallback(SAMCallback):
         if self._evaluation is not None:
             self.history += self._evaluation.finish(trainer, stage)
             self._evaluation.present(trainer, self.history[self._history_start :])
+            if self._run_state.auto is not None:
+                self._fitted = self._run_state.auto.fitted
+                self.presenter.write_fitted(trainer, self.fitted_config)
 
     def _end_evaluation(self) -> None:
         if self._evaluation is not None:
@@ -337,3 +373,28 @@ def _check_different(trainer: Trainer) -> None:
                 f"SAMRefineCallback: report must differ between the callbacks of one Trainer, got "
                 f"{str(report)!r} more than once"
             )
+
+
+def fitted_config(trainer: Trainer, config: RefineConfig) -> RefineConfig:
+    """Return a configuration with the weights that the Trainer's callback has fitted.
+
+    Raises:
+        MisconfigurationException: Several callbacks have fitted weights.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    found = [
+        part for part in callbacks if isinstance(part, SAMRefineCallback) and part.fitted_config
+    ]
+    if len(found) > 1:
+        names = ", ".join(repr(part.name) for part in found)
+        raise MisconfigurationException(
+            "SAMRefineWriter: refine must be a file such as fitted.yaml if several callbacks have "
+            f"fitted weights, got 'auto' beside those named {names}"
+        )
+    if not found or found[0].fitted_config is None:
+        rank_zero_info(
+            "SAMRefineWriter: without fitted weights refine='auto' refines as 'fast' does; weights "
+            "come from a validation with SAMRefineCallback, or from refine='fitted.yaml'"
+        )
+        return replace(config, weights=None)
+    return replace(config, weights=found[0].fitted_config.weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +20,12 @@ from lightning_samrefine.adapters.nested import describe
 from lightning_samrefine.adapters.reading_summary import summarize
 from lightning_samrefine.adapters.roles import MissingTargetError
 from lightning_samrefine.adapters.scores import BinaryKind
-from lightning_samrefine.adapters.targets import IgnoreIndex, TargetCheck
+from lightning_samrefine.adapters.targets import IgnoreIndex, TargetCheck, settle_ignore_index
 from lightning_samrefine.callbacks.arguments import SharedArguments, num_classes_of
+from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
 from lightning_samrefine.callbacks.safe_refiner import SafeRefiner, isolated_rng
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.fit.auto import AutoFusion, FittedFusion
 from lightning_samrefine.models import Promptable, load_sam
 from lightning_samrefine.models.base import accepts_masks, drop_derived
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
@@ -45,8 +48,10 @@ class RunState:
         device: SAM's device during the run.
         cache: Keeps embeddings, None for none.
         ignore_index: Target value that is not counted; unused where no targets are read.
+        fitted: Weights that an earlier run fitted, for ``refine="auto"``.
 
     Attributes:
+        auto: The fusion of ``refine="auto"``, known from `bind` on; None for another `refine`.
         refiner: Refines single images, and raises where one fails; `refine` does not.
 
     Raises:
@@ -62,8 +67,11 @@ class RunState:
         device: torch.device,
         cache: EmbeddingCache | None = None,
         ignore_index: IgnoreIndex = None,
+        fitted: FittedFusion | None = None,
     ) -> None:
-        self._owner, self._shared = owner, shared
+        self._owner, self._shared, self._fitted = owner, shared, fitted
+        self.auto: AutoFusion | None = None
+        self._auto_refiner: AutoRefiner | None = None
         self._warn_once = _WarnOnce(owner, counted_in)
         sam = shared.sam
         # A user's own model, and the device to move it back to.
@@ -75,7 +83,7 @@ class RunState:
                 sam.module.to(device)
             self.refiner = Refiner(sam, shared.refine, shared.precision, cache)
         self.cache = cache
-        self._safe = SafeRefiner(self.refiner, self._warn_once)
+        self._safe = SafeRefiner(_batches(self.refiner), self.sam.device, self._warn_once)
         self._adapter: BatchAdapter | None = None
         # One a loader, for each settles the range of its own images.
         self._adapters: dict[int, BatchAdapter] = {}
@@ -125,6 +133,12 @@ class RunState:
         self._adapter = replace(
             self._shared.adapter, num_classes=num_classes, device=self.sam.device
         )
+        if self.config.weights == "auto":
+            names = self._shared.class_names or map(str, range(num_classes))
+            self.auto = AutoFusion(tuple(names), self._fitted)
+            ignored = settle_ignore_index(self._ignore_index, num_classes)
+            self._auto_refiner = AutoRefiner(self.refiner, self.auto, ignored)
+            self._safe = SafeRefiner(self._auto_refiner, self.sam.device, self._warn_once)
         masks = "" if accepts_masks(self.sam) else ", which takes no mask prompts,"
         rank_zero_info(
             f"{self._owner}: SAM {self.sam.name}{masks} on {self.sam.device} refines "
@@ -134,6 +148,16 @@ class RunState:
     def recheck_weights(self) -> None:
         """Drop what the cache holds of other weights, where SAM's have changed."""
         self.refiner.recheck_weights()
+
+    def start_fit(self, samples: bool) -> None:
+        """Begin an evaluation of ``refine="auto"``.
+
+        Args:
+            samples: Whether its images are fitted to at its end.
+        """
+        if self.auto is not None and self._auto_refiner is not None:
+            self.auto.start()
+            self._auto_refiner.samples = samples
 
     def refine(
         self, inputs: RefineInputs, dataloader_idx: int = 0
@@ -233,6 +257,15 @@ class RunState:
             sam, device = self._borrowed
             drop_derived(sam)
             sam.module.to(device)
+
+
+def _batches(refiner: Refiner) -> Callable[[RefineInputs], list[Refinement]]:
+    """Return a refiner's `refine_batch` as a function of `RefineInputs`."""
+
+    def refine(inputs: RefineInputs) -> list[Refinement]:
+        return refiner.refine_batch(inputs.images, inputs.probs, inputs.labels)
+
+    return refine
 
 
 class _WarnOnce:

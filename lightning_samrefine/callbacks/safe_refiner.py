@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
-from lightning_samrefine.refine.refiner import Refiner
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.device import synchronize
 
@@ -40,13 +39,18 @@ class SafeRefiner:
     """Refines a batch, and returns None for the images that fail.
 
     Args:
-        refiner: Does the work.
+        refine: Refines B samples, or raises.
+        device: SAM's.
         warn: Called with the kind of a failure and a reason whenever an image fails.
     """
 
-    def __init__(self, refiner: Refiner, warn: Callable[[str, str], None]) -> None:
-        self.refiner = refiner
-        self._warn = warn
+    def __init__(
+        self,
+        refine: Callable[[RefineInputs], list[Refinement]],
+        device: torch.device,
+        warn: Callable[[str, str], None],
+    ) -> None:
+        self._refine_all, self._device, self._warn = refine, device, warn
         # Dataloaders with a refined image: what fails there later is not an error of the set-up.
         self._proven: set[int] = set()
 
@@ -73,7 +77,7 @@ class SafeRefiner:
         # In one download: each would make the CPU wait for the GPU.
         finite = torch.stack([probs.isfinite().all() for probs in inputs.probs]).tolist()
         wanted = [index for index, is_finite in enumerate(finite) if is_finite]
-        device = self.refiner.sam.device
+        device = self._device
         synchronize(device)
         start = time.perf_counter()
         with isolated_rng(device):
@@ -99,13 +103,7 @@ class SafeRefiner:
         if not wanted:
             return []
         try:
-            return list(
-                self.refiner.refine_batch(
-                    [inputs.images[index] for index in wanted],
-                    [inputs.probs[index] for index in wanted],
-                    [inputs.labels[index] for index in wanted],
-                )
-            )
+            return list(self._refine_all(inputs.take(wanted)))
         except Exception as error:  # of any model or device
             _release_tensors(error)
             if len(wanted) == 1:

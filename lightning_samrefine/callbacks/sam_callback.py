@@ -13,6 +13,7 @@ from lightning_samrefine.adapters.targets import IgnoreIndex
 from lightning_samrefine.callbacks.arguments import SharedArguments, check_trainer
 from lightning_samrefine.callbacks.run_state import RunState
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.fit.auto import FittedFusion
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 
@@ -80,6 +81,7 @@ class SAMCallback(Callback):
         trainer: Trainer,
         cache: EmbeddingCache | None = None,
         ignore_index: IgnoreIndex = None,
+        fitted: FittedFusion | None = None,
     ) -> None:
         """Load SAM on the Trainer's device.
 
@@ -87,6 +89,7 @@ class SAMCallback(Callback):
             trainer: The Trainer that called ``setup``.
             cache: Keeps SAM's embeddings, None for none.
             ignore_index: Target value that is not counted.
+            fitted: Weights of an earlier run, for ``refine="auto"``.
 
         Raises:
             MisconfigurationException: A Trainer of pytorch_lightning.
@@ -95,7 +98,9 @@ class SAMCallback(Callback):
         name, device = type(self).__name__, trainer.strategy.root_device
         check_trainer(name, trainer)
         self._release()
-        self._attached = RunState(name, self._FAILURES, self.shared, device, cache, ignore_index)
+        self._attached = RunState(
+            name, self._FAILURES, self.shared, device, cache, ignore_index, fitted
+        )
 
     def _release(self) -> None:
         """Free what a run holds; a second call does nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +23,7 @@ from lightning_samrefine.adapters.sample_names import Stem, find_stems
 from lightning_samrefine.adapters.scores import ScoresKind
 from lightning_samrefine.callbacks.arguments import SharedArguments, Thresholds
 from lightning_samrefine.callbacks.collective import Together
+from lightning_samrefine.callbacks.refine_callback import fitted_config
 from lightning_samrefine.callbacks.sam_callback import SAMCallback
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.predictions.encoding import MAX_CLASSES, PROBS_KINDS, ProbsKind
@@ -73,7 +74,8 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         checkpoint: The weights' file, see `load_sam`.
         num_classes: C ≥ 2, as for `SAMRefineCallback`.
         class_names: C names, for their number and to compare with those of tuned thresholds.
-        refine: Thresholds, as for `SAMRefineCallback`.
+        refine: As for `SAMRefineCallback`. ``"auto"`` uses the weights that the Trainer's
+            `SAMRefineCallback` has fitted; without one, the preset ``"fast"``.
         precision: SAM's autocast, see `Refiner`.
         probs: ``"uint8"`` (255 means 1) or ``"float16"`` writes the refined probabilities,
             (C, H, W) under the name ``probs``, see `Refinement.probs`. None writes none.
@@ -121,7 +123,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         checkpoint: str | Path | None = None,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
-        refine: Thresholds = "default",
+        refine: Thresholds = "auto",
         precision: str = "auto",
         probs: ProbsKind | None = None,
         overwrite: bool = False,
@@ -152,6 +154,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
             needs_target=False,
         )
         super().__init__(shared)
+        self._given = shared
         check_count("queue_size", queue_size)
         if probs is not None and probs not in PROBS_KINDS:
             raise ValueError(
@@ -184,6 +187,9 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
             self._files.check()
         except ValueError as error:
             raise MisconfigurationException(f"{_NAME}: {error}") from error
+        self.shared = self._given
+        if self._given.refine.weights == "auto":
+            self.shared = replace(self._given, refine=fitted_config(trainer, self._given.refine))
         self._attach(trainer)
 
     @override

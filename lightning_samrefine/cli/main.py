@@ -64,8 +64,9 @@ def run(cfg: DictConfig) -> float | None:
     """Build the run that a composed config describes, run it and report it.
 
     Writes ``metrics.json`` and ``config.yaml``, resolved but for the output folder, to
-    ``cfg.output_dir``, ``curve.png`` too where more than one epoch was validated, and prints the
-    table. ``task=predict`` writes predictions instead, see `SAMRefineWriter`.
+    ``cfg.output_dir``, ``curve.png`` too where more than one epoch was validated and
+    ``fitted.yaml`` where ``refine=auto`` fitted weights, and prints the table. ``task=predict``
+    writes predictions instead, see `SAMRefineWriter`.
 
     Args:
         cfg: ``configs/samrefine.yaml`` with its groups. Values that the data module supplies are
@@ -121,6 +122,7 @@ def run(cfg: DictConfig) -> float | None:
     if trainer.is_global_zero:
         write_metrics(metrics, folder / "metrics.json")
         _write_curve(trainer, folder / "curve.png")
+        _write_fitted(trainer, folder)
         print_summary(metrics, folder)
     stage = "test" if cfg.task == "test" else "val"
     name = cfg.callback.get("name")
@@ -286,6 +288,22 @@ def _write_curve(trainer: Trainer, path: Path) -> None:
 
             name = path.name if callback.name is None else f"{callback.name}_{path.name}"
             save_figure(draw_curve(first_loader), path.with_name(name))
+
+
+def _write_fitted(trainer: Trainer, folder: Path) -> None:
+    """Write the weights that ``refine=auto`` fitted, and print what was found."""
+    from lightning_samrefine import SAMRefineCallback
+    from lightning_samrefine.config_files import write_refine
+    from lightning_samrefine.fusion_weights import FusionWeights
+
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    for callback in callbacks:
+        config = callback.fitted_config if isinstance(callback, SAMRefineCallback) else None
+        if config is not None and isinstance(config.weights, FusionWeights):
+            name = getattr(callback, "name", None)
+            file = "fitted.yaml" if name is None else f"{name}_fitted.yaml"
+            write_refine(config, folder / file, [config.weights.found])
+            print(f"{config.weights.found} (cross-validated). Weights: {folder / file}")
 
 
 def _can_test(segmenter: LightningModule, datamodule: LightningDataModule) -> bool:

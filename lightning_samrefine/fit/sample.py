@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_samrefine.fit.features import FeatureMaps
+from lightning_samrefine.refine.fusion.features import FeatureMaps
 
 _PIXELS = 3000  # of an image; more of them change weights less than other images do
 _MIN_PIXELS = 256

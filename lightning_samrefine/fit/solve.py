@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_samrefine.fit.features import class_scores
 from lightning_samrefine.fit.sample import ImageSample, assign_folds
 from lightning_samrefine.fusion_weights import LogLinear, check_features
+from lightning_samrefine.refine.fusion.features import class_scores
 
 MIN_IMAGES = 8
 FOLDS = 4

@@ -139,13 +139,19 @@ class RefinementComparison(nn.Module):
             {side: BandedConfusion(num_classes, self.widths) for side in SIDES}
         )
         self.borders = nn.ModuleDict({side: BorderCounts(num_classes) for side in SIDES})
+        self.control = BandedConfusion(num_classes, [])
         self.changes = ChangeCounts(num_classes)
         self.images = ImageTotals(num_classes)
         self.calibration = RegionCalibration()
         self.counts = RefinementCounts()
 
     def update(
-        self, raw: Tensor, refined: Tensor, target: Tensor, regions: Regions | None = None
+        self,
+        raw: Tensor,
+        refined: Tensor,
+        target: Tensor,
+        regions: Regions | None = None,
+        control: Tensor | None = None,
     ) -> list[ImageComparison]:
         """Add one image or a batch.
 
@@ -154,6 +160,7 @@ class RefinementComparison(nn.Module):
             refined: (…, H, W) integer, the refined one.
             target: (…, H, W) integer.
             regions: The prompted regions of a single image, measured as well.
+            control: (H, W) integer, the labels of a single image that are refined without SAM.
 
         Returns:
             One entry an image.
@@ -166,11 +173,17 @@ class RefinementComparison(nn.Module):
         height, width = target.shape[-2:]
         maps = (labels.reshape(-1, height, width) for labels in (raw, refined, target))
         return [
-            self._add(one, other, truth, regions) for one, other, truth in zip(*maps, strict=True)
+            self._add(one, other, truth, regions, control)
+            for one, other, truth in zip(*maps, strict=True)
         ]
 
     def _add(
-        self, raw: Tensor, refined: Tensor, target: Tensor, regions: Regions | None
+        self,
+        raw: Tensor,
+        refined: Tensor,
+        target: Tensor,
+        regions: Regions | None,
+        control: Tensor | None,
     ) -> ImageComparison:
         valid = valid_pixels(target, self.num_classes, self.ignore_index)
         distances = border_distances(*target.shape)
@@ -184,6 +197,11 @@ class RefinementComparison(nn.Module):
             self._pixels(side).update(counts)
             matrices.append(counts.sum(dim=0))
             self._borders(side).update(Borders(known, *distances), true_borders)
+        counts = torch.zeros_like(self.control.rings)
+        if control is not None:
+            known = KnownLabels(control, valid, self.num_classes)
+            counts = self.control.count(known, true_labels, torch.zeros_like(rings))
+        self.control.update(counts)  # torchmetrics warns of a metric that was never updated
         self.images.update(*matrices)
         changes = ChangedPixels(raw, refined, target, valid)
         self.changes.update(changes)
@@ -235,6 +253,7 @@ class RefinementComparison(nn.Module):
             totals=self.images.compute(),
             calibration=Calibration.of(**self.calibration.compute()),
             counts=tuple(self.counts.compute().tolist()),
+            control=self.control.compute().cpu()[-1],
         )
 
     def compute(self) -> dict[str, float]:
@@ -257,6 +276,7 @@ class ComparisonResult:
         totals: (N, 5, C) int64, each image's own, see `ImageTotals`.
         calibration: Predicted against true IoU of regions.
         counts: Images, failed images, regions, accepted regions, microseconds.
+        control: (C, C + 1) int64, the matrix of what is refined without SAM; 0 without a control.
     """
 
     class_names: tuple[str, ...]
@@ -269,6 +289,7 @@ class ComparisonResult:
     totals: np.ndarray
     calibration: Calibration
     counts: tuple[int, ...]
+    control: Tensor
 
     @cached_property
     def scores(self) -> dict[str, dict[str, Tensor]]:
@@ -299,7 +320,8 @@ class ComparisonResult:
             As fractions, for raw and refined: ``miou_*`` and ``trimap_miou_*``, ``boundary_iou_*``
             and ``boundary_f1_*`` (means over classes), each with its ``…_gain``; ``mdice_*``,
             ``pixel_acc_*``, ``class_acc_*``, ``fwiou_*``; ``iou_*/<class>``.
-            ``miou_gain_low`` and ``miou_gain_high``, the 95% interval of the gain.
+            ``miou_gain_low`` and ``miou_gain_high``, the 95% interval of the gain;
+            ``miou_without_sam`` of a control, if there is one.
             ``refine_fixed_px``, ``refine_broken_px`` and ``refine_fixed_broken_ratio`` (over at
             least one broken pixel); ``refine_accept_rate`` (accepted of the prompted regions, 0
             where none was), ``refine_regions_per_image`` (over the images that were refined),
@@ -320,6 +342,9 @@ class ComparisonResult:
             figures.update(zip(names, scores["iou"].tolist(), strict=True))
         for name in ("miou", "trimap_miou", "boundary_iou", "boundary_f1"):
             figures[f"{name}_gain"] = figures[f"{name}_refined"] - figures[f"{name}_raw"]
+        if self.control.any():
+            without_sam = matrix_scores(self.control, self.ignore_index)["miou"]
+            figures["miou_without_sam"] = without_sam.item()
         if self.interval is not None:
             figures["miou_gain_low"] = self.interval.low
             figures["miou_gain_high"] = self.interval.high

@@ -3,14 +3,15 @@
 read → split → prompt → predict → fuse, each a step with a type of its own: `RawPrediction`,
 `RegionSet`, `Prompts`, `MaskPredictions`, `Refinement`. Algorithm 4, "Optimized SAM Refinement", is
 the fusion of `fusion.algorithm4`; with an ``unsupported_weight`` that of `fusion.soft` takes its
-place, and with ``points_per_side`` the masks of `mask_proposals` take part in it.
+place, and with fitted ``weights`` that of `fusion.fitted`. With ``points_per_side`` the masks of
+`mask_proposals` take part.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Literal
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.fusion_weights import FusionWeights
 from lightning_samrefine.models.base import (
     Embedding,
     Promptable,
@@ -42,6 +44,7 @@ from lightning_samrefine.refine.decode import (
     encode_images,
 )
 from lightning_samrefine.refine.fusion.algorithm4 import fuse_by_algorithm4
+from lightning_samrefine.refine.fusion.fitted import fuse_fitted
 from lightning_samrefine.refine.fusion.soft import fuse_soft
 from lightning_samrefine.refine.mask_proposals import MaskProposals, propose_masks_of_images
 from lightning_samrefine.refine.predictions import MaskPredictions
@@ -223,7 +226,10 @@ class Refiner:
             config: In place of the refiner's own.
         """
         config, raw = self._acting(config), predictions.raw
-        fusion = fuse_soft if config.unsupported_weight else fuse_by_algorithm4
+        if isinstance(config.weights, FusionWeights):
+            fusion: Callable[..., Refinement] = fuse_fitted
+        else:
+            fusion = fuse_soft if config.unsupported_weight else fuse_by_algorithm4
         with autocast(None, self.sam.device):  # whatever the caller's
             fused = fusion(predictions, config, self.sam)
         return restore_frozen_classes(fused, raw.probs, raw.labels, config.classes)
@@ -338,6 +344,8 @@ class Refiner:
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
     """Return the configuration, with region prompts instead of points if the model needs it."""
+    if config.weights is not None and not accepts_points(sam):
+        return replace(config, mask_prompts=True)
     if not config.points_per_side or (has_multimask_output(sam) and accepts_points(sam)):
         return config
     if has_multimask_output(sam):

@@ -97,7 +97,8 @@ class Refinement:
             ``fast``), the pixels that a mask reaches, and in Algorithm 4 the covered ones.
         covered: (H, W) bool, in Algorithm 4 Σ_c L'_c > 0 as step 10 leaves it: an accepted mask
             lies on the pixel, and the raw probability of its class there is above 0. With an
-            ``unsupported_weight``: a mask proposal or an accepted region's mask lies on it.
+            ``unsupported_weight``: a mask proposal or an accepted region's mask lies on it. With
+            fitted ``weights``: everywhere, for every pixel is fused.
         pred_iou: (N,) float32, Q.
         boxes: (N, 4) float32 XYXY in image pixels, B'; see `Region`.
         classes: (N,) int64 in [0, C).
@@ -105,6 +106,8 @@ class Refinement:
         literal_probs: (C, H, W) float32, L' of Algorithm 4 as published: not normalized, and 0 for
             every class at a pixel that is neither covered nor in a rejected region; the raw
             probabilities if no region was accepted. None with an ``unsupported_weight``.
+        control: (H, W) int64, the labels of the fitted fusion without SAM, for comparison; None
+            if nothing is fitted.
     """
 
     labels: Tensor
@@ -115,6 +118,7 @@ class Refinement:
     classes: Tensor
     regions: Regions
     literal_probs: Tensor | None = None
+    control: Tensor | None = None
 
     @classmethod
     def of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -68,7 +69,10 @@ class TuneCallback(SAMCallback):
         trimap_width: int = 3,
         **shared: Any,
     ) -> None:
-        super().__init__(SharedArguments.of(sam=sam, **shared))
+        arguments = SharedArguments.of(sam=sam, **shared)
+        # Thresholds are tuned for the soft fusion; a fit would change with each of them.
+        thresholds = replace(arguments.refine, weights=None)
+        super().__init__(replace(arguments, refine=thresholds))
         self.cache = make_cache(cache, cache_gb)
         self.max_batches = None if max_batches is None else check_count("max_batches", max_batches)
         self.trimap_width = check_count("trimap_width", trimap_width)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.config_files import write_refine
 from lightning_samrefine.metrics.bootstrap import BootstrapInterval
 from lightning_samrefine.reporting.panels import save_figure
 from lightning_samrefine.reporting.summary import print_whole
@@ -28,18 +26,11 @@ _BEST_CELLS = 8
 
 def write_tuning(tuning: Tuning, folder: Path) -> None:
     """Write ``tuned.yaml``, ``best_cell.yaml``, ``surface.csv`` and ``surface.png`` to a folder."""
-    write_config(tuning.config, sentences(tuning), folder / "tuned.yaml")
+    write_refine(tuning.config, folder / "tuned.yaml", sentences(tuning))
     uncalibrated = _expectation("The best cell of the grid", tuning.expected_uncalibrated, tuning)
-    write_config(tuning.cell_config, [uncalibrated], folder / "best_cell.yaml")
+    write_refine(tuning.cell_config, folder / "best_cell.yaml", [uncalibrated])
     write_surface(tuning, folder / "surface.csv")
     save_figure(draw_surface(tuning), folder / "surface.png")
-
-
-def write_config(config: RefineConfig, comments: list[str], path: Path) -> None:
-    """Write a configuration that ``samrefine refine=PATH`` and ``RefineConfig.load`` read."""
-    values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
-    text = "".join(f"# {comment}\n" for comment in comments)
-    path.write_text(text + OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
 
 
 def write_surface(tuning: Tuning, path: Path) -> None:

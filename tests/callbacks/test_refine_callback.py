@@ -97,7 +97,7 @@ class TestFigures:
         [
             (REFINE, REFINE),
             ("algorithm4", RefineConfig.preset("algorithm4")),
-            ({"pred_iou_thresh": 0.7}, RefineConfig.preset("default", pred_iou_thresh=0.7)),
+            ({"pred_iou_thresh": 0.7}, RefineConfig.preset("auto", pred_iou_thresh=0.7)),
             ({"preset": "algorithm4", "stride": 1}, RefineConfig.preset("algorithm4", stride=1)),
         ],
     )
@@ -486,7 +486,7 @@ class TestArguments:
             }
         )
         callback = make(**dict(config.items()))
-        assert callback.refine_config == RefineConfig.preset("default", min_region_area=4)
+        assert callback.refine_config == RefineConfig.preset("auto", min_region_area=4)
         assert "val/iou_raw/c" in run_validate(callback)
 
     def test_lightning_cli(self, tmp_path):
@@ -511,7 +511,7 @@ class TestArguments:
             args={"trainer": {**SILENT, "callbacks": [callback]}},
         )
         found = next(c for c in cli.trainer.callbacks if isinstance(c, SAMRefineCallback))
-        assert found.refine_config == RefineConfig.preset("default", pred_iou_thresh=0.7)
+        assert found.refine_config == RefineConfig.preset("auto", pred_iou_thresh=0.7)
         assert found.num_classes == 3
 
 

@@ -43,7 +43,6 @@ PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmark
 SMALL = [
     "trainer.accelerator=cpu",
     "trainer.enable_progress_bar=false",
-    "refine.points_per_side=2",
     "callback.report=false",
 ]
 SMALL_SCENES = [
@@ -176,7 +175,7 @@ def check_foreign_app(arguments):
         cfg = compose("eval", overrides=[searchpath, *arguments])
     callback = instantiate(cfg.callbacks.sam_refine, num_classes=3)
     assert isinstance(callback, SAMRefineCallback)
-    assert callback.refine_config == RefineConfig.preset("default", pred_iou_thresh=0.7)
+    assert callback.refine_config == RefineConfig.preset("auto", pred_iou_thresh=0.7)
     assert (callback.sam, callback.checkpoint) == ("vit_t", "mobile_sam.pt")
 
 
@@ -218,7 +217,7 @@ def test_a_network_that_would_ignore_the_predictions_or_is_for_scenes_is_refused
 def test_relative_paths_hold_where_hydra_changes_the_folder(folder, here, monkeypatch):
     relative = os.path.relpath(folder, here)
     arguments = [word.replace(str(folder), relative) for word in folder_overrides(folder)]
-    arguments += ["hydra.job.chdir=true", "hydra.run.dir=changed", "refine.points_per_side=0"]
+    arguments += ["hydra.job.chdir=true", "hydra.run.dir=changed"]
     arguments += ["callback.report=report.html"]
     samrefine(monkeypatch, arguments)
     monkeypatch.chdir(here)

@@ -15,7 +15,7 @@ def write(path, text):
 
 def test_what_a_file_leaves_out_is_the_default(tmp_path):
     path = write(tmp_path / "mine.yaml", "classes: [2, 0]\nclass_pred_iou_thresh: {2: 0.7}\n")
-    expected = RefineConfig.preset("default", classes=(0, 2), class_pred_iou_thresh={2: 0.7})
+    expected = RefineConfig.preset("auto", classes=(0, 2), class_pred_iou_thresh={2: 0.7})
     assert read_refine(path) == expected
     assert parse_refine(path) == expected
     path = write(tmp_path / "other.yml", "preset: algorithm4\nstride: 4\n")
@@ -26,7 +26,11 @@ def test_what_a_file_leaves_out_is_the_default(tmp_path):
     ("text", "error", "message"),
     [
         ("pred_iou_tresh: 0.7", TypeError, r"refine=\S+mine.yaml: RefineConfig has no field pred"),
-        ("stride: half", TypeError, r"refine=\S+mine.yaml: stride: got 'half' of type str"),
+        (
+            "stride: half",
+            TypeError,
+            r"refine=\S+mine.yaml: stride must be .*, got 'half' of type str",
+        ),
         ("- 1", ValueError, r"refine must be a file with .*, got \S+mine.yaml"),
         (None, FileNotFoundError, r"refine must be .*, got \S+mine.yaml, where there is none"),
     ],

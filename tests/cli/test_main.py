@@ -214,8 +214,8 @@ def test_fit_without_a_test_set_reports_the_validation(folder, tmp_path, capsys)
         ),
         (["task=train"], r"^task must be one of validate, test, fit.*got 'train'"),
         (["ckpt_path=/no/such.ckpt"], r"^ckpt_path must be a file, got /no/such\.ckpt"),
-        (["refine.pred_iou_thresh=2"], r"^refine: pred_iou_thresh: got 2, accepted is a number in"),
-        (["refine.stride=half"], r"^refine: stride: got 'half' of type str"),
+        (["refine.pred_iou_thresh=2"], r"^refine: pred_iou_thresh must be a number in .*, got 2"),
+        (["refine.stride=half"], r"^refine: stride must be .*, got 'half' of type str"),
         (["+refine.iou=0.7"], r"^refine: RefineConfig has no field iou; its fields are"),
         (["data.class_names=null"], r"^data: num_classes: not set, and neither is class_names"),
         (["data._target_=nowhere.Data"], r"^data: Error .*'nowhere\.Data'.*No module named"),
@@ -290,7 +290,7 @@ def test_an_error_in_a_worker_process_is_told_apart(tmp_path):
     )
     with pytest.raises(ValueError, match="DataLoader worker") as info:
         next(iter(loader))
-    assert explain(info.value).startswith("preset: got 'bets'")
+    assert explain(info.value).startswith("preset must be 'algorithm4', 'auto'")
 
 
 # --- the command itself --------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_the_command_refuses_typos_and_helps_without_torch(tmp_path):
     assert missing.stderr.startswith("samrefine: No value for sam.model;")
     shown = command(tmp_path, "--help")
     assert shown.returncode == 0
-    assert "refine: algorithm4, default, fast" in shown.stdout
+    assert "refine: algorithm4, auto, default, fast" in shown.stdout
     assert "pred_iou_thresh: 0.5" in shown.stdout
 
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_samrefine.fit.features import FeatureMaps
 from lightning_samrefine.fit.sample import PixelSample, assign_folds
+from lightning_samrefine.refine.fusion.features import FeatureMaps
 
 C, H, W = 4, 16, 12
 

@@ -8,10 +8,10 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from lightning_samrefine.fit.features import class_scores
 from lightning_samrefine.fit.sample import ImageSample
 from lightning_samrefine.fit.solve import MIN_IMAGES, cross_validate, fit
 from lightning_samrefine.fusion_weights import PRESET_WEIGHTS, LogLinear
+from lightning_samrefine.refine.fusion.features import class_scores
 
 NAMES = ("raw", "color", "region_votes")
 C = 4

@@ -129,7 +129,7 @@ def test_thresholds_tuned_for_other_classes_are_refused(tuned_for, num_classes, 
 
 @pytest.mark.parametrize("names", ["abc", [1, 2], 3])
 def test_class_names_of_thresholds_are_strings(names):
-    with pytest.raises(TypeError, match=r"class_names: got .* accepted are strings"):
+    with pytest.raises(TypeError, match=r"class_names must be strings .*, got"):
         RefineConfig(class_names=names)
 
 

@@ -380,9 +380,10 @@ def test_a_predicted_iou_at_the_threshold_is_rejected(official_sam):
     case = Case(labels_kind="speckled", pred_iou_thresh=0.0, seed=1)
     ious = refine(official_sam, case).regions.pred_iou.sort().values
     at_threshold = replace(case, pred_iou_thresh=float(ious[len(ious) // 2]))
-    actual = refine(official_sam, at_threshold)
-    assert actual.regions.accepted.sum() == len(ious) - len(ious) // 2 - 1
-    assert_equal_to_oracle(actual, consult(official_sam, at_threshold))
+    accepted = refine(official_sam, at_threshold).regions.accepted
+    # Strictly greater. Not compared with the oracle, whose SAM decodes one prompt at a time: on
+    # some versions of torch its IoU differs in the last bit, which decides here.
+    assert accepted.sum() == len(ious) - len(ious) // 2 - 1
 
 
 def test_the_fast_path_equals_the_oracle_wherever_a_pixel_is_decided(random_sam):

@@ -133,7 +133,7 @@ def test_an_image_without_finite_scores_stays_raw(random_sam):
     [
         (([], [8.0], [0.5]), ValueError, "score_thresh must be one or more .*, got \\[\\]"),
         (([0.0], [8.0, 8.0], [0.5]), ValueError, "mask_prompt_scale must .*different numbers"),
-        (([0.0], [8.0], [0.5, 1.5]), ValueError, "pred_iou_thresh: got 1.5, accepted is"),
+        (([0.0], [8.0], [0.5, 1.5]), ValueError, "pred_iou_thresh must be .*, got 1.5"),
         (([0.0], [8.0], 0.5), TypeError, "pred_iou_thresh must be .*, got 0.5 of type float"),
     ],
 )
@@ -245,7 +245,7 @@ def test_what_was_written_is_what_was_measured(folder, tuned, tmp_path):
         ("tune.objective=dice", r"^tune: objective must be 'miou' or .*, got 'dice'"),
         (
             "tune.score_thresh=[1.0]",
-            r"^tune: score_thresh: got 1.0, accepted is a number in \[0, 1",
+            r"^tune: score_thresh must be a number in \[0, 1.*, got 1.0",
         ),
         ("tune.folds=1", r"^tune: folds must be an integer of at least 2, got 1"),
     ],

@@ -11,12 +11,19 @@ import torch.nn.functional as F
 from random_predictions import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
-from lightning_samrefine.fit.evidence import feature_maps, fuse_fitted, mean_probs
 from lightning_samrefine.fusion_weights import FEATURES, FusionWeights, LogLinear
+from lightning_samrefine.refine.fusion.fitted import (
+    control_labels,
+    feature_maps,
+    fuse_fitted,
+    mean_probs,
+)
 from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.results import Refinement
 
 C = 4
 THRESH = 0.55
+NO_SAM = None  # the fusion prompts nothing
 CONFIG = RefineConfig.preset("fast", min_region_area=1, pred_iou_thresh=THRESH, stride=1)
 
 
@@ -69,6 +76,10 @@ def test_mean_probs_of_one_hot_masks_are_the_pixels_own():
     torch.testing.assert_close(mean_probs(masks, probs), probs.flatten(1)[:, :5])
 
 
+def refine(found: MaskPredictions, config: RefineConfig, weights: FusionWeights) -> Refinement:
+    return fuse_fitted(found, replace(config, weights=weights), NO_SAM)
+
+
 def fusion_weights(**changes: object) -> FusionWeights:
     features = ("raw", "color", "presence", "region_votes")
     values = {
@@ -83,17 +94,17 @@ def fusion_weights(**changes: object) -> FusionWeights:
 def test_labels_are_the_argmax_of_the_fused_probabilities(predicted):
     found = predicted(CONFIG)
     weights, maps = fusion_weights(), feature_maps(found, CONFIG)
-    refined = fuse_fitted(found, CONFIG, weights)
+    refined = refine(found, CONFIG, weights)
     torch.testing.assert_close(refined.probs, maps.fuse(weights.fusion))
     assert torch.equal(refined.labels, refined.probs.argmax(dim=0))
     assert not torch.equal(refined.labels, found.raw.labels)
-    control = fuse_fitted(found, CONFIG, weights, maps, control=True)
-    assert torch.equal(control.labels, maps.fuse(weights.control).argmax(dim=0))
+    control = control_labels(found.raw, maps, weights)
+    assert torch.equal(control, maps.fuse(weights.control).argmax(dim=0))
 
 
 def test_weights_that_refine_nothing_give_the_raw_prediction(predicted):
     found = predicted(CONFIG)
-    refined = fuse_fitted(found, CONFIG, fusion_weights(refine=False))
+    refined = refine(found, CONFIG, fusion_weights(refine=False))
     assert torch.equal(refined.labels, found.raw.labels)
     assert torch.equal(refined.probs, found.raw.probs)
     assert len(refined.regions) == len(found.regions)
@@ -101,8 +112,8 @@ def test_weights_that_refine_nothing_give_the_raw_prediction(predicted):
 
 def test_frozen_classes_keep_their_pixels(predicted):
     found = predicted(CONFIG)
-    free = fuse_fitted(found, CONFIG, fusion_weights())
-    kept = fuse_fitted(found, CONFIG, fusion_weights(frozen_classes=(1,)))
+    free = refine(found, CONFIG, fusion_weights())
+    kept = refine(found, CONFIG, fusion_weights(frozen_classes=(1,)))
     touches = (free.labels != found.raw.labels) & ((free.labels == 1) | (found.raw.labels == 1))
     assert touches.any()
     assert torch.equal(kept.labels, torch.where(touches, found.raw.labels, free.labels))
@@ -115,7 +126,7 @@ def test_unknown_labels_are_replaced_and_others_kept_if_nothing_changes(predicte
     labels[10:12] = 2  # post-processed: not the argmax
     found = predicted(CONFIG, labels)
     same = LogLinear(("raw",), (1.0,), (0.0,) * C)
-    refined = fuse_fitted(found, CONFIG, fusion_weights(fusion=same))
+    refined = refine(found, CONFIG, fusion_weights(fusion=same))
     assert torch.equal(refined.labels[4:], labels[4:])
     assert torch.equal(refined.labels[:4], found.raw.probs.argmax(dim=0)[:4])
 
@@ -126,5 +137,5 @@ def test_an_image_without_masks_is_fused_by_what_it_has(predicted):
     maps = feature_maps(found, config)
     assert maps.names == FEATURES
     assert not maps.region_votes.any()
-    refined = fuse_fitted(found, config, fusion_weights())
+    refined = refine(found, config, fusion_weights())
     assert torch.equal(refined.labels, maps.fuse(fusion_weights().fusion).argmax(dim=0))

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.fit.features import FeatureMaps
 from lightning_samrefine.fusion_weights import FusionWeights
-from lightning_samrefine.refine.checks import first_argmax
+from lightning_samrefine.models.base import Promptable
+from lightning_samrefine.refine.checks import RawPrediction, first_argmax
 from lightning_samrefine.refine.class_filter import accepted_regions, restore_frozen_classes
 from lightning_samrefine.refine.fusion.color_model import color_ratios
+from lightning_samrefine.refine.fusion.features import FeatureMaps
 from lightning_samrefine.refine.fusion.mask_votes import MaskVotes
 from lightning_samrefine.refine.predictions import MaskPredictions
 from lightning_samrefine.refine.results import Refinement, region_table
@@ -43,9 +44,8 @@ def feature_maps(predictions: MaskPredictions, config: RefineConfig) -> FeatureM
 def fuse_fitted(
     predictions: MaskPredictions,
     config: RefineConfig,
-    weights: FusionWeights,
+    sam: Promptable,
     maps: FeatureMaps | None = None,
-    control: bool = False,
 ) -> Refinement:
     """Fuse one image's masks by fitted weights.
 
@@ -54,37 +54,53 @@ def fuse_fitted(
     probabilities.
 
     Args:
-        predictions: SAM's masks of the image.
-        config: As for `feature_maps`.
-        weights: Of the same classes.
+        predictions: With packed masks of the regions; they are not changed.
+        config: Its ``weights`` are of the same classes.
+        sam: Not used; masks stay on the model's low-resolution grid.
         maps: From `feature_maps`; computed if None.
-        control: Whether to use the weights without SAM, for all classes, instead.
 
     Raises:
         ValueError: Weights of other classes, or of features that the image lacks.
     """
-    raw, regions, pred_iou = predictions.raw, predictions.regions, predictions.pred_iou
-    probs, labels = raw.probs, raw.labels
-    accepted = accepted_regions(config, regions.classes, pred_iou)
-    table = region_table(regions, raw.image_hw, config.stride, pred_iou, accepted, masks=None)
-    if not weights.refine and not control:
-        return Refinement.of(table, labels, probs)
-    maps = maps or feature_maps(predictions, config)
-    fused = maps.fuse(weights.control if control else weights.fusion)
-    best = first_argmax(fused)
-    # Labels that are not the probabilities' argmax stay if the fusion changes nothing.
-    raw_best = labels if raw.labels_are_argmax else first_argmax(probs)
-    unknown = (labels < 0) | (labels >= len(probs))
-    refined = Refinement.of(
-        table,
-        torch.where(unknown | (best != raw_best), best, labels),
-        fused,
-        torch.ones_like(labels, dtype=torch.bool),
+    weights = config.weights
+    assert isinstance(weights, FusionWeights)
+    raw, regions, found = predictions.raw, predictions.regions, predictions.region_masks
+    accepted = accepted_regions(config, regions.classes, predictions.pred_iou)
+    masks = None if found is None else found.probs() > 0.5
+    table = region_table(
+        regions, raw.image_hw, config.stride, predictions.pred_iou, accepted, masks
     )
-    if control or not weights.frozen_classes:
+    if not weights.refine:
+        return Refinement.of(table, raw.labels, raw.probs)
+    fused = (maps or feature_maps(predictions, config)).fuse(weights.fusion)
+    everywhere = torch.ones_like(raw.labels, dtype=torch.bool)
+    refined = Refinement.of(table, _labels(raw, fused), fused, everywhere)
+    if not weights.frozen_classes:
         return refined
-    open_classes = np.setdiff1d(np.arange(len(probs)), weights.frozen_classes).tolist()
-    return restore_frozen_classes(refined, probs, labels, open_classes)
+    refined_classes = np.setdiff1d(np.arange(len(fused)), weights.frozen_classes).tolist()
+    return restore_frozen_classes(refined, raw.probs, raw.labels, refined_classes)
+
+
+def control_labels(raw: RawPrediction, maps: FeatureMaps, weights: FusionWeights) -> Tensor:
+    """Return the labels of the fusion without SAM, (H, W) int64: what is gained without it.
+
+    Args:
+        raw: The raw prediction.
+        maps: Its features.
+        weights: Their ``control`` is used, for all classes.
+    """
+    return _labels(raw, maps.fuse(weights.control))
+
+
+def _labels(raw: RawPrediction, fused: Tensor) -> Tensor:
+    """Return the argmax of the fused probabilities, or the raw label if the fusion changes nothing.
+
+    Raw labels need not be the raw probabilities' argmax.
+    """
+    best = first_argmax(fused)
+    raw_best = raw.labels if raw.labels_are_argmax else first_argmax(raw.probs)
+    unknown = (raw.labels < 0) | (raw.labels >= len(fused))
+    return torch.where(unknown | (best != raw_best), best, raw.labels)
 
 
 def _region_votes(predictions: MaskPredictions, config: RefineConfig) -> Tensor:

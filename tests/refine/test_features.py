@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_samrefine.fit.features import FeatureMaps, class_scores
 from lightning_samrefine.fusion_weights import FEATURES, LogLinear
+from lightning_samrefine.refine.fusion.features import FeatureMaps, class_scores
 
 C, H, W, BINS = 3, 12, 10, 7
 

@@ -1,0 +1,60 @@
+"""Refining with weights that never saw the image, and sampling pixels for the next fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lightning_samrefine.adapters.batch_adapter import RefineInputs
+from lightning_samrefine.fit.auto import AutoFusion
+from lightning_samrefine.refine.cache.embedding_cache import image_digest
+from lightning_samrefine.refine.fusion.features import FeatureMaps
+from lightning_samrefine.refine.fusion.fitted import control_labels, feature_maps, fuse_fitted
+from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.refiner import Refiner
+from lightning_samrefine.refine.results import Refinement
+from lightning_samrefine.utils.precision import autocast
+
+
+class AutoRefiner:
+    """Refines batches for ``refine="auto"``.
+
+    Args:
+        refiner: Predicts masks; before the first fit its soft fusion is used.
+        auto: The weights, and the sample for the next fit.
+        ignore_index: Target value that is not a class, None for none.
+
+    Attributes:
+        samples: Whether labeled pixels are sampled. Not in a test: its images are not fitted to.
+    """
+
+    def __init__(self, refiner: Refiner, auto: AutoFusion, ignore_index: int | None) -> None:
+        self._refiner, self._auto, self._ignore_index = refiner, auto, ignore_index
+        self.samples = False
+
+    @torch.no_grad()
+    def __call__(self, inputs: RefineInputs) -> list[Refinement]:
+        """Refine B samples; each has the control's labels as well."""
+        predicted = self._refiner.predict(inputs.images, inputs.probs, inputs.labels)
+        with autocast(None, self._refiner.sam.device):  # whatever the caller's
+            return [self._refine(inputs, index, own) for index, own in enumerate(predicted)]
+
+    def _refine(self, inputs: RefineInputs, index: int, predictions: MaskPredictions) -> Refinement:
+        raw, config = predictions.raw, self._refiner.config
+        # Whatever the image is called: what it holds tells it from others in any run.
+        key = image_digest(raw.image.cpu().numpy())
+        maps = feature_maps(predictions, config)
+        if self.samples and inputs.targets is not None:
+            target = inputs.targets[index]
+            self._auto.sample.add(key, maps, target, raw.labels, None, self._ignore_index)
+        refined = self._fuse(predictions, key, maps)
+        control = control_labels(raw, maps, self._auto.control_for(key))
+        return replace(refined, control=control)
+
+    def _fuse(self, predictions: MaskPredictions, key: str, maps: FeatureMaps) -> Refinement:
+        weights = self._auto.weights_for(key)
+        if weights is None:
+            return self._refiner.fuse(predictions)
+        config = replace(self._refiner.config, weights=weights)
+        return fuse_fitted(predictions, config, self._refiner.sam, maps)

@@ -1,0 +1,184 @@
+"""``refine="auto"`` in a Trainer: who is refined by what, and what is logged beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning_stubs import NUM_CLASSES, SILENT, Blobs, Segmenter
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import multiclass_jaccard_index
+
+from lightning_samrefine import Refiner, SAMRefineCallback, SAMRefineWriter
+from lightning_samrefine.adapters.batch_adapter import BatchAdapter
+from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
+from lightning_samrefine.config_files import read_refine
+from lightning_samrefine.fit.auto import AutoFusion
+from lightning_samrefine.fit.solve import MIN_IMAGES
+from lightning_samrefine.fusion_weights import FusionWeights
+
+IMAGES = 12
+REFINE = {"min_region_area": 1, "pred_iou_thresh": 0.3}
+
+
+COLORS = torch.tensor([[220, 40, 30], [50, 200, 60], [40, 70, 230]]) / 255
+
+
+class ByColor(Segmenter):
+    """Finds the classes by their colors, wrong in blocks of a fixed noise."""
+
+    def forward(self, image):
+        image = image.float() / 255
+        near = -10 * (image[:, None] - COLORS[None, :, :, None, None]).square().sum(dim=2)
+        noise = torch.randn(NUM_CLASSES, 8, 10, generator=torch.Generator().manual_seed(0))
+        return near + 6 * torch.nn.functional.interpolate(noise[None], image.shape[-2:])
+
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        return {"logits": self(batch[0])}
+
+
+def loader(count=IMAGES, batch_size=2):
+    return DataLoader(Blobs(count), batch_size)
+
+
+def callback(sam, **arguments):
+    return SAMRefineCallback(
+        sam, num_classes=NUM_CLASSES, refine=REFINE, precision="32", **arguments
+    )
+
+
+def trainer(*callbacks, **arguments):
+    return Trainer(callbacks=list(callbacks), **{**SILENT, **arguments})
+
+
+def miou(labels, targets):
+    return multiclass_jaccard_index(
+        torch.cat([one.flatten() for one in labels]),
+        torch.cat([one.flatten() for one in targets]),
+        num_classes=NUM_CLASSES,
+        ignore_index=255,
+        average="macro",
+    ).item()
+
+
+def test_a_fit_is_found_logged_and_used_afterwards(random_sam, tmp_path):
+    own, module = callback(random_sam), ByColor().eval()
+    runner = trainer(own)
+    (first,) = runner.validate(module, loader(), verbose=False)
+    assert own.fitted_config is not None
+    weights = own.fitted_config.weights
+    assert isinstance(weights, FusionWeights)
+    assert weights.images == IMAGES
+    assert 0 <= first["val/miou_without_sam"] <= 1
+    low, gain, high = (first[f"val/fitted_gain{end}"] for end in ("_low", "", "_high"))
+    assert low <= gain <= high
+    assert weights.refine == (low > 0)
+    assert own.history[-1]["fitted_gain"] == pytest.approx(gain)
+    (second,) = runner.validate(module, loader(), verbose=False)
+    if not weights.refine:
+        assert second["val/miou_refined"] == second["val/miou_raw"]
+    (tested,) = runner.test(module, loader(), verbose=False)
+    assert "test/fitted_gain" not in tested
+    assert "test/miou_without_sam" in tested
+
+
+def test_the_control_is_that_of_its_weights(random_sam):
+    own, module = callback(random_sam), ByColor().eval()
+    (logged,) = trainer(own).validate(module, loader(), verbose=False)
+    adapter = BatchAdapter(num_classes=NUM_CLASSES)
+    refiner = AutoRefiner(
+        Refiner(random_sam, own.refine_config, "32"),
+        AutoFusion(tuple(map(str, range(NUM_CLASSES)))),
+        255,
+    )
+    controls, targets = [], []
+    with torch.no_grad():
+        for index, batch in enumerate(loader()):
+            inputs = adapter(batch, module.validation_step(batch, index))
+            controls += [one.control for one in refiner(inputs)]
+            targets += list(inputs.targets)
+    assert logged["val/miou_without_sam"] == pytest.approx(miou(controls, targets), abs=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_batches_change_nothing(random_sam, batch_size):
+    one, other = callback(random_sam), callback(random_sam)
+    module = ByColor().eval()
+    trainer(one).validate(module, loader(), verbose=False)
+    trainer(other).validate(module, loader(batch_size=batch_size), verbose=False)
+    first, second = one.fitted_config.weights, other.fitted_config.weights
+    assert first.fusion.weights == pytest.approx(second.fusion.weights, abs=1e-4)
+    assert first.fusion.biases == pytest.approx(second.fusion.biases, abs=1e-4)
+
+
+def test_too_few_images_are_refined_by_the_preset(random_sam):
+    own, fast = callback(random_sam), callback(random_sam)
+    fast = SAMRefineCallback(
+        random_sam,
+        num_classes=NUM_CLASSES,
+        refine={**REFINE, "preset": "fast"},
+        precision="32",
+        name="fast",
+    )
+    few = loader(MIN_IMAGES - 1)
+    (logged,) = trainer(own, fast).validate(ByColor().eval(), few, verbose=False)
+    assert own.fitted_config is None
+    assert logged["val/miou_refined"] == logged["val/fast/miou_refined"]
+    assert "val/fitted_gain" not in logged
+    assert "val/fast/miou_without_sam" not in logged
+
+
+def test_weights_travel_in_a_checkpoint(random_sam, tmp_path):
+    own, module = callback(random_sam), ByColor().eval()
+    runner = trainer(own)
+    runner.validate(module, loader(), verbose=False)
+    other = callback(random_sam)
+    other.load_state_dict(own.state_dict())
+    assert other.fitted_config == own.fitted_config
+    (expected,) = runner.test(module, loader(6), verbose=False)
+    (found,) = trainer(other).test(module, loader(6), verbose=False)
+    assert found["test/miou_refined"] == expected["test/miou_refined"]
+
+
+def test_a_fit_of_epochs_uses_the_weights_of_the_epoch_before(random_sam, tmp_path):
+    own = callback(random_sam)
+    runner = trainer(own, max_epochs=2, logger=True, default_root_dir=tmp_path)
+    runner.fit(Segmenter(), loader(4), loader())
+    epochs = [entry for entry in own.history if entry["stage"] == "val"]
+    assert len(epochs) == 2
+    assert all("fitted_gain" in entry for entry in epochs)
+    written = list(tmp_path.rglob("fitted.yaml"))
+    assert [read_refine(path) for path in written] == [own.fitted_config]
+
+
+def test_the_writer_takes_the_weights_of_the_callback(random_sam, tmp_path):
+    own, module = callback(random_sam), ByColor().eval()
+    writer = SAMRefineWriter(
+        tmp_path / "pseudo", random_sam, num_classes=NUM_CLASSES, refine=REFINE, precision="32"
+    )
+    runner = trainer(own, writer)
+    runner.validate(module, loader(), verbose=False)
+    runner.predict(module, loader(3), return_predictions=False)
+    assert writer.refine_config == own.fitted_config
+    assert writer.counts.written == 3
+
+
+def test_the_writer_without_weights_refines_by_the_preset(random_sam, tmp_path):
+    writer = SAMRefineWriter(
+        tmp_path / "pseudo", random_sam, num_classes=NUM_CLASSES, refine=REFINE, precision="32"
+    )
+    trainer(writer).predict(ByColor().eval(), loader(3), return_predictions=False)
+    assert writer.refine_config.weights is None
+    assert writer.counts.written == 3
+
+
+def test_ignored_targets_end_without_a_fit(random_sam):
+    own = callback(random_sam)
+
+    class Ignored(Blobs):
+        def __getitem__(self, index):
+            image, target = super().__getitem__(index)
+            return image, torch.full_like(target, 255)
+
+    trainer(own).validate(ByColor().eval(), DataLoader(Ignored(IMAGES), 2), verbose=False)
+    assert own.fitted_config is None
