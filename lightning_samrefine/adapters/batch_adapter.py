@@ -14,7 +14,14 @@ from lightning_samrefine.adapters.denormalize import Denormalize
 from lightning_samrefine.adapters.nested import Samples, describe, leaves
 from lightning_samrefine.adapters.roles import MissingTargetError, RoleSearch
 from lightning_samrefine.adapters.score_search import QUERIES, query_masks
-from lightning_samrefine.adapters.scores import SCORES_KINDS, BinaryKind, ScoresKind, to_probs
+from lightning_samrefine.adapters.scores import (
+    SCORES_KINDS,
+    BinaryKind,
+    ScoresKind,
+    is_label_map,
+    probs_behind_labels,
+    to_probs,
+)
 from lightning_samrefine.adapters.targets import to_labels, whole_numbers
 
 # Rounding of a softmax in half precision.
@@ -64,11 +71,14 @@ class Reading:
         inputs: In the refiner's terms.
         roles: Where image, target and scores were; None where an adapter returned `RefineInputs`.
         kind: What the scores were said to be.
+        has_network_probs: (B,) bool, the label maps whose probabilities are those of the forward
+            hook's scores; None where there are none.
     """
 
     inputs: RefineInputs
     roles: Roles | None
     kind: ScoresKind
+    has_network_probs: Tensor | None = None
 
 
 AdapterFunction = Callable[[Any, Any, Tensor | None], RefineInputs | Mapping[str, Any]]
@@ -220,7 +230,29 @@ class BatchAdapter:
             self._move(scores.value),
             kind,
         )
+        if (
+            captured is not None
+            and scores.source == "outputs"
+            and (self.function, self.scores_key, self.scores_kind) == (None, None, "auto")
+        ):
+            return self._with_network_probs(Reading(inputs, roles, kind), scores.value, captured)
         return Reading(inputs, roles, kind)
+
+    def _with_network_probs(self, reading: Reading, scores: Samples, captured: Tensor) -> Reading:
+        """Give label maps the probabilities of the network's scores that they were made of.
+
+        The labels, which raw figures are made of, stay as they are.
+        """
+        probs, labels = reading.inputs.probs, reading.inputs.labels
+        if not (isinstance(scores, Tensor) and isinstance(probs, Tensor)):
+            return reading
+        if not isinstance(labels, Tensor) or not is_label_map(scores, reading.kind):
+            return reading
+        found = probs_behind_labels(probs, labels, self._move(captured))
+        if found is None:
+            return reading
+        inputs = replace(reading.inputs, probs=found[0])
+        return replace(reading, inputs=inputs, has_network_probs=found[1])
 
     @property
     def _num_classes(self) -> int:

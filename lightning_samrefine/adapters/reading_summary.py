@@ -35,7 +35,10 @@ def summarize(reading: Reading, ignore_index: int | None = None) -> str:
         if roles.target is not None:
             parts.append(f"target {roles.target}")
         kind = kind_of(items(roles.scores.value)[0], reading.kind)
-        parts.append(f"scores {roles.scores}, {kind}")
+        told = reading.has_network_probs
+        behind = told is not None and bool(told.all())
+        source = ", with the probabilities of the forward hook's scores" if behind else ""
+        parts.append(f"scores {roles.scores}, {kind}{source}")
     return f"reads {'; '.join([*parts, *shares])}"
 
 

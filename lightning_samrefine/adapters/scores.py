@@ -67,11 +67,16 @@ def one_hot_labels(maps: Tensor) -> Tensor | None:
     return maps.long().argmax(dim=1) if bool((maps.sum(dim=1) == 1).all()) else None
 
 
+def is_label_map(scores: Tensor, kind: ScoresKind) -> bool:
+    """Whether `to_probs` takes scores for a label map."""
+    if kind == "labels" or (kind == "auto" and not scores.is_floating_point()):
+        return True
+    return kind != "logits" and one_hot_labels(scores) is not None
+
+
 def kind_of(scores: Tensor, kind: ScoresKind) -> str:
     """Return in words what `to_probs` takes scores for."""
-    if kind == "labels" or (kind == "auto" and not scores.is_floating_point()):
-        return "label map"
-    if kind != "logits" and one_hot_labels(scores) is not None:
+    if is_label_map(scores, kind):
         return "label map"
     maps = scores[:, None] if scores.ndim == 3 else scores
     of_class = " of class 1" if maps.ndim == 4 and maps.shape[1] == 1 else ""
@@ -206,6 +211,33 @@ def to_probs(
     if are_some:
         probs = torch.where(is_probs.view(-1, 1, 1, 1), maps.clamp(0, 1), probs)
     return probs, labels
+
+
+def probs_behind_labels(
+    probs: Tensor, labels: Tensor, scores: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Replace the probabilities of label maps by those of the scores that they were made of.
+
+    Args:
+        probs: (B, C, H, W) float32, as `to_probs` makes them of label maps.
+        labels: (B, H, W) int64, the label maps.
+        scores: (B, C, h, w) or (B, 1, h, w) float, what left the network.
+
+    Returns:
+        Probabilities (B, C, H, W) float32, and (B,) bool, the images that have them from the
+        scores: those whose every label is the scores' own. None where scores are of other images
+        or of no certain kind.
+    """
+    num_classes = probs.shape[1]
+    if len(scores) != len(probs) or not is_score_map(scores, num_classes):
+        return None
+    try:
+        kind: ScoresKind = "auto" if scores.shape[1] > 1 else BinaryKind()(scores)
+        of_scores, own = to_probs(scores, kind, num_classes, (labels.shape[1], labels.shape[2]))
+    except ValueError:
+        return None
+    same = ((own == labels) & of_scores.isfinite().all(dim=1)).flatten(1).all(dim=1)
+    return torch.where(same.view(-1, 1, 1, 1), of_scores, probs), same
 
 
 def _from_labels(
