@@ -18,7 +18,6 @@ from lightning_samrefine.adapters.scores import (
     SCORES_KINDS,
     BinaryKind,
     ScoresKind,
-    is_label_map,
     probs_behind_labels,
     to_probs,
 )
@@ -71,8 +70,7 @@ class Reading:
         inputs: In the refiner's terms.
         roles: Where image, target and scores were; None where an adapter returned `RefineInputs`.
         kind: What the scores were said to be.
-        has_network_probs: (B,) bool, the label maps whose probabilities are those of the forward
-            hook's scores; None where there are none.
+        has_network_probs: (B,) bool, label maps with the network's probabilities, or None.
     """
 
     inputs: RefineInputs
@@ -230,29 +228,13 @@ class BatchAdapter:
             self._move(scores.value),
             kind,
         )
-        if (
-            captured is not None
-            and scores.source == "outputs"
-            and (self.function, self.scores_key, self.scores_kind) == (None, None, "auto")
-        ):
-            return self._with_network_probs(Reading(inputs, roles, kind), scores.value, captured)
-        return Reading(inputs, roles, kind)
-
-    def _with_network_probs(self, reading: Reading, scores: Samples, captured: Tensor) -> Reading:
-        """Give label maps the probabilities of the network's scores that they were made of.
-
-        The labels, which raw figures are made of, stay as they are.
-        """
-        probs, labels = reading.inputs.probs, reading.inputs.labels
-        if not (isinstance(scores, Tensor) and isinstance(probs, Tensor)):
-            return reading
-        if not isinstance(labels, Tensor) or not is_label_map(scores, reading.kind):
-            return reading
-        found = probs_behind_labels(probs, labels, self._move(captured))
-        if found is None:
-            return reading
-        inputs = replace(reading.inputs, probs=found[0])
-        return replace(reading, inputs=inputs, has_network_probs=found[1])
+        told = None
+        if captured is not None and scores.source == "outputs" and self.scores_key is None:
+            probs, told = probs_behind_labels(
+                inputs.probs, inputs.labels, scores.value, kind, self._move(captured)
+            )
+            inputs = replace(inputs, probs=probs)
+        return Reading(inputs, roles, kind, told)
 
     @property
     def _num_classes(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from lightning_samrefine.adapters.nested import Samples
 from lightning_samrefine.utils.validation import WrongValuesError
 
 SCORES_KINDS = ("auto", "logits", "probs", "labels")
@@ -214,30 +215,38 @@ def to_probs(
 
 
 def probs_behind_labels(
-    probs: Tensor, labels: Tensor, scores: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """Replace the probabilities of label maps by those of the scores that they were made of.
+    probs: Samples, labels: Samples, scores: Samples, kind: ScoresKind, captured: Tensor
+) -> tuple[Samples, Tensor | None]:
+    """Give label maps the probabilities of the network's scores that they were made of.
+
+    The labels, of which raw figures are made, are those of the step in any case.
 
     Args:
-        probs: (B, C, H, W) float32, as `to_probs` makes them of label maps.
-        labels: (B, H, W) int64, the label maps.
-        scores: (B, C, h, w) or (B, 1, h, w) float, what left the network.
+        probs: (B, C, H, W) float32, what `to_probs` made of scores.
+        labels: (B, H, W) int64, what it made of them as well.
+        scores: What the step returned.
+        kind: What they are; only under ``"auto"`` is anything replaced.
+        captured: (B, C, h, w) or (B, 1, h, w) float, what left the network.
 
     Returns:
         Probabilities (B, C, H, W) float32, and (B,) bool, the images that have them from the
-        scores: those whose every label is the scores' own. None where scores are of other images
-        or of no certain kind.
+        network: those whose every label is that of its scores. Without a batch of label maps, or
+        with captured scores of other images or of no certain kind, ``probs`` and None.
     """
-    num_classes = probs.shape[1]
-    if len(scores) != len(probs) or not is_score_map(scores, num_classes):
-        return None
+    if not (isinstance(probs, Tensor) and isinstance(labels, Tensor)):
+        return probs, None
+    fits = len(captured) == len(probs) and is_score_map(captured, probs.shape[1])
+    if kind != "auto" or not fits:
+        return probs, None
+    if not isinstance(scores, Tensor) or not is_label_map(scores, kind):
+        return probs, None
     try:
-        kind: ScoresKind = "auto" if scores.shape[1] > 1 else BinaryKind()(scores)
-        of_scores, own = to_probs(scores, kind, num_classes, (labels.shape[1], labels.shape[2]))
+        kind = "auto" if captured.shape[1] > 1 else BinaryKind()(captured)
+        soft, own = to_probs(captured, kind, probs.shape[1], (labels.shape[1], labels.shape[2]))
     except ValueError:
-        return None
-    same = ((own == labels) & of_scores.isfinite().all(dim=1)).flatten(1).all(dim=1)
-    return torch.where(same.view(-1, 1, 1, 1), of_scores, probs), same
+        return probs, None
+    same = ((own == labels) & soft.isfinite().all(dim=1)).flatten(1).all(dim=1)
+    return torch.where(same.view(-1, 1, 1, 1), soft, probs), same
 
 
 def _from_labels(
