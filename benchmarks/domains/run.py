@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from rich.progress import track
 
 from benchmarks.camvid.data import REPOSITORY, SAM_WEIGHTS, data_root
 from benchmarks.domains.counts import count
+from benchmarks.domains.fitted import FittedOnVal
 from benchmarks.domains.page import RAW, page
 from benchmarks.domains.pairs import CAMVID, DOMAINS, JUDGED, class_names, examples
 from benchmarks.quality.methods import BEST_ON_VAL, Refine, dense_crf, mode_filter, without_sam
@@ -26,6 +28,7 @@ from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 
 PAGE = REPOSITORY / "benchmarks" / "DOMAINS.md"
+AUTO, CONTROL = "`auto`, fitted on val", "the same without SAM"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,14 +39,20 @@ def main(arguments: list[str] | None = None) -> None:
     cache = EmbeddingCache("disk", gb=40, folder=options.output / "cache")
     sam = load_sam("vit_t", checkpoint=root / SAM_WEIGHTS)
     methods = build_methods(sam, cache)
-    chosen = {
-        name: methods[name] for name in (RAW, *(options.methods or methods)) if name in methods
-    }
-    counts = {
-        pair: count_pair(root, pair, options.split, chosen, options)
-        for pair in (options.pairs or ((*CAMVID, *DOMAINS) if options.all else JUDGED))
-    }
+    refiner = Refiner(sam, RefineConfig.preset("auto"), cache=cache)
+    fitted = FittedOnVal(root, refiner, options.output / "fits")
+    counts = {}
+    for pair in options.pairs or ((*CAMVID, *DOMAINS) if options.all else JUDGED):
+        of_pair = methods | {
+            AUTO: partial(fitted.refined, pair),
+            CONTROL: partial(fitted.control, pair),
+        }
+        chosen = {n: of_pair[n] for n in (RAW, *(options.methods or of_pair)) if n in of_pair}
+        counts[pair] = count_pair(root, pair, options.split, chosen, options)
     text = page(counts, {pair: class_names(root, pair) for pair in counts}, options.split)
+    if AUTO in next(iter(counts.values())):
+        found = [f"- {pair}: {fitted.found(pair)}" for pair in counts]
+        text += "\n".join(["", "## What `auto` said after the validation split", "", *found, ""])
     whole = not (options.limit or options.pairs or options.methods)
     path = PAGE if whole and options.split == "test_shared" else options.output / "DOMAINS.md"
     path.write_text(text, encoding="utf-8")
