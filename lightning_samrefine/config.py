@@ -194,7 +194,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "min_region_area": 225,
         },
         "auto": {**_FAST, "weights": "auto"},
-        "default": {**_FAST, "points_per_side": 24},
+        "default": {**_FAST, "points_per_side": 8},
         "fast": _FAST,
     }
 )

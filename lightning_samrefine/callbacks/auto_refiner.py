@@ -14,6 +14,7 @@ from lightning_samrefine.refine.fusion.fitted import control_labels, feature_map
 from lightning_samrefine.refine.predictions import MaskPredictions
 from lightning_samrefine.refine.refiner import Refiner
 from lightning_samrefine.refine.results import Refinement
+from lightning_samrefine.utils.device import Download
 from lightning_samrefine.utils.precision import autocast
 
 
@@ -36,14 +37,21 @@ class AutoRefiner:
     @torch.no_grad()
     def __call__(self, inputs: RefineInputs) -> list[Refinement]:
         """Refine B samples; each has the control's labels as well."""
-        predicted = self._refiner.predict(inputs.images, inputs.probs, inputs.labels)
+        # On their way while SAM predicts. What an image holds tells it from others in any run,
+        # whatever it is called.
+        images = Download(*inputs.images)
+        predicted = list(self._refiner.predict(inputs.images, inputs.probs, inputs.labels))
+        keys = [image_digest(image) for image in images.wait()]
         with autocast(None, self._refiner.sam.device):  # whatever the caller's
-            return [self._refine(inputs, index, own) for index, own in enumerate(predicted)]
+            return [
+                self._refine(inputs, index, key, own)
+                for index, (key, own) in enumerate(zip(keys, predicted, strict=True))
+            ]
 
-    def _refine(self, inputs: RefineInputs, index: int, predictions: MaskPredictions) -> Refinement:
+    def _refine(
+        self, inputs: RefineInputs, index: int, key: str, predictions: MaskPredictions
+    ) -> Refinement:
         raw, config = predictions.raw, self._refiner.config
-        # Whatever the image is called: what it holds tells it from others in any run.
-        key = image_digest(raw.image.cpu().numpy())
         maps = feature_maps(predictions, config)
         if self.samples and inputs.targets is not None:
             target = inputs.targets[index]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.refine.fusion.features import FeatureMaps
+from lightning_samrefine.utils.device import Download, upload
 
 _PIXELS = 3000  # of an image; more of them change weights less than other images do
 _MIN_PIXELS = 256
@@ -154,19 +155,14 @@ class PixelSample:
         rng = np.random.default_rng(priority(key))
         count = min(len(labeled), self._pixels(len(maps.names)))
         drawn = np.sort(rng.choice(len(labeled), size=count, replace=False))
-        pixels = labeled[torch.from_numpy(drawn).to(labeled.device)]
+        pixels = labeled[upload(drawn, labeled.device)]
         known = raw.flatten()[pixels]
         known = torch.where((known >= 0) & (known < num_classes), known, -1)
-        self._keep(
-            ImageSample(
-                key,
-                key if group is None else group,
-                maps.names,
-                maps.at(pixels).half().cpu(),
-                flat[pixels].to(torch.int16).cpu(),
-                known.to(torch.int16).cpu(),
-            )
+        drawn_pixels = Download(
+            maps.at(pixels).half(), flat[pixels].to(torch.int16), known.to(torch.int16)
         )
+        own_group = key if group is None else group
+        self._keep(ImageSample(key, own_group, maps.names, *drawn_pixels.tensors()))
         return True
 
     def merge(self, others: Iterable[ImageSample]) -> None:

@@ -14,7 +14,9 @@ from tiny_random_sam import build_random_sam
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs
+from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
 from lightning_samrefine.callbacks.safe_refiner import SafeRefiner
+from lightning_samrefine.fit.auto import AutoFusion
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.models.sam import SamPromptable
 
@@ -28,6 +30,8 @@ KEPT = (
     "event",
     "refine/cache/embedding_cache.py _store_pending",
 )  # an embedding and mask proposals on their way into the cache
+KEYS = ("event", "callbacks/auto_refiner.py __call__")  # the images, for their keys
+SAMPLED = {("nonzero", "fit/sample.py add"): 1, ("event", "fit/sample.py add"): 1}
 CHANGED = ("nonzero", "metrics/changes.py __init__")  # the changed pixels
 BY_REGION = ("event", "metrics/changes.py by_region")
 SCORED = ("event", "metrics/calibration.py score_regions")
@@ -202,12 +206,40 @@ def test_a_batch_is_checked_in_one_wait():
         scenes = [on(device, *blobs(size=HW, seed=seed)) for seed in range(3)]
         images, probs = map(list, zip(*scenes, strict=True))
         labels = [own.argmax(0) for own in probs]
-        safe = SafeRefiner(refiner, lambda kind, reason: pytest.fail(reason))
+        safe = SafeRefiner(
+            lambda inputs: refiner.refine_batch(inputs.images, inputs.probs, inputs.labels),
+            device.device,
+            lambda kind, reason: pytest.fail(reason),
+        )
         device.waits.clear()
         outs, _ = safe(RefineInputs(images, probs, labels, None))
         assert all(out is not None for out in outs)
         assert device.waits[FINITE] == 1
         assert device.waits[CLOCK] == 2
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_a_fitted_image_waits_where_the_table_says(samples):
+    with SimulatedDevice("cuda") as device:
+        config = RefineConfig.preset("auto", min_region_area=1)
+        auto = AutoRefiner(
+            Refiner(simulated_sam(device), config, "32"), AutoFusion(tuple("abcd")), 255
+        )
+        auto.samples = samples
+        for seed in (0, 1):
+            image, probs = on(device, *blobs(size=HW, seed=seed))
+            labels = probs.argmax(0)
+            target = torch.roll(labels, 1, 0)
+            device.waits.clear()
+            (out,) = auto(RefineInputs([image], [probs], [labels], [target]))
+    assert out.control is not None
+    assert dict(device.waits) == {
+        SPLIT: 1,
+        PREDICTED: 1,
+        KEYS: 1,  # once a batch
+        **(SAMPLED if samples else {}),
+    }
+    assert sum(device.waits.values()) <= MOST
 
 
 class TestTheSimulation:

@@ -16,8 +16,8 @@ from lightning_samrefine.refine.fusion.fitted import (
     control_labels,
     feature_maps,
     fuse_fitted,
-    mean_probs,
 )
+from lightning_samrefine.refine.fusion.mask_votes import mean_probs
 from lightning_samrefine.refine.predictions import MaskPredictions
 from lightning_samrefine.refine.results import Refinement
 

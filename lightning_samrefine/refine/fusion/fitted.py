@@ -1,14 +1,12 @@
 """From SAM's masks of one image to the features of the fitted fusion, and from weights to labels.
 
-A mask's purity is the mean raw probability of its class inside it: fitted weights gain as much by
-it as by that of the soft fusion, which compares a mask to its surroundings.
+The votes are those of the soft fusion, of accepted regions alone.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
@@ -18,7 +16,7 @@ from lightning_samrefine.refine.checks import RawPrediction, first_argmax
 from lightning_samrefine.refine.class_filter import accepted_regions, restore_frozen_classes
 from lightning_samrefine.refine.fusion.color_model import color_ratios
 from lightning_samrefine.refine.fusion.features import FeatureMaps
-from lightning_samrefine.refine.fusion.mask_votes import MaskVotes
+from lightning_samrefine.refine.fusion.mask_votes import MaskVotes, mean_probs, on_mask_grid
 from lightning_samrefine.refine.predictions import MaskPredictions
 from lightning_samrefine.refine.results import Refinement, region_table
 from lightning_samrefine.utils.device import upload
@@ -116,18 +114,7 @@ def _region_votes(predictions: MaskPredictions, config: RefineConfig) -> Tensor:
     chosen = upload(np.flatnonzero(accepted), probs.device)
     classes = upload(predictions.regions.classes, probs.device)[chosen]
     masks = found[chosen].probs()
-    small = F.interpolate(probs[None], found.mask_hw, mode="bilinear", align_corners=False)[0]
+    small = on_mask_grid(probs, found.mask_hw)
     purity = mean_probs(masks, small).gather(0, classes[None])[0]
     weight = found.pred_iou[chosen].float() * purity
     return MaskVotes.of_regions(masks, weight, classes, len(probs)).classes
-
-
-def mean_probs(masks: Tensor, probs: Tensor) -> Tensor:
-    """Return (C, K), the mean probability of each class inside each mask.
-
-    Args:
-        masks: (K, h, w) float32 in [0, 1], the weight of each pixel.
-        probs: (C, h, w) float32 in [0, 1].
-    """
-    sums = probs.flatten(1) @ masks.flatten(1).T
-    return sums / sums.sum(dim=0).clamp(min=1e-6)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +21,8 @@ _PURITY_POWER = 3
 # Weight of a region's mask beside mask proposals: its prompt came from the prediction that it is to
 # judge.
 _OF_REGIONS = 0.3
-# Lower bound of a probability before its logarithm: a single pixel must not forbid a class.
-_MIN_PROB = 1e-3
-# Step in pixels of the coarse grid around a mask, and the reach of its surroundings in such steps.
-_AROUND_STEP, _AROUND_REACH = 4, 2
-_MIN_AROUND = 1e-2  # added to a class's probability around a mask, a divisor
 # Number of unpacked masks that stay in a core's cache.
 _CPU_MASKS = 16
-
-
-class Planes(NamedTuple):
-    """A prediction of C classes on the low-resolution grid, ready for products with masks.
-
-    Attributes:
-        logs: (C + 1, h_n, w_n) float32, logarithms of the probabilities, then 1. One product with
-            masks yields each class's sum in each mask and, by the ones, its area.
-        coarse: (C, h_c, w_c) float32, the probabilities themselves at every fourth row and column.
-    """
-
-    logs: Tensor
-    coarse: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,26 +59,26 @@ class MaskVotes:
         return cls(support, inside)
 
     @classmethod
-    def of_image(cls, masks: MaskProposals, planes: Planes) -> tuple[MaskVotes, Tensor]:
+    def of_image(cls, masks: MaskProposals, small: Tensor) -> tuple[MaskVotes, Tensor]:
         """Collect mask proposals: each supports the class that is most probable inside it.
 
-        A mask's purity is the probability of that class from `class_probs`. Its support is
+        A mask's purity is the mean probability of that class inside it. Its support is
         pred_iou · purity³ · σ; a pixel takes the largest of a class.
 
         Args:
             masks: K masks of the image.
-            planes: From `planes_of`, on the grid of the masks.
+            small: (C, h_n, w_n) float32, the raw probabilities on the grid of the masks.
 
         Returns:
             The support, and (K,) int64, the class that each mask stands for.
         """
-        support, inside = torch.zeros_like(planes.logs[:-1]), torch.zeros_like(planes.logs[0])
+        support, inside = torch.zeros_like(small), torch.zeros_like(small[0])
         stands_for = []
         at_once = _CPU_MASKS if support.device.type == "cpu" else len(masks)
         for start in range(0, len(masks), at_once):
             some = masks[start : start + at_once]
             mask_probs = some.probs()
-            purity, classes = class_probs(mask_probs, planes).max(dim=0)
+            purity, classes = mean_probs(mask_probs, small).max(dim=0)
             weight = some.pred_iou * purity**_PURITY_POWER
             _raise_to(support, mask_probs, weight, classes)
             torch.maximum(inside, mask_probs.amax(dim=0), out=inside)
@@ -196,58 +177,20 @@ def masks_at(
     return pred_iou, (masks[best].probs() > 0.5) & (pred_iou > 0)[:, None, None]
 
 
-def planes_of(probs: Tensor, mask_hw: tuple[int, int]) -> Planes:
-    """Bring (C, H, W) probabilities to the grid of masks."""
-    small = _resized(probs, mask_hw)
-    coarse = _coarse(small).contiguous()
-    logs = torch.cat([small.clamp_(min=_MIN_PROB).log_(), torch.ones_like(small[:1])])
-    return Planes(logs, coarse)
+def on_mask_grid(probs: Tensor, mask_hw: tuple[int, int]) -> Tensor:
+    """Bring (C, H, W) probabilities to the grid of masks, (C, h_n, w_n)."""
+    return _resized(probs, mask_hw)
 
 
-def class_probs(mask_probs: Tensor, planes: Planes) -> Tensor:
-    """Return (C, K), the probability of each class for each of K masks as a whole.
-
-    Inside a mask it is the geometric mean of the pixels' probabilities, weighted by σ and
-    normalized over the classes: a class that is certain at a few pixels and excluded at the others
-    is thus less probable than one that is possible everywhere. It is then multiplied by its ratio
-    to the probability around the mask, inside² / (around + 0.01): inside a thing that a blurred
-    prediction nearly missed, its class is rarer than that of the background, yet more frequent
-    than around it.
+def mean_probs(mask_probs: Tensor, small: Tensor) -> Tensor:
+    """Return (C, K), the mean probability of each class inside each of K masks.
 
     Args:
-        mask_probs: (K, h_n, w_n) float32 in [0, 1].
-        planes: Of `planes_of`.
+        mask_probs: (K, h_n, w_n) float32 in [0, 1], the weight of each pixel.
+        small: (C, h_n, w_n) float32 in [0, 1].
     """
-    sums = planes.logs.flatten(1) @ mask_probs.flatten(1).T
-    inside = (sums[:-1] / sums[-1].clamp(min=1e-6)).softmax(dim=0)
-    masks = _coarse(mask_probs).contiguous()
-    ring = (_dilated(masks) - masks).flatten(1)
-    size = ring.sum(dim=1)
-    around = (planes.coarse.flatten(1) @ ring.T) / size.clamp(min=1e-6)
-    # A mask that fills the image, or lies between the pixels of the coarse grid, has no ring.
-    around = torch.where(size > 1e-3, around, inside)
-    lifted = inside.square() / (around + _MIN_AROUND)
-    return lifted / lifted.sum(dim=0)
-
-
-def _coarse(maps: Tensor) -> Tensor:
-    return maps[..., _AROUND_STEP // 2 :: _AROUND_STEP, _AROUND_STEP // 2 :: _AROUND_STEP]
-
-
-def _dilated(masks: Tensor) -> Tensor:
-    """Return the largest value of (K, h, w) maps within a square of `_AROUND_REACH` on each side.
-
-    By shifted copies: a CPU takes nine times as long for a maximum pooling.
-    """
-    for axis in (1, 2):
-        widened = masks.clone()
-        length = masks.shape[axis]
-        for shift in range(1, min(_AROUND_REACH, length - 1) + 1):
-            for start, other in ((0, shift), (shift, 0)):
-                part = widened.narrow(axis, start, length - shift)
-                torch.maximum(part, masks.narrow(axis, other, length - shift), out=part)
-        masks = widened
-    return masks
+    sums = small.flatten(1) @ mask_probs.flatten(1).T
+    return sums / sums.sum(dim=0).clamp(min=1e-6)
 
 
 def _resized(maps: Tensor, hw: Sequence[int]) -> Tensor:

@@ -14,12 +14,11 @@ from lightning_samrefine.refine.fusion.color_model import weigh_by_color
 from lightning_samrefine.refine.fusion.crf import smooth
 from lightning_samrefine.refine.fusion.mask_votes import (
     MaskVotes,
-    Planes,
     class_parts,
-    class_probs,
     inside_any,
     masks_at,
-    planes_of,
+    mean_probs,
+    on_mask_grid,
     weigh,
 )
 from lightning_samrefine.refine.mask_proposals import MaskProposals
@@ -59,11 +58,10 @@ def fuse_soft(predictions: MaskPredictions, config: RefineConfig, sam: Promptabl
         evidence = weigh_by_color(probs, raw.image, config.color_weight, config.stride)
     votes: list[MaskVotes] = []
     pred_iou, masks, accepted = predictions.pred_iou, None, np.zeros(len(regions), dtype=bool)
-    planes: Planes | None = None
     proposals = predictions.mask_proposals
     if proposals is not None and len(proposals) > 0:
-        planes = planes_of(evidence, proposals.mask_hw)
-        from_image, stands_for = MaskVotes.of_image(proposals, planes)
+        small = on_mask_grid(probs, proposals.mask_hw)
+        from_image, stands_for = MaskVotes.of_image(proposals, small)
         votes.append(from_image)
         if not config.prompt_regions:
             points = upload(regions.relative_points(), probs.device)
@@ -81,9 +79,8 @@ def fuse_soft(predictions: MaskPredictions, config: RefineConfig, sam: Promptabl
             )
         mask_probs = own.probs()
         masks = mask_probs > 0.5
-        if planes is None:
-            planes = planes_of(evidence, own.mask_hw)
-        votes = _with_regions(votes, regions, own, mask_probs, accepted, planes)
+        small = on_mask_grid(probs, own.mask_hw)
+        votes = _with_regions(votes, regions, own, mask_probs, accepted, small)
     table = region_table(regions, raw.image_hw, config.stride, pred_iou, accepted, masks)
     if not votes:
         return Refinement.of(table, labels, probs)
@@ -108,7 +105,7 @@ def _with_regions(
     masks: MaskProposals,
     mask_probs: Tensor,
     accepted: np.ndarray,
-    planes: Planes,
+    small: Tensor,
 ) -> list[MaskVotes]:
     """Add the votes of accepted regions' masks.
 
@@ -118,17 +115,17 @@ def _with_regions(
         masks: Theirs.
         mask_probs: (N, h_n, w_n) float32, σ of all regions' masks.
         accepted: (N,) bool.
-        planes: From `planes_of`.
+        small: (C, h_n, w_n) float32, the raw probabilities on the grid of masks.
     """
     device = mask_probs.device
     classes, pred_iou = upload(regions.classes, device), masks.pred_iou
     # Of all masks, for the rounding of a product depends on their number.
-    purity = class_probs(mask_probs, planes).gather(0, classes[None])[0]
+    purity = mean_probs(mask_probs, small).gather(0, classes[None])[0]
     if not accepted.all():
         chosen = upload(np.flatnonzero(accepted), device)
         mask_probs, classes = mask_probs[chosen], classes[chosen]
         pred_iou, purity = pred_iou[chosen], purity[chosen]
-    num_classes = len(planes.coarse)
+    num_classes = len(small)
     own = MaskVotes.of_regions(mask_probs, pred_iou * purity, classes, num_classes)
     together = [others.with_regions(mask_probs, pred_iou, purity, classes) for others in votes]
     return [*together, own]
