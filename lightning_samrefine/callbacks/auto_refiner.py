@@ -8,7 +8,7 @@ import torch
 
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.fit.auto import AutoFusion
-from lightning_samrefine.refine.cache.embedding_cache import image_digest
+from lightning_samrefine.refine.cache.keys import image_digest
 from lightning_samrefine.refine.fusion.features import FeatureMaps
 from lightning_samrefine.refine.fusion.fitted import control_labels, feature_maps, fuse_fitted
 from lightning_samrefine.refine.predictions import MaskPredictions
