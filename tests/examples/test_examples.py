@@ -143,6 +143,27 @@ def test_readme_has_the_code_of_examples():
         assert statements(snippet) <= statements((EXAMPLES / script).read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        path
+        for path in sorted(EXAMPLES.rglob("*.py"))
+        if "SAMRefineCallback" in path.read_text("utf-8")
+    ],
+    ids=lambda path: path.parent.name,
+)
+def test_attaching_takes_three_statements(script):
+    simple = (ast.ImportFrom, ast.Assign, ast.Expr)
+    ours = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+        if isinstance(node, simple)
+        and re.search(r"SAMRefineCallback|\bcallback\b", ast.unparse(node))
+    ]
+    code = [line for line in ours if not line.startswith(("'", '"'))]
+    assert len(code) == 3, code
+
+
 def test_every_folder_is_tested():
     names = {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
     tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
