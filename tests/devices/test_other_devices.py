@@ -94,7 +94,13 @@ def test_the_clock_waits_for_mps():
         sam = SamPromptable(simulated.to_device(build_random_sam()), "random")
         image, probs = simulated.to_device(image), simulated.to_device(probs)
         inputs = RefineInputs([image], [probs], [probs.argmax(dim=0)], None)
-        SafeRefiner(Refiner(sam, RefineConfig()), lambda kind, reason: None)(inputs)
+        refiner = Refiner(sam, RefineConfig())
+        safe = SafeRefiner(
+            lambda given: refiner.refine_batch(given.images, given.probs, given.labels),
+            simulated.device,
+            lambda kind, reason: None,
+        )
+        safe(inputs)
         assert simulated.waits["synchronize", "callbacks/safe_refiner.py __call__"] == 2
 
 
