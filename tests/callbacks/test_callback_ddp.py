@@ -59,9 +59,11 @@ def test_ddp_equals_one_process_on_every_rank(folder, single, tmp_path):
     ranks = read(tmp_path, 2)
     assert ranks[0] == ranks[1]
     assert ranks[0] == single
-    two_loaders, failing, sanity_check, *epochs = single
+    two_loaders, failing, fitted, refined, sanity_check, *epochs = single
     assert "val/miou_refined/dataloader_idx_1" in two_loaders
     assert failing["val/refine_failed_images"] == 1
+    assert fitted["val/miou_refined"] != refined["val/miou_refined"]
+    assert fitted["val/fitted_gain"] == pytest.approx(refined["val/fitted_gain"])
     assert sanity_check == {}
     assert len(epochs) == 2, "EarlyStopping saw equal values and stopped after its patience"
     assert list(tmp_path.glob("*.ckpt"))

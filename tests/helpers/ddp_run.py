@@ -87,6 +87,11 @@ def run(strategy: str, devices: int, folder: Path) -> None:
         Frozen("none"), loader(5, batch_size=3), verbose=False
     )
 
+    # The second evaluation refines with what the first has fitted.
+    auto = SAMRefineCallback(sam, num_classes=NUM_CLASSES, refine={"min_region_area": 4})
+    for _ in range(2):
+        trainer(auto).validate(Frozen(), loader(13), verbose=False)
+
     checkpoint = ModelCheckpoint(folder, monitor="val/miou_refined", mode="max")
     stopping = EarlyStopping("val/miou_refined", mode="max", patience=1)
     shuffled = DataLoader(Blobs(5), batch_size=1)
