@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -127,3 +128,39 @@ def test_weights_of_other_classes_are_refused():
     with pytest.raises(ValueError, match="classes must be those of the fitted weights, sky, tree"):
         AutoFusion(("sky", "road", "tree"), auto.fitted)
     assert AutoFusion(CLASSES, auto.fitted).weights_for("image 0") is not None
+
+
+def test_many_classes_are_fitted_in_seconds():
+    count, pixels = 150, 200
+    rng = np.random.default_rng(0)
+    samples = []
+    for index in range(10):
+        target = rng.integers(count, size=pixels)
+        raw = np.where(rng.random(pixels) < 0.6, target, rng.integers(count, size=pixels))
+        features = rng.normal(size=(len(FEATURES), count, pixels)) * 0.5
+        features[0, raw, np.arange(pixels)] += 3
+        features[-1, target, np.arange(pixels)] += 3
+        samples.append(
+            replace(
+                image(index),
+                features=torch.from_numpy(features).half(),
+                target=torch.from_numpy(target).to(torch.int16),
+                raw=torch.from_numpy(raw).to(torch.int16),
+            )
+        )
+    auto = AutoFusion(tuple(map(str, range(count))))
+    auto.sample.merge(samples)
+    started = time.perf_counter()
+    verdict = auto.finish()
+    assert verdict is not None
+    assert verdict.gain.low > 0
+    assert time.perf_counter() - started < 60
+
+
+def test_one_class_present_is_no_error():
+    samples = [
+        replace(sample, target=torch.zeros_like(sample.target)) for sample in map(image, range(9))
+    ]
+    auto = fitted(samples)
+    assert auto.fitted.final.images == 9
+    assert auto.fitted.final.fusion.biases[1:] == (0.0, 0.0)
