@@ -173,18 +173,19 @@ class ScoresSearch:
     def _bare_or_hooked(self, bare: Found, hooked: Found, image: Found | None) -> Found:
         """Choose between a step's only tensor and what left the network.
 
-        A label map gives way to the scores that it was made of, and stands where the step has
-        another rule. Scores that were enlarged by the step are what the user measures.
+        A label map stands: where it is the argmax of the network's scores, `to_probs` takes their
+        probabilities, image by image. Scores that were enlarged by the step are what the user
+        measures.
         """
         if self._kind(bare.value) == "label map":
-            return hooked if self._share_differing(bare, hooked, image) == 0 else bare
+            return bare
         return self._checked_by_hook(bare, hooked, image)
 
     def _checked_by_hook(self, returned: Found, hooked: Found, image: Found | None) -> Found:
-        """Refuse what contradicts the network; a label map made of its scores gives way to them."""
+        """Refuse what contradicts the network."""
         if not self.agree(returned, hooked, image):
             ambiguous("scores", [returned, hooked])
-        return hooked if self._kind(returned.value) == "label map" else returned
+        return returned
 
     def _telling(
         self, outputs: Any, target: Found | None, possible: Callable[[Found], bool]

@@ -11,6 +11,7 @@ from lightning_stubs import NUM_CLASSES, REFINE, SILENT, DictBlobs, Segmenter
 from torch import Tensor
 from torch.nn import functional as nnf
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightning_samrefine import SAMRefineCallback
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter
@@ -99,3 +100,23 @@ def test_a_run_refines_them_as_it_refines_scores(random_sam, caplog):
     for name in ("miou_raw", "miou_refined", "refine_accept_rate"):
         assert history[0][name] == history[1][name]
     assert "label map, with the probabilities of the forward hook's scores" in caplog.text
+
+
+@pytest.mark.parametrize("returned", ["bare", "named"])
+def test_a_rule_that_shows_in_a_later_batch_is_what_is_measured(random_sam, returned):
+    class Smoothing(Segmenter):
+        def validation_step(self, batch, batch_idx):
+            labels = self(batch["image"]).argmax(dim=1)
+            if batch_idx > 0:
+                labels[:, :9] = 1
+            self.labels.append(labels)
+            return labels if returned == "bare" else {"loss": torch.tensor(0.5), "preds": labels}
+
+    dataset, module = DictBlobs(6), Smoothing().eval()
+    module.labels = []
+    callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE, precision="32")
+    trainer = Trainer(**SILENT, num_sanity_val_steps=0, callbacks=[callback])
+    (logged,) = trainer.validate(module, DataLoader(dataset, 2), verbose=False)
+    expected = MulticlassJaccardIndex(NUM_CLASSES, ignore_index=255)
+    raw = expected(torch.cat(module.labels), dataset.targets)
+    assert logged["val/miou_raw"] == pytest.approx(raw.item(), abs=1e-6)
