@@ -1,4 +1,4 @@
-"""DOMAINS.md from the counts."""
+"""QUALITY.md from the counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def page(
     names = [name for name in next(iter(counts.values())) if name != RAW]
     gains = {name: [_gain(counts[pair], name) for pair in pairs] for name in names}
     lines = [
-        "# Every preset on every data set",
+        "# What refines best, on eight data sets",
         "",
         f"`python -m benchmarks.domains.run --split {split}`: gains in mIoU over the raw "
         "prediction, in points, with the 95% interval of a paired bootstrap over the images. mIoU "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.camvid.data import CLASS_NAMES, ESPNET_WEIGHTS, VOID, camvid
 from benchmarks.camvid.espnet import ESPNetSegmenter
-from benchmarks.quality.cityscapes import CITYSCAPES_WEIGHTS, CityscapesESPNetv2
+from benchmarks.domains.cityscapes import CITYSCAPES_WEIGHTS, CityscapesESPNetv2
 
 IGNORED = 255  # target value of pixels that are not scored
 DOMAINS = {

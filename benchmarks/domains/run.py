@@ -20,14 +20,15 @@ from rich.progress import track
 from benchmarks.camvid.data import REPOSITORY, SAM_WEIGHTS, data_root
 from benchmarks.domains.counts import count
 from benchmarks.domains.fitted import FittedOnVal
+from benchmarks.domains.methods import BEST_ON_VAL, Refine, dense_crf, mode_filter, without_sam
 from benchmarks.domains.page import RAW, page
 from benchmarks.domains.pairs import CAMVID, DOMAINS, JUDGED, class_names, examples
-from benchmarks.quality.methods import BEST_ON_VAL, Refine, dense_crf, mode_filter, without_sam
 from lightning_samrefine import RefineConfig, Refiner, load_sam
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 
-PAGE = REPOSITORY / "benchmarks" / "DOMAINS.md"
+PAGE = REPOSITORY / "benchmarks" / "QUALITY.md"
+TRIED = Path(__file__).with_name("tried.md")  # what was tried on val, by hand
 AUTO, CONTROL = "`auto`, fitted on val", "the same without SAM"
 
 
@@ -53,8 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     if AUTO in next(iter(counts.values())):
         found = [f"- {pair}: {fitted.found(pair)}" for pair in counts]
         text += "\n".join(["", "## What `auto` said after the validation split", "", *found, ""])
-    whole = not (options.limit or options.pairs or options.methods)
-    path = PAGE if whole and options.split == "test_shared" else options.output / "DOMAINS.md"
+    text += "\n" + TRIED.read_text(encoding="utf-8")
+    whole = not (options.limit or options.pairs) and options.split == "test_shared"
+    path = PAGE if whole else options.output / "QUALITY.md"
     path.write_text(text, encoding="utf-8")
     print(text, f"Written to {path}", sep="\n")
 

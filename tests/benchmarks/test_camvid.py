@@ -26,7 +26,7 @@ from benchmarks.camvid.espnet import ESPNet, ESPNetSegmenter
 from benchmarks.camvid.espnetv2 import ESPNetv2
 from benchmarks.camvid.report import results_page
 from benchmarks.camvid.verify import Verification, verify
-from benchmarks.quality.cityscapes import CITYSCAPES_WEIGHTS, CityscapesESPNetv2
+from benchmarks.domains.cityscapes import CITYSCAPES_WEIGHTS, CityscapesESPNetv2
 
 FRAMES = 2
 

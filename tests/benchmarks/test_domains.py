@@ -65,11 +65,11 @@ def test_one_image_of_two_pairs(data_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SAMREFINE_DATA", str(data_root))
     values = ["--limit", "1", "--pairs", "nuclei", "CamVid ESPNet", "--output", str(tmp_path)]
     run.main([*values, "--methods", "fast", "mode filter, 5 px"])
-    page = (tmp_path / "DOMAINS.md").read_text()
+    page = (tmp_path / "QUALITY.md").read_text()
     assert page in capsys.readouterr().out
     rows = [line for line in page.splitlines() if line.startswith("| nuclei | 1 |")]
     assert len(rows) == 1
     # Kept: the second run computes nothing.
     monkeypatch.setattr(run, "count", lambda *_: pytest.fail("counted again"))
     run.main([*values, "--methods", "fast", "mode filter, 5 px"])
-    assert (tmp_path / "DOMAINS.md").read_text() == page
+    assert (tmp_path / "QUALITY.md").read_text() == page
