@@ -224,6 +224,8 @@ class Evaluation:
         about = {"SAM": f"{sam.name} on {sam.device}", "ignore_index": str(options.ignore_index)}
         if options.name is not None:
             about["name"] = options.name
+        if self._state.auto is not None and self._state.auto.fitted is not None:
+            about["Fit, cross-validated"] = self._state.auto.fitted.final.found
         self._presenter.present(
             trainer, self._evaluated, self._draws, history, options.refine, about
         )

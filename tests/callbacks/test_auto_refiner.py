@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -80,6 +82,13 @@ def test_a_fit_is_found_logged_and_used_afterwards(random_sam, tmp_path):
     (tested,) = runner.test(module, loader(), verbose=False)
     assert "test/fitted_gain" not in tested
     assert "test/miou_without_sam" in tested
+
+
+def test_the_report_tells_what_the_fit_found(random_sam, tmp_path):
+    own = callback(random_sam, report=tmp_path / "report.html")
+    trainer(own).validate(ByColor().eval(), loader(), verbose=False)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert html.escape(own.fitted_config.weights.found) in page
 
 
 def test_the_control_is_that_of_its_weights(random_sam):
