@@ -1,4 +1,4 @@
-"""From a user's batch and step output to what the refiner and the comparison need."""
+"""Converts a user's batch and step output to the inputs of the refiner and the comparison."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_samrefine.adapters.candidates import Found, Roles, is_image, is_single, of
 from lightning_samrefine.adapters.denormalize import Denormalize
 from lightning_samrefine.adapters.nested import Samples, describe, leaves
+from lightning_samrefine.adapters.network_scores import QUERIES, query_masks
 from lightning_samrefine.adapters.roles import MissingTargetError, RoleSearch
-from lightning_samrefine.adapters.score_search import QUERIES, query_masks
 from lightning_samrefine.adapters.scores import (
     SCORES_KINDS,
     BinaryKind,
@@ -29,7 +29,7 @@ PROBS_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class RefineInputs:
-    """B samples in the refiner's terms, all on one device.
+    """B samples in the formats that the refiner expects, all on one device.
 
     Each field is a batched tensor, or a list of B tensors without the batch dimension where
     images differ in size.
@@ -38,7 +38,7 @@ class RefineInputs:
         images: (B, 3, H, W) uint8 RGB.
         probs: (B, C, H, W) float32 in [0, 1], the raw probabilities.
         labels: (B, H, W) int64, the raw prediction; values outside [0, C) mean "unknown".
-        targets: (B, H, W) int64, or None where there is none.
+        targets: (B, H, W) int64, or None without targets.
     """
 
     images: Samples
@@ -55,21 +55,24 @@ class RefineInputs:
         return RefineInputs(self.images[:count], self.probs[:count], self.labels[:count], targets)
 
     def take(self, indices: Sequence[int]) -> RefineInputs:
-        """Return the samples of these indices, in their order, as lists."""
-        return RefineInputs(
-            *([samples[i] for i in indices] for samples in (self.images, self.probs, self.labels)),
-            None if self.targets is None else [self.targets[i] for i in indices],
-        )
+        """Return the samples with these indices, in this order, as lists."""
+
+        def chosen(samples: Samples) -> list[Tensor]:
+            return [samples[i] for i in indices]
+
+        targets = None if self.targets is None else chosen(self.targets)
+        return RefineInputs(chosen(self.images), chosen(self.probs), chosen(self.labels), targets)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A converted batch and where it came from.
+    """A converted batch and its sources.
 
     Attributes:
-        inputs: In the refiner's terms.
-        roles: Where image, target and scores were; None where an adapter returned `RefineInputs`.
-        kind: What the scores were said to be.
+        inputs: The converted batch.
+        roles: Where image, target and scores were found; None if an adapter returned
+            `RefineInputs`.
+        kind: The kind of scores they were converted as.
         has_network_probs: (B,) bool, label maps with the network's probabilities, or None.
     """
 
@@ -80,37 +83,37 @@ class Reading:
 
 
 AdapterFunction = Callable[[Any, Any, Tensor | None], RefineInputs | Mapping[str, Any]]
-"""``adapter(batch, outputs, captured)``: the batch, what the step returned, and the scores that a
-forward hook saw (or None). Returns `RefineInputs`, or a mapping with ``image``, ``target`` and one
-of ``logits``, ``probs`` and ``labels``, which are then treated like any others."""
+"""``adapter(batch, outputs, captured)``: the batch, the step's output, and the scores captured by a
+forward hook (or None). Returns `RefineInputs`, or a mapping with ``image``, ``target`` and one of
+``logits``, ``probs`` and ``labels``, which are then converted like those of a search."""
 
 
 @dataclass(frozen=True)
 class BatchAdapter:
     """Finds image, target and scores, and converts them.
 
-    The image and the target are looked for in the batch, then in what the step returned: by the
-    usual names (up to three containers deep), then by position, a tuple batch being (image,
-    target, …); both come from one container where several hold them. Scores are what has a usual
-    name in the step's output, else what a forward hook saw, else a single tensor in the output or
-    one with a usual name in the batch. See docs/reading.md, and `RoleSearch`.
+    The image and the target are searched in the batch, then in the step's output: by the usual
+    names (up to three containers deep), then by position, a tuple batch being (image, target, …);
+    both come from one container if several hold them. Scores are the tensor with a usual name in
+    the step's output, else the tensor captured by a forward hook, else a single tensor in the
+    output or one with a usual name in the batch. See docs/reading.md, and `RoleSearch`.
 
     Args:
         num_classes: C ≥ 2. None until it is known; needed to convert.
-        image_key: Where the image is, such as ``"image"``, ``"data.image"`` or ``"0"``.
-        target_key: Where the target is.
-        scores_key: Where the scores are; ``"forward"`` is what the forward hook saw.
-        scores_kind: What the scores are, see `to_probs`.
+        image_key: Key of the image, such as ``"image"``, ``"data.image"`` or ``"0"``.
+        target_key: Key of the target.
+        scores_key: Key of the scores; ``"forward"`` for the tensor captured by the forward hook.
+        scores_kind: Kind of scores, see `to_probs`.
         rgb: Undoes the image's normalization.
-        binary: Settles what scores of one channel are.
+        binary: Determines the kind of scores of one channel.
         function: Replaces the search, see `AdapterFunction`.
-        needs_target: Whether targets are wanted, and a batch without one is an error; otherwise
-            none is looked for.
-        device: Where to convert, for steps that return CPU tensors from a GPU run; None leaves
-            everything where it is.
+        needs_target: Whether a batch without a target is an error; if False, no target is
+            searched.
+        device: Device of the conversion, for steps that return CPU tensors from a GPU run; None
+            leaves every tensor on its device.
 
     Raises:
-        TypeError: ``function`` is not callable, or a key no string.
+        TypeError: ``function`` is not callable, or a key is not a string.
         ValueError: An unknown ``scores_kind``.
     """
 
@@ -131,18 +134,18 @@ class BatchAdapter:
             key = getattr(self, name)
             if key is not None and not isinstance(key, str):
                 raise TypeError(
-                    f"{name}: got {key!r} of type {type(key).__name__}, accepted is a string such "
-                    "as 'image', 'data.image' or, for a position, '0'"
+                    f"{name} must be a string such as 'image', 'data.image' or, for a position, "
+                    f"'0', got {key!r} of type {type(key).__name__}"
                 )
         if self.scores_kind not in SCORES_KINDS:
             raise ValueError(
-                f"scores_kind: got {self.scores_kind!r}, accepted are "
-                f"{', '.join(map(repr, SCORES_KINDS))}"
+                f"scores_kind must be one of {', '.join(map(repr, SCORES_KINDS))}, got "
+                f"{self.scores_kind!r}"
             )
         if self.function is not None and not callable(self.function):
             raise TypeError(
-                f"adapter: got {type(self.function).__name__}, accepted is a callable "
-                "(batch, outputs, captured) -> RefineInputs or mapping"
+                "adapter must be a callable (batch, outputs, captured) -> RefineInputs or mapping, "
+                f"got {type(self.function).__name__}"
             )
 
     def __call__(
@@ -152,12 +155,12 @@ class BatchAdapter:
 
         Args:
             batch: As the dataloader yields it, on its device.
-            outputs: What the step returned, None included.
-            captured: Scores that a forward hook saw during the step.
-            seen: What the hook saw in words, for the error.
+            outputs: The step's output, may be None.
+            captured: Scores captured by a forward hook during the step.
+            seen: Description of what the hook captured, for the error.
 
         Raises:
-            ValueError: Something was not found (the message lists what was there), or does not
+            ValueError: A role was not found (the message lists the tensors there are), or does not
                 fit: shapes, number of classes, value ranges.
             TypeError: A custom adapter returned something else.
         """
@@ -172,20 +175,21 @@ class BatchAdapter:
         settled: Roles | None = None,
         given: Sequence[Sequence[Samples]] = (),
     ) -> Reading:
-        """Convert one batch, and say what was read.
+        """Convert one batch, and return it with its sources.
 
         Args:
             batch: As in a call.
             outputs: As in a call.
             captured: As in a call.
             seen: As in a call.
-            settled: What an earlier batch was read from: this one is read from the same places.
-            given: The images that the network was given, where it is to be checked that they show
-                the batch's image.
+            settled: Where the roles of an earlier batch were found; this batch's are read from
+                the same places.
+            given: Inputs of the network, to check that they show the batch's image; empty to skip
+                the check.
 
         Raises:
-            MissingTargetError: Nothing but the target is missing.
-            WrongValuesError: The network was given another view of the image.
+            MissingTargetError: Only the target is missing.
+            WrongValuesError: The network's input was another view of the image.
             ValueError: As in a call.
             TypeError: As in a call.
         """
@@ -228,18 +232,18 @@ class BatchAdapter:
             self._move(scores.value),
             kind,
         )
-        told = None
+        has_network_probs = None
         if captured is not None and scores.source == "outputs" and self.scores_key is None:
-            probs, told = probs_behind_labels(
+            probs, has_network_probs = probs_behind_labels(
                 inputs.probs, inputs.labels, scores.value, kind, self._move(captured)
             )
             inputs = replace(inputs, probs=probs)
-        return Reading(inputs, roles, kind, told)
+        return Reading(inputs, roles, kind, has_network_probs)
 
     @property
     def _num_classes(self) -> int:
         if self.num_classes is None:
-            raise ValueError("num_classes: got None, accepted is the number of classes")
+            raise ValueError("num_classes must be the number of classes, got None")
         return self.num_classes
 
     def _not_found(self, missing: Sequence[str], batch: Any, outputs: Any, seen: str) -> str:
@@ -259,7 +263,7 @@ class BatchAdapter:
         )
 
     def _move(self, value: Any) -> Any:
-        """Move a tensor or a list of them, where a device is set."""
+        """Move a tensor or a list of them to ``device``, if it is set."""
         if self.device is None or value is None:
             return value
         return value.to(self.device) if isinstance(value, Tensor) else list(map(self._move, value))
@@ -267,14 +271,17 @@ class BatchAdapter:
     def _convert(
         self, image: Samples, target: Samples | None, scores: Samples, kind: ScoresKind
     ) -> RefineInputs:
-        batched = isinstance(image, Tensor) and isinstance(scores, Tensor)
-        if batched and (target is None or isinstance(target, Tensor)):
+        if (
+            isinstance(image, Tensor)
+            and isinstance(scores, Tensor)
+            and (target is None or isinstance(target, Tensor))
+        ):
             return self._convert_batch(image, target, scores, kind)
         targets = [None] * len(image) if target is None else target
         if not len(image) == len(scores) == len(targets):
             raise ValueError(
-                f"image, scores, target: got {len(image)}, {len(scores)} and {len(targets)} "
-                "samples, accepted are equal numbers"
+                "image, scores and target must have equal numbers of samples, got "
+                f"{len(image)}, {len(scores)} and {len(targets)}"
             )
         self.rgb.settle(image)
         parts = [
@@ -285,7 +292,9 @@ class BatchAdapter:
             images=[part.images[0] for part in parts],
             probs=[part.probs[0] for part in parts],
             labels=[part.labels[0] for part in parts],
-            targets=None if target is None else [part.targets[0] for part in parts],
+            targets=None
+            if target is None
+            else [part.targets[0] for part in parts if part.targets is not None],
         )
 
     def _convert_batch(
@@ -309,7 +318,7 @@ class BatchAdapter:
 
     def _checked(self, inputs: RefineInputs) -> RefineInputs:
         if inputs.targets is None and self.needs_target:
-            raise ValueError("adapter: got RefineInputs without targets, which are needed here")
+            raise ValueError("adapter must return targets here, got RefineInputs without them")
         inputs = RefineInputs(
             *map(self._move, (inputs.images, inputs.probs, inputs.labels, inputs.targets))
         )
@@ -318,13 +327,13 @@ class BatchAdapter:
             expected = (self._num_classes, *inputs.images[index].shape[-2:])
             if tuple(probs.shape) != expected or tuple(labels.shape) != expected[1:]:
                 raise ValueError(
-                    f"adapter: got probs {tuple(probs.shape)} and labels {tuple(labels.shape)} for "
-                    f"sample {index}, accepted are {expected} and {expected[1:]}"
+                    f"adapter: probs and labels of sample {index} must be {expected} and "
+                    f"{expected[1:]}, got {tuple(probs.shape)} and {tuple(labels.shape)}"
                 )
             if inputs.targets is not None and inputs.targets[index].shape != labels.shape:
                 raise ValueError(
-                    f"adapter: got a target of shape {tuple(inputs.targets[index].shape)} for "
-                    f"sample {index}, accepted is {expected[1:]}"
+                    f"adapter: the target of sample {index} must be {expected[1:]}, got "
+                    f"{tuple(inputs.targets[index].shape)}"
                 )
         return RefineInputs(
             images=_each(_checked_image, inputs.images),
@@ -337,7 +346,7 @@ class BatchAdapter:
 
 
 def _hint(missing: Sequence[str], batch: Any) -> str:
-    """Return a sentence about two mistakes that a batch's shapes show."""
+    """Return a sentence about mistakes that are visible in a batch's shapes, else ``""``."""
     found = of("batch", leaves(batch))
     images = [one for one in found if is_image(one.value)]
     if "image" in missing and len(images) > 1:
@@ -373,7 +382,7 @@ def _checked_probs(probs: Tensor) -> Tensor:
     if not probs.is_floating_point():
         raise ValueError(f"adapter: probs must be floats in [0, 1], got {probs.dtype}")
     probs = probs.float()
-    # NaN and infinity are a matter of single images, which keep their raw prediction.
+    # NaN and infinity concern single images, which keep their raw prediction.
     low, high = torch.stack(torch.aminmax(probs.nan_to_num(0, 0, 0))).tolist()
     if low < -PROBS_TOLERANCE or high > 1 + PROBS_TOLERANCE:
         raise ValueError(
@@ -389,8 +398,8 @@ def _unpack(found: Any) -> tuple[Roles, ScoresKind]:
     given = [kind for kind in kinds if isinstance(found, Mapping) and found.get(kind) is not None]
     if len(given) != 1 or "image" not in found:
         raise TypeError(
-            f"adapter: got {describe(found)}, accepted is RefineInputs or a mapping with image, "
-            "target and one of logits, probs and labels"
+            "adapter must return RefineInputs or a mapping with image, target and one of logits, "
+            f"probs and labels, got {describe(found)}"
         )
 
     def at(key: str) -> Found | None:

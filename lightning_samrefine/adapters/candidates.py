@@ -1,4 +1,4 @@
-"""Tensors with the places where they were found, and what can be told from shapes and values."""
+"""Candidate tensors with their places, and checks of their shapes and values."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ TARGET_NAMES_IN_OUTPUTS = ("target", "targets", "gt", "ground_truth", "y", "y_tr
 
 @dataclass(frozen=True)
 class Found:
-    """A tensor, or a list of them, and where it was.
+    """A tensor, or a list of them, and its place.
 
     Attributes:
-        source: ``"batch"``, ``"outputs"`` (what the step returned), ``"forward"`` (a hook) or
-            ``"adapter"``.
-        path: Keys and indices that lead to it.
-        value: What is there.
+        source: ``"batch"``, ``"outputs"`` (of the step), ``"forward"`` (a hook) or ``"adapter"``.
+        path: Its keys and indices in the source.
+        value: The tensor or list.
     """
 
     source: str
@@ -40,14 +39,14 @@ class Found:
 
     @property
     def place(self) -> str:
-        """Where it was, such as ``batch['image']``."""
+        """Its place in words, such as ``batch['image']``."""
         if self.source == "forward":
             return "forward hook"
         return self.source + "".join(f"[{part!r}]" for part in self.path)
 
     @property
     def key(self) -> str:
-        """The constructor argument that names it."""
+        """The value of ``image_key``, ``target_key`` or ``scores_key`` that selects it."""
         return HOOK_KEY if self.source == "forward" else ".".join(map(str, self.path))
 
     def __str__(self) -> str:
@@ -56,25 +55,25 @@ class Found:
 
 @dataclass(frozen=True)
 class Roles:
-    """What was found, None where nothing was."""
+    """The tensors found for each role, None for none."""
 
     image: Found | None
     target: Found | None
     scores: Found | None
 
     def places(self) -> Roles:
-        """Return where everything was, without the tensors."""
+        """Return the places without the tensors."""
         found = (self.image, self.target, self.scores)
         return Roles(*(one and replace(one, value=[]) for one in found))
 
 
 def of(source: str, found: Iterable[Leaf | None]) -> list[Found]:
-    """Note where tensors come from."""
+    """Attach the source to tensors; None is left out."""
     return [Found(source, leaf.path, leaf.value) for leaf in found if leaf is not None]
 
 
 def ambiguous(role: str, candidates: Sequence[Found]) -> NoReturn:
-    """Raise the error that lists candidates and what decides between them."""
+    """Raise an error that lists the candidates and the arguments that select one."""
     listed = "; ".join(map(str, candidates))
     keys = " or ".join(f"{role}_key={one.key!r}" for one in candidates if one.key)
     different = " that give different labels" if role == "scores" else ""
@@ -86,7 +85,7 @@ def ambiguous(role: str, candidates: Sequence[Found]) -> NoReturn:
 
 
 def distinct(candidates: Iterable[Found]) -> list[Found]:
-    """Leave out what holds the same values as an earlier one."""
+    """Remove candidates with the same values as an earlier one."""
     kept: list[Found] = []
     for one in candidates:
         if not any(equal(one.value, other.value) for other in kept):
@@ -95,7 +94,7 @@ def distinct(candidates: Iterable[Found]) -> list[Found]:
 
 
 def equal(one: Samples, other: Samples) -> bool:
-    """Whether shapes, types and values are equal."""
+    """Whether shapes, dtypes and values are equal."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one is other or (
             one.shape == other.shape
@@ -109,7 +108,7 @@ def equal(one: Samples, other: Samples) -> bool:
 
 
 def is_copy(value: Samples, original: Samples) -> bool:
-    """Whether values are those of another tensor, whatever the type or a channel of one."""
+    """Whether values equal another tensor's, ignoring dtype and a channel dimension of 1."""
     if not isinstance(value, Tensor) or not isinstance(original, Tensor):
         return equal(value, original)
     flat = [item.squeeze(1) if item.ndim == 4 else item for item in (value, original)]
@@ -119,7 +118,7 @@ def is_copy(value: Samples, original: Samples) -> bool:
 
 
 def shares_memory(one: Samples, other: Samples) -> bool:
-    """Whether tensors begin at the same place in memory."""
+    """Whether tensors start at the same memory address."""
     return any(
         first.numel() > 0
         and first.device == second.device
@@ -144,7 +143,7 @@ def is_image(value: Samples) -> bool:
 
 
 def is_single(image: Tensor) -> bool:
-    """Whether a tensor has the shape of one RGB or gray image, its type one that labels lack."""
+    """Whether a tensor has the shape of one RGB or gray image, and a dtype unusual for labels."""
     is_typed = image.is_floating_point() or image.dtype == torch.uint8
     return is_typed and image.ndim == 3 and image.shape[0] in (1, 3) and min(image.shape[1:]) > 3
 
@@ -157,10 +156,10 @@ def is_target(value: Samples) -> bool:
 
 
 def has_pixels(value: Samples) -> bool:
-    """Whether a value can be a batch of maps at all."""
+    """Whether a value has enough dimensions for a batch of maps."""
     return not isinstance(value, Tensor) or value.ndim >= 3
 
 
 def items(value: Samples) -> list[Tensor]:
-    """Return batches: the tensor, or one of each list entry."""
+    """Return batches: the tensor itself, or each list entry as a batch of one."""
     return [value] if isinstance(value, Tensor) else [item[None] for item in value]

@@ -1,4 +1,4 @@
-"""Undoing a user's image normalization: SAM wants uint8 RGB."""
+"""Undoes a user's image normalization: SAM needs uint8 RGB."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from copy import copy
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from lightning_samrefine.utils.validation import WrongValuesError
 
+ImageRange: TypeAlias = Literal["0-255", "0-1"]
 RANGES = ("0-255", "0-1")
 _SCALES = {"0-255": 1.0, "0-1": 255.0}
 
 # Rounding in half precision; bicubic resizing overshoots further, hence the second one, which
-# holds once the user has said what the range is.
+# applies if the user has set the range.
 _TOLERANCE = 2 / 255
-_TOLERANCE_WHERE_SET = 0.1
+_TOLERANCE_IF_SET = 0.1
 
 # Data in [0, 1] normalized by any usual mean and deviation stays below this.
 _LARGEST_NORMALIZED = 8.0
@@ -29,27 +30,27 @@ _LARGEST_NORMALIZED = 8.0
 class Denormalize:
     """Turns a user's images into uint8 RGB in 0 to 255.
 
-    Integer images of any width are taken to be in 0 to 255 already. Float images become
-    ``x * image_std + image_mean``, then are multiplied by 255 where the range is 0 to 1.
+    Integer images of any dtype are expected in 0 to 255. Float images become
+    ``x * image_std + image_mean``, multiplied by 255 if the range is 0 to 1.
 
-    A range that nobody has set is read from the first batch that shows it and holds from then on:
-    a dark batch of 0 to 255 is not taken for a bright one of 0 to 1. Values that contradict it
-    are an error, for what came before was read wrong.
+    A range that is not set is inferred from the first batch with unambiguous values and kept from
+    then on: a dark batch of 0 to 255 is not mistaken for a bright one of 0 to 1. Later values
+    outside it raise, because the earlier batches were converted wrongly.
 
     Args:
-        image_mean: What was subtracted in normalization, one number or one per channel; None for
+        image_mean: The mean subtracted in normalization, one number or one per channel; None for
             images that were not normalized.
-        image_std: What they were divided by.
-        image_range: ``"0-1"`` or ``"0-255"``, the range before normalization. None takes it from
-            ``image_mean`` and ``image_std`` (0-1 where none exceeds 1), and without those from
-            the values.
+        image_std: The standard deviation of the normalization.
+        image_range: ``"0-1"`` or ``"0-255"``, the range before normalization. None infers it from
+            ``image_mean`` and ``image_std`` (0-1 if none exceeds 1), and without those from the
+            values.
 
     Attributes:
-        range: As set or as known from mean and deviation, else None.
-        settled: The range that holds, None until one is known.
+        range: As set or inferred from mean and standard deviation, else None.
+        settled: The range in use, None until it is known.
 
     Raises:
-        TypeError: A mean or deviation that is no number.
+        TypeError: A mean or deviation that is not a number.
         ValueError: An unknown range, a mean without a deviation, or a deviation not above 0.
     """
 
@@ -57,21 +58,21 @@ class Denormalize:
         self,
         image_mean: float | Sequence[float] | None = None,
         image_std: float | Sequence[float] | None = None,
-        image_range: Literal["0-255", "0-1"] | None = None,
+        image_range: ImageRange | None = None,
     ) -> None:
         self.mean = _per_channel("image_mean", image_mean)
         self.std = _per_channel("image_std", image_std)
         if (self.mean is None) != (self.std is None):
             raise ValueError(
-                f"image_mean, image_std: got {image_mean!r} and {image_std!r}, accepted are both "
-                "or neither"
+                "image_mean and image_std must be set both or neither, got "
+                f"{image_mean!r} and {image_std!r}"
             )
         if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"image_std: got {image_std!r}, accepted are numbers above 0")
+            raise ValueError(f"image_std must be above 0, got {image_std!r}")
         if image_range is not None and image_range not in RANGES:
             raise ValueError(
-                f"image_range: got {image_range!r}, accepted are "
-                f"{', '.join(map(repr, RANGES))} and None"
+                f"image_range must be one of {', '.join(map(repr, RANGES))} and None, got "
+                f"{image_range!r}"
             )
         self.range = image_range
         if image_range is None and self.mean is not None and self.std is not None:
@@ -80,32 +81,32 @@ class Denormalize:
         self._looked_at = False
 
     def fresh(self) -> Denormalize:
-        """Return one with the same settings that has seen no image."""
+        """Return one with the same settings, before its first image."""
         new = copy(self)
         new.settled = new.range
         new._looked_at = False
         return new
 
     def settle(self, images: Sequence[Tensor] | Tensor) -> None:
-        """Take the range from images that belong together, where it is not known yet.
+        """Infer the range from the images of one batch, if it is not known yet.
 
         Args:
             images: B × (C, H, W), each of its own size, or (B, C, H, W).
 
         Raises:
-            WrongValuesError: Values of neither range; or nothing but 0 and 1, which are dark
-                images of 0 to 255 or ones of two colors in 0 to 1.
+            WrongValuesError: Values of neither range; or only 0 and 1, which are dark images of 0
+                to 255 or images of two colors in 0 to 1.
         """
         if self.settled is not None:
             return
-        # A broken image decides nothing for the others.
+        # A broken image must not affect the others.
         floats = [image.float() for image in images if image.is_floating_point()]
         usable = [image for image in floats if image.numel() > 0 and bool(image.isfinite().all())]
         if not usable:
             return
         bounds = [_bounds(image) for image in usable]
         low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
-        found = "0-1" if high <= 1 + _TOLERANCE else "0-255"
+        found: ImageRange = "0-1" if high <= 1 + _TOLERANCE else "0-255"
         is_clear = found == "0-1" or high > _LARGEST_NORMALIZED
         self._check(low, high, is_clear and _fits(low, high, found, _TOLERANCE), found)
         if found == "0-255" or any(bool((image != image.round()).any()) for image in usable):
@@ -126,8 +127,8 @@ class Denormalize:
             (B, 3, H, W) uint8 RGB on the same device.
 
         Raises:
-            ValueError: A wrong shape, or values outside the range once normalization is undone.
-            WrongValuesError: Values that contradict what earlier batches were taken for.
+            ValueError: A wrong shape, or values outside the range after undoing normalization.
+            WrongValuesError: Values outside the range inferred from earlier batches.
         """
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             hint = "; channels come first" if images.shape[-1:] == (3,) else ""
@@ -140,18 +141,18 @@ class Denormalize:
                 two = "two gray images" if images.shape[1] == 2 else "two RGB images"
                 hint = f"; of {two} in one tensor SAM sees the one that an adapter returns"
             raise ValueError(
-                f"image: got shape {tuple(images.shape)}, accepted is (B, 3, H, W) RGB or "
-                f"(B, 1, H, W) gray{hint}. For other channels give an adapter that returns RGB."
+                "image must be (B, 3, H, W) RGB or (B, 1, H, W) gray, got shape "
+                f"{tuple(images.shape)}{hint}. For other channels give an adapter that returns RGB."
             )
         if images.dtype == torch.bool or images.is_complex():
-            # Read as 0 to 255, bool would be a black image and no error.
+            # Read as 0 to 255, bool would silently be a black image.
             raise ValueError(
-                f"image: got dtype {images.dtype}, accepted are integers in 0 to 255 and floats"
+                f"image must be integers in 0 to 255 or floats, got dtype {images.dtype}"
             )
         if images.dtype == torch.uint8:
             return images.expand(-1, 3, -1, -1)
         if not images.is_floating_point():
-            # torch computes little with uint16 and wider ones.
+            # torch implements few operations for uint16 and wider unsigned dtypes.
             low, high = _bounds(images.to(torch.int64))
             if low < 0 or high > 255:
                 raise WrongValuesError(
@@ -169,15 +170,15 @@ class Denormalize:
             pixels = pixels * _as_channels(self.std, pixels) + _as_channels(self.mean, pixels)
         low, high = _bounds(pixels)
         image_range = self.settled or "0-1"
-        tolerance = _TOLERANCE if self.range is None else _TOLERANCE_WHERE_SET
+        tolerance = _TOLERANCE if self.range is None else _TOLERANCE_IF_SET
         self._check(low, high, _fits(low, high, image_range, tolerance), image_range)
         scale = _SCALES[image_range]
         return (pixels * scale).round_().clamp_(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 
     def _warn_of_settings(self, images: Tensor) -> None:
-        """Warn of first images that look as if there were nothing to undo, or a range of 0 to 1."""
+        """Warn if the first images look not normalized, or in 0 to 1 despite the set range."""
         low, high = _bounds(images.float())
-        # The half: images in 0 to 1 have bright pixels, normalized ones of low contrast seldom do.
+        # 0.5: images in 0 to 1 have bright pixels, normalized ones of low contrast seldom do.
         if not (low >= 0 and 0.5 < high <= 1) or bool((images == images.round()).all()):
             return
         if self.mean is not None:
@@ -199,12 +200,12 @@ class Denormalize:
             return
         undone = " after undoing image_mean and image_std" if self.mean is not None else ""
         expected = image_range if self.settled is not None else "0-1 or 0-255"
-        before = ", as which the images before were read" if self.settled != self.range else ""
-        # What nobody has set, the images before were read by; NaN is one image's own matter.
+        before = ", like the images before" if self.settled != self.range else ""
+        # An inferred range was applied to earlier images as well; NaN concerns one image only.
         kind = WrongValuesError if self.range is None and low <= high < math.inf else ValueError
         raise kind(
-            f"image: got values from {low:.4g} to {high:.4g}{undone}, accepted is the range "
-            f"{expected}{before}. SAM needs the image before normalization: set image_mean and "
+            f"image must be in the range {expected}{before}, got values from {low:.4g} to "
+            f"{high:.4g}{undone}. SAM needs the image before normalization: set image_mean and "
             "image_std to the numbers of your Normalize transform (ImageNet's, the likeliest, are "
             "image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]) and image_range "
             "to the range before it ('0-1' or '0-255')."
@@ -218,12 +219,12 @@ def _per_channel(name: str, value: float | Sequence[float] | None) -> tuple[floa
         value = value.tolist()
     numbers = [value] if isinstance(value, int | float) else value
     if isinstance(numbers, str) or not isinstance(numbers, Sequence):
-        raise TypeError(f"{name}: got {value!r}, accepted is a number or one per channel")
+        raise TypeError(f"{name} must be a number or one per channel, got {value!r}")
     numbers = [number.item() if isinstance(number, np.generic) else number for number in numbers]
     if not all(isinstance(number, int | float) for number in numbers):
-        raise TypeError(f"{name}: got {value!r}, accepted is a number or one per channel")
+        raise TypeError(f"{name} must be a number or one per channel, got {value!r}")
     if len(numbers) not in (1, 3):
-        raise ValueError(f"{name}: got {len(numbers)} numbers, accepted are 1 or 3")
+        raise ValueError(f"{name} must be 1 or 3 numbers, got {len(numbers)}")
     return tuple(float(number) for number in numbers)
 
 
@@ -233,7 +234,7 @@ def _as_channels(numbers: tuple[float, ...], like: Tensor) -> Tensor:
 
 def _fits(low: float, high: float, image_range: str, tolerance: float) -> bool:
     scale, slack = _SCALES[image_range], 255 * tolerance
-    # Written so that NaN, which fails every comparison, does not fit.
+    # In this form NaN, which fails every comparison, does not fit.
     return low * scale >= -slack and high * scale <= 255 + slack
 
 

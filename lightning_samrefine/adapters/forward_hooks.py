@@ -1,4 +1,4 @@
-"""Scores of a step that does not return them, caught on their way out of the network."""
+"""Captures the network's scores with forward hooks, for steps that do not return them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from torch.utils.hooks import RemovableHandle
 from lightning_samrefine.adapters.candidates import shares_memory
 from lightning_samrefine.adapters.nested import (
     MAX_DEPTH,
+    Kept,
     Samples,
     describe,
     leaves,
     restore,
     snapshot,
 )
-from lightning_samrefine.adapters.score_search import QUERIES, network_scores, query_masks
+from lightning_samrefine.adapters.network_scores import QUERIES, network_scores, query_masks
 from lightning_samrefine.adapters.views import images_in
 
 Given: TypeAlias = list[list[Samples]]
 
-# Batches of a loader in which the network's input is noted.
+# Number of batches of a loader in which the network's inputs are recorded.
 _NOTED_BATCHES = 3
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """Scores that left a module.
+    """Scores returned by a module.
 
     Attributes:
         values: A copy, (B, C, h, w).
-        scores: What the step goes on with, and may change in place; gone when the step drops it.
-        given: The images that they come from, see `ScoresCapture.given`.
+        scores: The tensor itself, which the step may change in place; dead once the step drops it.
+        given: The images that they were computed from, see `ScoresCapture.given`.
     """
 
     values: Tensor
@@ -50,32 +51,35 @@ class _Seen:
 
 
 class ScoresCapture:
-    """Remembers the scores that a LightningModule or one of its children returned in a step.
+    """Captures the scores that a LightningModule or one of its children returned in a step.
 
     Hooks are on the module itself, for steps that call ``self(x)``, and on its children, for
-    those that call ``self.model(x)``; what the module itself returned wins. A child that was
-    given another's scores and no target (such as an upsampling after a head) replaces them, unless
-    it changes their channels or makes them smaller, as a critic does. Scores from several
-    calls that do not follow from one another (windows, flips, auxiliary heads) are refused: which
-    of them the step means cannot be known.
+    those that call ``self.model(x)``; the module's own output has precedence. If the input of a
+    child is another child's scores and no target (such as an upsampling after a head), its output
+    replaces them, unless it changes their channels or is smaller, as with a critic. Scores from
+    several independent calls (windows, flips, auxiliary heads) are ambiguous: which of them the
+    step evaluates is unknown.
 
-    What is remembered is a copy: a loss or a metric may change its input in place.
+    A copy is captured: a loss or a metric may change its input in place.
 
-    Under a strategy that sends the step through ``forward`` the module's hook also fires with
-    what the step returns, which is no network's output and not taken for one.
+    If a strategy wraps the step in ``forward``, the module's hook also fires with the step's
+    output, which is ignored: it is not the network's.
 
-    Losses are not listened to: those of pixels have the shape of binary scores. Children that take
-    no hooks, as scripted ones do, are named where nothing was seen.
+    Losses have no hooks: per-pixel losses have the shape of binary scores. Children that do not
+    support hooks, such as scripted ones, are listed if nothing was captured.
 
     Args:
         module: The LightningModule.
-        num_classes: C; scores are float (B, C, H, W), or (B, 1, H, W) where C is 2.
+        num_classes: C; scores are float (B, C, H, W), or (B, 1, H, W) if C is 2.
 
     Attributes:
-        given: After `take`, in the first batches of a loader: the images that the network was given
-            for the scores, see `difference` of ``views``. Empty in later batches, and where it was
-            given none.
+        given: After `take`, in the first batches of a loader: the network's input images for the
+            scores, see `lightning_samrefine.adapters.views.difference`. Empty in later batches, and
+            without an input image.
     """
+
+    given: Given
+    _batch: dict[Any, Kept] | None
 
     def __init__(self, module: nn.Module, num_classes: int) -> None:
         self._num_classes = num_classes
@@ -91,11 +95,11 @@ class ScoresCapture:
                 continue
             try:
                 self._handles.append(child.register_forward_hook(self._on_child, with_kwargs=True))
-            except Exception:  # whatever a kind of module of its own raises
+            except Exception:  # special kinds of modules may raise anything
                 self._without_hooks.append(f"{name!r} ({type(child).__name__})")
 
     def arm(self, batch: Any = None, dataloader_idx: int = 0) -> None:
-        """Start remembering: a batch begins, which a step may take entries out of or change."""
+        """Start capturing at the start of a batch, whose entries the step may remove or change."""
         self._forget()
         self._batches[dataloader_idx] += 1
         self._notes_inputs = self._batches[dataloader_idx] <= _NOTED_BATCHES
@@ -103,19 +107,19 @@ class ScoresCapture:
         self._armed = True
 
     def whole(self, batch: Any) -> Any:
-        """Return the batch with what the step has taken out of it or changed since `arm`."""
+        """Return the batch with the entries that the step has removed or changed since `arm`."""
         return restore([batch], self._batch)[0]
 
     def take(self, outputs: Any = None) -> tuple[Tensor | None, str]:
-        """Stop remembering.
+        """Stop capturing.
 
         Args:
-            outputs: What the step returned.
+            outputs: The step's output.
 
         Returns:
-            The scores of this batch or None, and what was seen, for an error. A 4-D tensor of
-            another number of channels counts as scores only where the module itself returned it
-            and nothing fitting came by: it deserves an error of its own.
+            The scores of this batch or None, and a description of the captured tensors for an
+            error. A 4-D tensor with another number of channels is returned only if it is the
+            module's own output and nothing suitable was captured, for an error about its shape.
         """
         own = [seen for step, seen in self._own if step is None or step is not outputs]
         children, misfit, queries = self._children, self._misfit, self._queries
@@ -152,10 +156,10 @@ class ScoresCapture:
         self._misfit: Tensor | None = None
         self._queries = False
         self._several: list[str] = []
-        self._batch: Any = None
+        self._batch = None
         self._notes_inputs = False
         self._made_from: list[tuple[list[ReferenceType[Tensor]], Given]] = []
-        self.given: Given = []
+        self.given = []
 
     def _on_own_call(
         self, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
@@ -169,7 +173,7 @@ class ScoresCapture:
             return
         scores = self._scores_in(output)
         if scores is not None:
-            # Whoever is given a batch's index is the step, sent through forward.
+            # With a batch's index among the inputs it is the step, wrapped in forward.
             is_step = any(isinstance(value, int) for value in inputs)
             images = images_in((*inputs, *(kwargs or {}).values())) if self._notes_inputs else []
             given = [images] if images else []
@@ -191,11 +195,11 @@ class ScoresCapture:
         self._children = [
             one for one in self._children if not any(one is other for other in followed)
         ]
-        # Scores that were made of others show the view that these do.
+        # Scores computed from others have the same view.
         self._children.append(_Seen.of(scores, followed[0].given if followed else images))
 
     def _note(self, values: Sequence[Any], output: Any) -> Given:
-        """Remember and return the images that a child's output was made from, the nearest first."""
+        """Record and return the images that a child's output was computed from, nearest first."""
         given = [leaf.value for value in values for leaf in leaves(value)]
         before: Given = []
         for made, images in self._made_from:
@@ -231,15 +235,15 @@ def _called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_loss(name: str, child: nn.Module) -> bool:
-    """Whether a child is a loss: by its base class, or by what its class or it itself is called."""
+    """Whether a child is a loss, by its base class or by the name of itself or its class."""
     called = f"{name} {type(child).__name__}".lower()
     return isinstance(child, _Loss) or "loss" in called or "criterion" in called
 
 
 def _follows(scores: Tensor, seen: _Seen, given: Sequence[Tensor]) -> bool:
-    """Whether a child that was given earlier scores has made better ones of them.
+    """Whether a child's output refines earlier scores that are among its inputs.
 
-    A loss is given a target as well, and a critic returns one channel of fewer pixels.
+    A loss has a target among its inputs, and a critic returns one channel of fewer pixels.
     """
     earlier = seen.scores()
     if earlier is None:

@@ -1,4 +1,4 @@
-"""Finding tensors by role in whatever a dataloader, a step or a network returns."""
+"""Finds tensors in the nested containers that a dataloader, a step or a network returns."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 MAX_DEPTH = 3  # such as a tuple of dicts of dicts
 
-# What may have attributes or keys and is nevertheless one value.
+# Types that may have attributes or keys, but count as one value.
 _OPAQUE = (
     str, bytes, int, float, complex, type(None), Tensor, np.ndarray, np.generic, nn.Module,
     PurePath, type, ModuleType,
 )  # fmt: skip
 
 Samples: TypeAlias = "Tensor | list[Tensor]"
-"""One batched tensor, or a list with one tensor per image where sizes differ."""
+"""One batched tensor, or a list with one tensor per image if sizes differ."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor, or a list of tensors, and the keys and indices that lead to it."""
+    """A tensor, or a list of tensors, and its path of keys and indices."""
 
     path: tuple[str | int, ...]
     value: Samples
@@ -36,8 +36,8 @@ class Leaf:
 def leaves(container: Any, path: tuple[str | int, ...] = ()) -> Iterator[Leaf]:
     """Yield the tensors of nested mappings, sequences and objects, in their order.
 
-    Below the top, a list or tuple of nothing but tensors of 2 or 3 dimensions is one leaf: images
-    of different sizes.
+    Below the top level, a list or tuple of only 2-D or 3-D tensors is one leaf: images of
+    different sizes.
     """
     if isinstance(container, Tensor):
         yield Leaf(path, container)
@@ -49,25 +49,25 @@ def leaves(container: Any, path: tuple[str | int, ...] = ()) -> Iterator[Leaf]:
 
 
 def named(container: Any, names: Sequence[str]) -> list[Leaf]:
-    """Return what lies under one of the names, an earlier name first. Case does not matter."""
+    """Return the leaves under one of the names, in the order of the names; case-insensitive."""
     found = [leaf for leaf in leaves(container) if leaf.path]
     return [leaf for name in names for leaf in found if str(leaf.path[-1]).lower() == name]
 
 
 def at_position(container: Any, index: int) -> Leaf | None:
-    """Return entry ``index`` of a tuple or list, where it is a tensor or a list of tensors."""
+    """Return entry ``index`` of a tuple or list, if it is a tensor or a list of tensors."""
     if not isinstance(container, Sequence) or isinstance(container, str):
         return None
     return next((leaf for leaf in leaves(container) if leaf.path == (index,)), None)
 
 
 def at_key(container: Any, key: str) -> Leaf | None:
-    """Return what lies under a user's key, such as ``"mask"``, ``"data.mask"`` or ``"1"``."""
+    """Return the leaf under a user's key, such as ``"mask"``, ``"data.mask"`` or ``"1"``."""
     return next((leaf for leaf in leaves(container) if ".".join(map(str, leaf.path)) == key), None)
 
 
 def batch_size(container: Any) -> int:
-    """Guess the number of samples from the first tensor; 1 where there is none."""
+    """Guess the number of samples from the first tensor; 1 without any."""
     sizes = (
         len(leaf.value)
         for leaf in leaves(container)
@@ -77,7 +77,7 @@ def batch_size(container: Any) -> int:
 
 
 def describe(value: Any, depth: int = MAX_DEPTH) -> str:
-    """Say what a value is: type, keys, shapes and dtypes, never its contents."""
+    """Describe a value: type, keys, shapes and dtypes, never its contents."""
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{dtype} {tuple(value.shape)}" if value.ndim else f"{dtype} scalar"
@@ -93,13 +93,13 @@ def describe(value: Any, depth: int = MAX_DEPTH) -> str:
 
 
 def entries(container: Any) -> list[tuple[str | int, Any]]:
-    """Return a container's keys or indices with what is under them; none where it is none."""
+    """Return a container's keys or indices with their values; empty for other objects."""
     return [(key if isinstance(key, int) else str(key), value) for key, value in _items(container)]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """An entry of a container before a step: itself, what it held, and a copy of its values."""
+    """An entry of a container before a step: itself, its own entries, and a copy of its values."""
 
     value: Any
     held: dict[Any, Kept] | None
@@ -107,7 +107,7 @@ class Kept:
 
 
 def snapshot(container: Any, depth: int = MAX_DEPTH) -> dict[Any, Kept] | None:
-    """Remember what a container holds, with the values of its maps; see `restore`."""
+    """Record a container's entries, with copies of its maps' values; see `restore`."""
     if depth == 0:
         return None
     return {
@@ -117,13 +117,13 @@ def snapshot(container: Any, depth: int = MAX_DEPTH) -> dict[Any, Kept] | None:
 
 
 def restore(container: Any, kept: dict[Any, Kept] | None) -> Any:
-    """Undo removals and changes in place since `snapshot`; what was replaced stays as it is.
+    """Undo removals and in-place changes since `snapshot`; replaced entries stay replaced.
 
     On an accelerator the CPU waits once, for all tensors together.
 
     Returns:
-        The container itself where nothing was removed or changed, else a shallow copy with
-        everything as it was.
+        The container itself if nothing was removed or changed, else a shallow copy with the
+        recorded entries.
     """
     return _restored(container, kept, _changed(kept))
 
@@ -133,7 +133,7 @@ def _restored(container: Any, kept: dict[Any, Kept] | None, changed: set[int]) -
         return container
     now = dict(_items(container))
     if isinstance(container, list) and len(container) < len(kept):
-        now = {}  # what is left has moved up
+        now = {}  # the indices of the remaining entries have changed
     missing = {}
     for key, entry in kept.items():
         before = now.get(key, entry.value)
@@ -147,7 +147,7 @@ def _restored(container: Any, kept: dict[Any, Kept] | None, changed: set[int]) -
         return container
     if isinstance(container, list | tuple):
         values = [missing.get(key, now.get(key)) for key in kept]
-        make = type(container)
+        make: Any = type(container)
         return make(*values) if hasattr(container, "_fields") else make(values)
     copied = copy.copy(container)
     for key, value in missing.items():
@@ -165,30 +165,30 @@ def _values_of_map(value: Any) -> Tensor | None:
 
 
 def _changed(kept: dict[Any, Kept] | None) -> set[int]:
-    """Return the ids of the entries whose tensors have other values than before."""
-    entries = list(_with_values(kept))
-    by_device: dict[torch.device, list[Kept]] = {}
+    """Return the ids of the entries whose tensors' values have changed."""
+    by_device: dict[torch.device, list[tuple[Kept, Tensor]]] = {}
     found = set()
-    for entry in entries:
-        if entry.value.shape != entry.values.shape:
+    for entry, values in _with_values(kept):
+        if entry.value.shape != values.shape:
             found.add(id(entry))
         else:
-            by_device.setdefault(entry.value.device, []).append(entry)
+            by_device.setdefault(entry.value.device, []).append((entry, values))
     for some in by_device.values():
-        differ = torch.stack([_differs(one.value, one.values) for one in some]).tolist()
-        found.update(id(one) for one, differs in zip(some, differ, strict=True) if differs)
+        differ = torch.stack([_differs(entry.value, values) for entry, values in some]).tolist()
+        found.update(id(entry) for (entry, _), differs in zip(some, differ, strict=True) if differs)
     return found
 
 
 def _differs(now: Tensor, before: Tensor) -> Tensor:
-    """Whether any value changed, () bool; NaN that stays NaN has not."""
+    """Whether any value changed, () bool; NaN equals NaN."""
     return ((now != before) & ~((now != now) & (before != before))).any()
 
 
-def _with_values(kept: dict[Any, Kept] | None) -> Iterator[Kept]:
+def _with_values(kept: dict[Any, Kept] | None) -> Iterator[tuple[Kept, Tensor]]:
+    """Yield the entries with a copy of their values, and that copy."""
     for entry in (kept or {}).values():
         if entry.values is not None:
-            yield entry
+            yield entry, entry.values
         yield from _with_values(entry.held)
 
 
@@ -204,7 +204,7 @@ def _items(container: Any) -> list[tuple[Any, Any]]:
         return []
     try:
         return _attributes(container)
-    except Exception:  # whatever a foreign object raises when it is looked at
+    except Exception:  # attributes of a foreign object may raise anything
         return []
 
 

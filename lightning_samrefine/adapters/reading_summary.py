@@ -1,4 +1,4 @@
-"""One line on what is read from a batch, for the log."""
+"""Summarizes in one line what is read from a batch, for the log."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_samrefine.adapters.scores import kind_of
 
 
 def summarize(reading: Reading, ignore_index: int | None = None) -> str:
-    """Say where image, target and scores were, what they are, and what share is not scored.
+    """Describe the places and kinds of image, target and scores, and the shares not evaluated.
 
     Args:
-        reading: A batch.
+        reading: A converted batch.
         ignore_index: Target value that is not counted.
 
     Returns:
@@ -28,16 +28,16 @@ def summarize(reading: Reading, ignore_index: int | None = None) -> str:
     if inputs.targets is not None and ignore_index is not None:
         ignored = _share([target == ignore_index for target in inputs.targets])
         shares.insert(0, f"{ignored:.1%} of the target's pixels ignored")
-    if roles is None:
+    if roles is None or roles.image is None or roles.scores is None:
         parts = [f"RefineInputs of {len(inputs)} samples from the adapter"]
     else:
         parts = [f"image {roles.image} with values {_range(roles.image.value)}"]
         if roles.target is not None:
             parts.append(f"target {roles.target}")
         kind = kind_of(items(roles.scores.value)[0], reading.kind)
-        told = reading.has_network_probs
-        behind = told is not None and bool(told.all())
-        source = ", with the probabilities of the forward hook's scores" if behind else ""
+        replaced = reading.has_network_probs
+        is_replaced = replaced is not None and bool(replaced.all())
+        source = ", with the probabilities of the forward hook's scores" if is_replaced else ""
         parts.append(f"scores {roles.scores}, {kind}{source}")
     return f"reads {'; '.join([*parts, *shares])}"
 

@@ -1,8 +1,8 @@
-"""Which tensors of a batch, a step's output and a forward hook are image, target and scores.
+"""Finds image, target and scores in a batch, a step's output and a forward hook.
 
-Evidence comes in this order: what the user named, what has a usual name, what left the network
-(for scores), and last a single tensor without such a name. Where two tensors are equally likely
-nothing is guessed: the error lists them and the argument that decides.
+Order of precedence: the user's keys, the usual names, the network's output (for scores), and last a
+single tensor without a usual name. If two tensors are equally likely, there is no guess: the error
+lists them and the argument that selects one.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from lightning_samrefine.adapters.nested import (
     leaves,
     named,
 )
+from lightning_samrefine.adapters.score_agreement import ScoresAgreement
 from lightning_samrefine.adapters.score_search import ScoresSearch
 from lightning_samrefine.adapters.scores import ScoresKind
 from lightning_samrefine.adapters.views import difference
 from lightning_samrefine.utils.validation import WrongValuesError
 
-# Positions of a tuple behind (image, target) that may hold the target instead.
+# Positions of a tuple after (image, target) that may hold the target instead.
 _LATER = (2, 3, 4)
 
 
@@ -57,11 +58,11 @@ class RoleSearch:
 
     Args:
         num_classes: C ≥ 2.
-        image_key: Where the user says that the image is, None to search.
-        target_key: Where the target is.
-        scores_key: Where the scores are.
-        scores_kind: What the scores are.
-        needs_target: Whether to look for a target.
+        image_key: The user's key of the image, None to search.
+        target_key: That of the target.
+        scores_key: That of the scores.
+        scores_kind: Kind of scores.
+        needs_target: Whether to search a target.
     """
 
     num_classes: int
@@ -76,8 +77,8 @@ class RoleSearch:
 
         Args:
             batch: As the dataloader yields it.
-            outputs: What the step returned.
-            captured: What a forward hook saw.
+            outputs: The step's output.
+            captured: Scores captured by a forward hook.
 
         Raises:
             ValueError: Two tensors are equally likely, or the only one cannot be scores.
@@ -90,7 +91,7 @@ class RoleSearch:
         return Roles(image, target, scores)
 
     def again(self, settled: Roles, batch: Any, outputs: Any, captured: Tensor | None) -> Roles:
-        """Return what lies where a search found the roles in an earlier batch."""
+        """Return the tensors at the places found by a search in an earlier batch."""
         sources = {"batch": batch, "outputs": outputs}
 
         def at(found: Found | None) -> Found | None:
@@ -106,14 +107,14 @@ class RoleSearch:
     def check_view(
         self, roles: Roles, captured: Tensor, given: Sequence[Sequence[Samples]]
     ) -> None:
-        """Refuse scores of a network that was given another view than the batch's image.
+        """Raise if the network's input was another view than the batch's image.
 
-        A step that returns other scores than those of the network may have turned them back.
+        A step that returns other scores than those of the network may have undone the view.
 
         Args:
             roles: With image and scores.
-            captured: What a forward hook saw.
-            given: The images that the network was given.
+            captured: Scores captured by a forward hook.
+            given: Inputs of the network.
 
         Raises:
             WrongValuesError: As described.
@@ -123,8 +124,8 @@ class RoleSearch:
             return
         hook = Found("forward", (), captured)
         if scores.source != "forward":
-            search = ScoresSearch(self.num_classes, kind=self.scores_kind)
-            if not (same_size(scores, hook) and search.agree(scores, hook, None)):
+            agree = ScoresAgreement(self.num_classes, self.scores_kind)
+            if not (same_size(scores, hook) and agree(scores, hook, None)):
                 return
         found = difference(given, image.value)
         if found is not None:
@@ -158,10 +159,10 @@ class RoleSearch:
         names: Sequence[str],
         fits: Callable[[Samples], bool],
     ) -> list[Found]:
-        """Return what the strongest evidence points at: by key, name, or place in the batch.
+        """Return the candidates of the highest precedence: by key, name, or place in the batch.
 
-        What only its shape speaks against comes last: it gets an error about its shape where it
-        is converted, which says more than "not found".
+        Candidates with an unsuitable shape come last: the conversion raises an error about their
+        shape, which is more helpful than "not found".
         """
         if key is not None:
             by_key = [*of("batch", [at_key(batch, key)]), *of("outputs", [at_key(outputs, key)])]
@@ -183,7 +184,7 @@ class RoleSearch:
                 return distinct(fitting)
         return [one for one in (*by_name, *by_position) if has_pixels(one.value)][:1]
 
-    def _pair(self, images: list[Found], targets: list[Found]) -> tuple[Found, Found]:
+    def _pair(self, images: list[Found], targets: list[Found]) -> tuple[Found, Found | None]:
         """Choose image and target of one sample: neighbors, as shallow as possible, that fit."""
         pairs = [(image, target) for image in images for target in targets]
         if self.target_key is None:
@@ -210,7 +211,7 @@ class RoleSearch:
         return targets[0] if targets else None
 
     def _may_be_target(self, value: Samples) -> bool:
-        """Whether values can be class indices: whole numbers, and bool for two classes alone."""
+        """Whether values can be class indices: whole numbers, and bool only for two classes."""
         for item in items(value):
             if item.dtype == torch.bool and self.num_classes > 2:
                 return False
@@ -221,9 +222,9 @@ class RoleSearch:
     def _returned_sample(
         self, outputs: Any, images: list[Found]
     ) -> tuple[Found | None, Found | None] | None:
-        """Return image and target that a step returned beside scores, of another size.
+        """Return a step's output image and target, if their size differs from the batch's.
 
-        Such a step has cropped or resized them, and its scores belong to what it returned.
+        Such a step has cropped or resized them, and its scores belong to the returned ones.
         """
         returned = [o for o in of("outputs", named(outputs, IMAGE_NAMES)) if is_image(o.value)]
         truths = [
@@ -236,7 +237,7 @@ class RoleSearch:
         return self._pair(distinct(returned), distinct(truths))
 
     def _check_crop(self, outputs: Any, image: Found | None, scores: Found) -> None:
-        """Refuse scores that belong to another target than the batch's."""
+        """Raise if the scores belong to another target than the batch's."""
         for truth in of("outputs", named(outputs, TARGET_NAMES_IN_OUTPUTS)):
             if (
                 image is not None
@@ -253,7 +254,7 @@ class RoleSearch:
 
 
 def _distance(image: Found, target: Found) -> tuple[bool, int, int]:
-    """Rank a pair: neighbors first, then by depth, then by how much of the path they share."""
+    """Rank a pair: neighbors first, then by depth, then by the length of the common path."""
     one, other = image.path[:-1], target.path[:-1]
     shared = 0
     while shared < min(len(one), len(other)) and one[shared] == other[shared]:

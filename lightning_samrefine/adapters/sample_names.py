@@ -1,4 +1,4 @@
-"""What the images of a batch are called, and so the files that are written for them."""
+"""Names of a batch's images, and of the files that are written for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Stem(str):
-    """A name from which the suffix of its file is cut already: it is taken as it is."""
+    """A name without its file's suffix: it is used unchanged."""
 
     __slots__ = ()
 
@@ -29,31 +29,31 @@ class Stem(str):
 def find_stems(
     batch: Any, count: int, key: str | None = None, indices: Sequence[int] | None = None
 ) -> list[str]:
-    """Name the images of a batch.
+    """Return the names of a batch's images.
 
-    Looks under ``key``, or else under the usual names, up to three containers deep; where there
-    is nothing, the images are called by their number in the data set, such as ``"00000042"``.
+    They are read under ``key``, or else under the usual names, up to three containers deep;
+    without any, an image's name is its index in the data set, such as ``"00000042"``.
 
     Args:
         batch: As the dataloader yields it.
         count: B, the number of its images.
-        key: Where B strings, paths or integers are, such as ``"meta.path"``.
-        indices: The images' numbers in the data set, None or empty where unknown.
+        key: Key of B strings, paths or integers, such as ``"meta.path"``.
+        indices: The images' indices in the data set, None or empty if unknown.
 
     Returns:
         B relative paths without the suffix of an image file (see `to_stem`), parts separated by
         "/".
 
     Raises:
-        ValueError: Nothing under ``key``, no name and no number, or a name that no file can have.
+        ValueError: Nothing under ``key``, no name and no index, or a name that no file can have.
     """
     if key is not None:
         value = _at(batch, key)
         names = _names(value, count)
         if names is None:
             raise ValueError(
-                f"stem_key: got {key!r}, under which the batch has {describe(value)}; accepted are "
-                f"{count} strings, paths or integers. The batch is {describe(batch)}"
+                f"stem_key must be the key of {count} strings, paths or integers, got {key!r}, "
+                f"under which the batch has {describe(value)}. The batch is {describe(batch)}"
             )
     else:
         names = _search(batch, count)
@@ -62,9 +62,9 @@ def find_stems(
     if indices is not None and len(indices) == count:
         return [f"{index:08d}" for index in indices]
     raise ValueError(
-        f"No names found for the {count} images of a batch, and their numbers in the data set are "
+        f"No names found for the {count} images of a batch, and their indices in the data set are "
         f"unknown. The batch is {describe(batch)}. Put a name into each sample, under 'name' or "
-        "any key that stem_key names"
+        "any other key, and set stem_key to it"
     )
 
 
@@ -82,7 +82,7 @@ def own_names(batch: Any, count: int) -> list[str] | None:
 def to_stem(name: str | int | PurePath) -> str:
     """Turn a name, a path or a number into the relative path of a file without its suffix.
 
-    Of an absolute path only the last part is kept. The suffix of an image file is cut once, and a
+    Only the last part of an absolute path is kept. The suffix of an image file is removed once; a
     `Stem` has none.
 
     Raises:
@@ -96,13 +96,12 @@ def to_stem(name: str | int | PurePath) -> str:
         path = path.with_suffix("")
     if not path.parts or ".." in path.parts or set(text) & set("\0\n\r\\"):
         raise ValueError(
-            f"stem: got {str(name)!r}, accepted is a file name, or a path below a folder without "
-            "'..'"
+            f"stem must be a file name, or a path below a folder without '..', got {str(name)!r}"
         )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"stem: got {text!r}, accepted is text that UTF-8 can hold") from error
+        raise ValueError(f"stem must be text that UTF-8 can encode, got {text!r}") from error
     return str(path)
 
 
@@ -124,7 +123,7 @@ def _search(container: Any, count: int, depth: int = 0) -> list[Any] | None:
 
 
 def _names(value: Any, count: int) -> list[Any] | None:
-    """Return B names, None where the value holds something else."""
+    """Return B names, None if the value holds something else."""
     if isinstance(value, str | PurePath):
         value = [value]
     if isinstance(value, np.ndarray | np.generic) and value.ndim <= 1:
@@ -143,7 +142,7 @@ def _names(value: Any, count: int) -> list[Any] | None:
 
 
 def _at(container: Any, key: str) -> Any:
-    """Return what is under a dotted key, None where nothing is."""
+    """Return the value under a dotted key, None if there is none."""
     for part in key.split("."):
         found = [value for name, value in entries(container) if str(name) == part]
         if not found:

@@ -1,4 +1,4 @@
-"""Logits, probabilities or label maps: all become probabilities and labels."""
+"""Converts logits, probabilities or label maps to probabilities and labels."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ ScoresKind: TypeAlias = Literal["auto", "logits", "probs", "labels"]
 
 _SUM_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _DEFAULT_SUM_TOLERANCE = 1e-3
-# Logits of a weak network may all lie in [0, 1]; in a batch of probabilities some pixel is nearly
-# certain.
+# Logits of a weak network may all lie in [0, 1]; a batch of probabilities has nearly certain
+# pixels.
 _EXTREME = 0.005
 
-# Probability of all the classes together that a label map does not name. At exactly 0, Algorithm 4
-# could never give a pixel another class (step 10 multiplies by it); above 0 the raw class still
-# wins wherever its own mask covers the pixel.
+# Total probability of the classes other than a label map's. At exactly 0, Algorithm 4 could never
+# give a pixel another class (step 10 multiplies by it); above 0 the raw class still wins wherever
+# its own mask covers the pixel.
 _OTHER_CLASSES = 1e-3
 
 
 def is_score_map(value: Tensor, num_classes: int) -> bool:
-    """Whether a tensor looks like a network's scores: float (B, C, H, W), C = 1 where binary."""
+    """Whether a tensor looks like a network's scores: float (B, C, H, W), C = 1 if binary."""
     return (
         value.ndim == 4
         and value.is_floating_point()
@@ -38,9 +38,9 @@ def is_score_map(value: Tensor, num_classes: int) -> bool:
 
 
 def has_whole_stride(scores_hw: tuple[int, int], image_hw: tuple[int, int]) -> bool:
-    """Whether scores have an image's size, or that divided by one whole number in both directions.
+    """Whether scores have an image's size, or that divided by an integer stride (the same in x, y).
 
-    Both roundings of the quotient count: networks differ in them.
+    The quotient may be rounded up or down: networks differ in this.
     """
     (height, width), (full_height, full_width) = scores_hw, image_hw
     if not (0 < height <= full_height and 0 < width <= full_width):
@@ -53,7 +53,7 @@ def has_whole_stride(scores_hw: tuple[int, int], image_hw: tuple[int, int]) -> b
 
 
 def one_hot_labels(maps: Tensor) -> Tensor | None:
-    """Return the labels of hard predictions, None where there are others.
+    """Return the labels of hard predictions, None for any other values.
 
     Args:
         maps: (B, K, h, w), one-hot over K ≥ 2 classes; or 0 and 1 in (B, 1, h, w) or (B, h, w).
@@ -69,14 +69,14 @@ def one_hot_labels(maps: Tensor) -> Tensor | None:
 
 
 def is_label_map(scores: Tensor, kind: ScoresKind) -> bool:
-    """Whether `to_probs` takes scores for a label map."""
+    """Whether `to_probs` reads scores as a label map."""
     if kind == "labels" or (kind == "auto" and not scores.is_floating_point()):
         return True
     return kind != "logits" and one_hot_labels(scores) is not None
 
 
 def kind_of(scores: Tensor, kind: ScoresKind) -> str:
-    """Return in words what `to_probs` takes scores for."""
+    """Return the kind of scores that `to_probs` reads, in words."""
     if is_label_map(scores, kind):
         return "label map"
     maps = scores[:, None] if scores.ndim == 3 else scores
@@ -88,29 +88,29 @@ def kind_of(scores: Tensor, kind: ScoresKind) -> str:
 
 
 class BinaryKind:
-    """What scores of one channel are, settled by the first batch and kept for those after it.
+    """Determines the kind of one-channel scores from the first batch and keeps it for later ones.
 
-    A batch of logits may lie in [0, 1] by accident, and would be cut at 0.5 instead of at 0.
+    A batch of logits may lie in [0, 1] by chance, and would be thresholded at 0.5 instead of at 0.
 
     Attributes:
-        settled: ``"logits"`` or ``"probs"``, None until a batch has shown it.
+        settled: ``"logits"`` or ``"probs"``, None until it is known.
     """
 
     def __init__(self) -> None:
         self.settled: str | None = None
 
     def __call__(self, scores: Sequence[Tensor] | Tensor, name: str = "") -> ScoresKind:
-        """Return the kind that `to_probs` is to take them for, ``"auto"`` where it can tell.
+        """Return the kind to pass to `to_probs`, ``"auto"`` if it is clear from the values.
 
         Args:
             scores: (B, 1, h, w), (B, h, w), or a list of B without the first dimension.
-            name: What they were found under.
+            name: Key of the scores.
 
         Raises:
             WrongValuesError: Values outside [0, 1] after those of earlier batches were read as
                 probabilities.
-            ValueError: A first batch in [0, 1] that is named logits, or in which no pixel is as
-                certain as probabilities of a trained network are.
+            ValueError: A first batch in [0, 1] that is named logits, or without any pixel as
+                certain as the probabilities of a trained network.
         """
         parts = [one for one in scores if one.is_floating_point() and one.numel() > 0]
         if not parts or (self.settled is None and all(map(_is_binary, parts))):
@@ -118,7 +118,7 @@ class BinaryKind:
         if self.settled == "logits":
             return "logits"
         tolerance = _SUM_TOLERANCE.get(parts[0].dtype, _DEFAULT_SUM_TOLERANCE)
-        # A broken image decides nothing for the others.
+        # A broken image must not affect the others.
         finite = [one[one.isfinite()].float() for one in parts]
         bounds = [torch.stack(torch.aminmax(one)) for one in finite if one.numel() > 0]
         if not bounds:
@@ -127,7 +127,7 @@ class BinaryKind:
         inside = low >= -tolerance and high <= 1 + tolerance
         if self.settled == "probs" and not inside:
             raise WrongValuesError(
-                f"scores must be in [0, 1], as which those before were read, got {low:.4g} to "
+                f"scores must be in [0, 1] like those of the batches before, got {low:.4g} to "
                 f"{high:.4g}. Set scores_kind='logits' if they are logits of one channel"
             )
         if inside and self.settled is None:
@@ -145,20 +145,20 @@ class BinaryKind:
 def to_probs(
     scores: Tensor, kind: ScoresKind, num_classes: int, image_hw: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Bring scores to the image's size as probabilities and labels.
+    """Convert scores to probabilities and labels of the image's size.
 
-    ``"auto"`` decides so: integers are labels, and so are one-hot maps of any type (for two
-    classes also a single map of 0 and 1), unless they are named ``"logits"``. Images of C channels
-    whose values lie in [0, 1] and sum to 1 within 1e-3 (bf16: 2e-2) are probabilities, others
-    logits, for a softmax. A batch of one-channel maps that lies in [0, 1] as a whole holds
-    probabilities of class 1, any other holds logits, for a sigmoid. Probabilities that are named
-    so need not sum to 1: Algorithm 4 looks at each class by itself.
+    Rules of ``"auto"``: integers are labels, and so are one-hot maps of any dtype (for two classes
+    also a single map of 0 and 1), unless the kind is ``"logits"``. Images of C channels whose
+    values lie in [0, 1] and sum to 1 within 1e-3 (bf16: 2e-2) are probabilities, others logits, for
+    a softmax. A batch of one-channel maps that lies in [0, 1] as a whole holds probabilities of
+    class 1, any other holds logits, for a sigmoid. With the kind ``"probs"`` they need not sum to
+    1: Algorithm 4 treats each class independently.
 
     Args:
         scores: (B, C, h, w) float; (B, 1, h, w) or (B, h, w) float of a binary model; (B, h, w)
             or (B, 1, h, w) label maps. Maps smaller than the image are enlarged: scores
             bilinearly (logits before the softmax), labels to the nearest.
-        kind: What the scores are.
+        kind: Kind of scores.
         num_classes: C ≥ 2.
         image_hw: (H, W) of the images.
 
@@ -168,8 +168,8 @@ def to_probs(
         all where its value is outside [0, C), which the labels keep.
 
     Raises:
-        ValueError: A shape that fits neither, a size that no whole stride makes of the image's,
-            probabilities outside [0, 1], or classes of 0 and 1 that overlap.
+        ValueError: Another shape, a size that is not the image's over an integer stride,
+            probabilities outside [0, 1], or binary class maps that overlap.
     """
     channels = 1 if scores.ndim == 3 else scores.shape[1] if scores.ndim == 4 else 0
     fits = channels == num_classes or (channels == 1 and num_classes == 2)
@@ -179,14 +179,14 @@ def to_probs(
     if kind == "labels" or (kind == "auto" and not scores.is_floating_point()):
         return _from_labels(scores, num_classes, image_hw)
     if not scores.is_floating_point():
-        raise ValueError(f"scores: got dtype {scores.dtype}, accepted as {kind} is a float type")
+        raise ValueError(f"scores must be floats as {kind}, got dtype {scores.dtype}")
     maps = scores[:, None] if scores.ndim == 3 else scores
     if maps.ndim != 4 or not is_score_map(maps, num_classes):
         binary = "(B, 2, h, w), (B, 1, h, w) or (B, h, w)"
         accepted = binary if num_classes == 2 else f"(B, {num_classes}, h, w)"
         raise ValueError(
-            f"scores: got shape {tuple(scores.shape)}, accepted for num_classes={num_classes} is "
-            f"{accepted}"
+            f"scores must be {accepted} for num_classes={num_classes}, got shape "
+            f"{tuple(scores.shape)}"
         )
     are_all = are_some = kind == "probs"
     if kind == "auto":
@@ -202,7 +202,7 @@ def to_probs(
     maps = _enlarge(maps.float(), image_hw, "bilinear")
     if maps.shape[1] == 1:
         foreground = maps.clamp(0, 1) if are_all else maps.sigmoid()
-        # By the scores themselves: 1 - p may round where p > 0.5 does not.
+        # Not from both probabilities: 1 - p is rounded, p > 0.5 is not.
         labels = (foreground[:, 0] > 0.5).long()
         return torch.cat([1 - foreground, foreground], dim=1), labels
     labels = maps.argmax(dim=1)
@@ -217,21 +217,22 @@ def to_probs(
 def probs_behind_labels(
     probs: Samples, labels: Samples, scores: Samples, kind: ScoresKind, captured: Tensor
 ) -> tuple[Samples, Tensor | None]:
-    """Give label maps the probabilities of the network's scores that they were made of.
+    """Replace the probabilities of label maps by those of the network's scores behind them.
 
-    The labels, of which raw figures are made, are those of the step in any case.
+    The labels stay those of the step, as do the raw metrics.
 
     Args:
-        probs: (B, C, H, W) float32, what `to_probs` made of scores.
-        labels: (B, H, W) int64, what it made of them as well.
-        scores: What the step returned.
-        kind: What they are; only under ``"auto"`` is anything replaced.
-        captured: (B, C, h, w) or (B, 1, h, w) float, what left the network.
+        probs: (B, C, H, W) float32, from `to_probs`.
+        labels: (B, H, W) int64, from the same call.
+        scores: The step's scores.
+        kind: Their kind; nothing is replaced unless it is ``"auto"``.
+        captured: (B, C, h, w) or (B, 1, h, w) float, the network's scores.
 
     Returns:
-        Probabilities (B, C, H, W) float32, and (B,) bool, the images that have them from the
-        network: those whose every label is that of its scores. Without a batch of label maps, or
-        with captured scores of other images or of no certain kind, ``probs`` and None.
+        Probabilities (B, C, H, W) float32, and (B,) bool, the images with the network's
+        probabilities: those whose labels all equal the labels of its scores. Without a batch of
+        label maps, or with captured scores of other images or of an unknown kind, ``probs`` and
+        None.
     """
     if not (isinstance(probs, Tensor) and isinstance(labels, Tensor)):
         return probs, None
@@ -255,8 +256,8 @@ def _from_labels(
     maps = scores[:, 0] if scores.ndim == 4 and scores.shape[1] == 1 else scores
     if maps.ndim != 3:
         raise ValueError(
-            f"scores: got shape {tuple(scores.shape)} of {scores.dtype}, accepted as label maps is "
-            "(B, h, w) or (B, 1, h, w)"
+            "scores must be (B, h, w) or (B, 1, h, w) as label maps, got shape "
+            f"{tuple(scores.shape)} of {scores.dtype}"
         )
     # interpolate has no kernel for int64; float32 holds every label below 2²⁴.
     labels = _enlarge(maps[:, None].float(), image_hw, "nearest-exact")[:, 0].long()
@@ -269,9 +270,9 @@ def _from_labels(
 
 
 def _are_probs(maps: Tensor) -> Tensor:
-    """Decide per image, (B,) bool, or for all at once where there is one channel.
+    """Decide whether maps are probabilities: per image, (B,) bool; one channel for all at once.
 
-    NaN decides nothing, and one image of several channels nothing for the others: a broken image
+    NaN is ignored, and an image of several channels does not affect the others: a broken image
     must not turn the rest of its batch from probabilities into logits.
     """
     tolerance = _SUM_TOLERANCE.get(maps.dtype, _DEFAULT_SUM_TOLERANCE)
@@ -284,17 +285,18 @@ def _are_probs(maps: Tensor) -> Tensor:
 
 
 def _warn_of_sums(maps: Tensor) -> None:
-    """Say so where maps taken for logits look like a sigmoid for each class."""
+    """Warn if maps read as logits look like a sigmoid for each class."""
     if maps.shape[1] == 1:
         return
-    # Logits of a network that has learnt nothing are small, too, but none stands out.
+    # Logits of an untrained network are small as well, but none stands out.
     low, high = torch.stack(torch.aminmax(maps.float())).tolist()
     if low >= 0 and 0.5 < high <= 1:
         total = maps.float().sum(dim=1)
         warnings.warn(
-            f"scores: got values from {low:.4g} to {high:.4g} that sum to {float(total.min()):.4g} "
-            f"up to {float(total.max()):.4g} over the classes, and took them for logits. Set "
-            "scores_kind='probs' if they are a sigmoid for each class, 'logits' if they are not",
+            "scores must sum to 1 over the classes to be read as probabilities, got sums from "
+            f"{float(total.min()):.4g} to {float(total.max()):.4g} and values from {low:.4g} to "
+            f"{high:.4g}: they are read as logits. Set scores_kind='probs' if they are a sigmoid "
+            "for each class, 'logits' if they are not",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -305,11 +307,11 @@ def _is_binary(maps: Tensor) -> bool:
 
 
 def _refuse_overlap(maps: Tensor) -> NoReturn:
-    """Refuse maps of 0 and 1 that are not one-hot: neither logits nor probabilities look so."""
+    """Raise for maps of 0 and 1 that are not one-hot: neither logits nor probabilities do this."""
     share = float((maps.sum(dim=1) != 1).float().mean())
     raise ValueError(
-        f"scores must be logits, probabilities or one class a pixel, got values of 0 and 1 alone, "
-        f"which name no class or several in {share:.1%} of the pixels. Return the probabilities, "
+        f"scores must be logits, probabilities or one class a pixel, got values of 0 and 1 only, "
+        f"with no class or several in {share:.1%} of the pixels. Return the probabilities, "
         "or set scores_kind='probs' or 'logits' to have them taken as they are"
     )
 
@@ -319,8 +321,8 @@ def _check_probs(maps: Tensor) -> None:
     if bool(((maps < -tolerance) | (maps > 1 + tolerance)).any()):
         low, high = torch.stack(torch.aminmax(maps.float())).tolist()
         raise ValueError(
-            f"scores: got values from {low:.4g} to {high:.4g}, accepted for scores_kind='probs' is "
-            "[0, 1]; set scores_kind='logits' or 'auto'"
+            f"scores must be in [0, 1] for scores_kind='probs', got values from {low:.4g} to "
+            f"{high:.4g}; set scores_kind='logits' or 'auto'"
         )
 
 
@@ -330,12 +332,12 @@ def _enlarge(maps: Tensor, image_hw: tuple[int, int], mode: str) -> Tensor:
         return maps
     if height > image_hw[0] or width > image_hw[1]:
         raise ValueError(
-            f"scores: got (h, w) = {(height, width)}, accepted is at most the image's {image_hw}"
+            f"scores must not exceed the image's {image_hw}, got (h, w) = {(height, width)}"
         )
     if not has_whole_stride((height, width), image_hw):
         raise ValueError(
-            f"scores must have the image's size {image_hw}, or that divided by a whole stride, got "
-            f"{(height, width)}, which no whole stride makes of it: the network pads, crops or "
+            f"scores must have the image's size {image_hw}, or that divided by an integer stride, "
+            f"got {(height, width)}, which fits no integer stride: the network pads, crops or "
             "resizes its input, and where the pixels belong is unknown. In the step, resize the "
             "scores to what the network was given, crop the padding, and return them"
         )

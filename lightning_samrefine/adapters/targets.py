@@ -1,4 +1,4 @@
-"""A run's targets: class indices and the ignored value alone, or an error that names the mend."""
+"""Checks targets: class indices and the ignored value only, or an error that suggests the fix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_samrefine.utils.validation import WrongValuesError, as_integer
 DEFAULT_IGNORE_INDEX = 255
 
 IgnoreIndex: TypeAlias = int | Literal["auto"] | None
-"""A target value that is not counted, None for none, or ``"auto"``: 255 where no class is."""
+"""A target value that is not counted, None for none, or ``"auto"``: 255 unless it is a class."""
 
 _SHOWN_VALUES = 5
 _WARNED_AFTER = 2  # batches of masks of 0 and 255
@@ -30,11 +30,13 @@ def parse_ignore_index(value: Any) -> IgnoreIndex:
     Raises:
         TypeError: Anything else.
     """
-    if value is None or (isinstance(value, str) and value == "auto"):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str) and value == "auto":
+        return "auto"
     number = as_integer(value)
     if number is None:
-        raise TypeError(f"ignore_index: got {value!r}, accepted is an integer, 'auto' or None")
+        raise TypeError(f"ignore_index must be an integer, 'auto' or None, got {value!r}")
     return number
 
 
@@ -42,8 +44,8 @@ def settle_ignore_index(value: IgnoreIndex, num_classes: int) -> int | None:
     """Return the ignored value that applies to a number of classes.
 
     Raises:
-        TypeError: No integer, ``"auto"`` or None.
-        ValueError: ``"auto"`` where 255 is a class, which would vanish from every figure.
+        TypeError: Not an integer, ``"auto"`` or None.
+        ValueError: ``"auto"`` if 255 is a class, which no metric would count.
     """
     value = parse_ignore_index(value)
     if value != "auto":
@@ -58,15 +60,15 @@ def settle_ignore_index(value: IgnoreIndex, num_classes: int) -> int | None:
 
 
 class TargetCheck:
-    """Refuses targets that hold anything but class indices and the ignored value.
+    """Raises if targets hold anything but class indices and the ignored value.
 
-    A metric would leave such pixels out or crash on them. The message names a few of the values,
-    their share of the batch's pixels, and the likely mend.
+    A metric would leave such pixels out or crash on them. The message lists a few of the values,
+    their share of the batch's pixels, and the likely fix.
 
-    With two classes and the ignored value 255 by default, masks of 0 and 255 have no foreground
-    left. They are refused as well, until a loader has shown a pixel of class 1: from then on 255
-    can only mean "not annotated". With more classes, a loader whose first batches hold nothing but
-    0 and 255 is warned of.
+    With two classes and the default ignored value 255, masks of 0 and 255 would have no
+    foreground. They raise as well, until a pixel of class 1 occurs in the loader: from then on 255
+    can only mean "not annotated". With more classes, a warning is issued if the first batches of a
+    loader hold only 0 and 255.
 
     Args:
         num_classes: C.
@@ -94,7 +96,7 @@ class TargetCheck:
 
         Args:
             targets: B × (H, W) int64.
-            loader: The number of the loader that they come from.
+            loader: Index of the dataloader.
 
         Raises:
             WrongValuesError: As described.
@@ -112,7 +114,7 @@ class TargetCheck:
             self._look_for_classes(maps, loader)
 
     def _look_for_classes(self, maps: Sequence[Tensor], loader: int) -> None:
-        """Warn where several batches hold nothing but 0 and the ignored 255."""
+        """Warn if several batches hold only 0 and the ignored 255."""
         both = [torch.stack([(one != 0) & (one != 255), one == 255]).flatten(1) for one in maps]
         others, ignored = torch.stack([one.any(dim=1) for one in both]).any(dim=0).tolist()
         if others:
@@ -133,15 +135,15 @@ class TargetCheck:
     def predictions(self, labels: Samples, loader: int = 0) -> None:
         """Check predicted labels of two classes, which may be masks of 0 and 255.
 
-        Labels outside the classes are unknown pixels, so that such a prediction would never have
-        the foreground right. Once a loader has shown a 1, 255 can only mean "unknown".
+        Labels outside the classes are unknown pixels, so the foreground of such a prediction would
+        never be counted as correct. Once a 1 has occurred in a loader, 255 can only mean "unknown".
 
         Args:
             labels: B × (H, W) int64.
-            loader: The number of the loader that they come from.
+            loader: Index of the dataloader.
 
         Raises:
-            WrongValuesError: 255 occurs, and 1 has not so far.
+            WrongValuesError: 255 occurs, and 1 has not occurred so far.
         """
         if self.num_classes != 2 or loader in self._predicted_foreground:
             return
@@ -168,13 +170,13 @@ def holds_others(labels: Tensor, num_classes: int, ignore_index: int | None) -> 
 def describe_others(
     labels: Tensor, num_classes: int, ignore_index: int | None, name: str = "target"
 ) -> str:
-    """Describe the values that are neither classes nor ignored, and how to mend them.
+    """Describe the values that are neither classes nor ignored, and how to fix them.
 
     Args:
         labels: Integer tensor of any shape.
         num_classes: C.
         ignore_index: The ignored value, or None.
-        name: What the sentence begins with.
+        name: First word of the sentence.
     """
     others = _others(labels, num_classes, ignore_index)
     share = float(others.double().mean())
@@ -191,7 +193,7 @@ def describe_others(
 
 
 def mend(values: Sequence[int], num_classes: int) -> str:
-    """Name the likely mend for label values of which some are no class.
+    """Return the likely fix for label values that include some outside the classes.
 
     Args:
         values: The distinct values, ascending, without the ignored one.
@@ -238,7 +240,7 @@ def to_labels(target: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         target: (B, H, W) or (B, 1, H, W): integer, bool, or float that holds whole numbers.
-        labels: (B, H, W), the prediction that it must fit.
+        labels: (B, H, W), the prediction, whose shape it must have.
 
     Raises:
         ValueError: Another shape, fractions, NaN or infinity.
@@ -246,8 +248,8 @@ def to_labels(target: Tensor, labels: Tensor) -> Tensor:
     maps = target[:, 0] if target.ndim == 4 and target.shape[1] == 1 else target
     if maps.shape != labels.shape:
         raise ValueError(
-            f"target: got shape {tuple(target.shape)}, accepted is (B, H, W) or (B, 1, H, W) with "
-            f"the image's {tuple(labels.shape)}{_shape_hint(target, labels)}"
+            "target must be (B, H, W) or (B, 1, H, W) with the image's "
+            f"{tuple(labels.shape)}, got shape {tuple(target.shape)}{_shape_hint(target, labels)}"
         )
     return whole_numbers(maps, "target")
 
@@ -262,31 +264,31 @@ def _shape_hint(target: Tensor, labels: Tensor) -> str:
 
 
 def whole_numbers(labels: Tensor, name: str) -> Tensor:
-    """Convert a label map of any type to int64, where that is exact.
+    """Convert a label map of any dtype to int64, if that is exact.
 
     Args:
         labels: Integer, bool, or float that holds whole numbers, of any shape.
-        name: What the error begins with.
+        name: First word of the error.
 
     Raises:
         ValueError: Fractions, NaN or infinity, or complex numbers.
     """
     if labels.is_complex():
-        raise ValueError(f"{name}: got dtype {labels.dtype}, accepted are integers")
+        raise ValueError(f"{name} must be integers, got dtype {labels.dtype}")
     if not labels.is_floating_point():
         return labels.to(torch.int64)
-    # Infinity equals itself rounded, and as an integer would be whatever the machine makes of it.
+    # Infinity equals itself rounded, and its conversion to an integer is undefined.
     if not bool(((labels == labels.round()) & labels.isfinite()).all()):
         low, high = torch.stack(torch.aminmax(labels.float())).tolist()
         raise ValueError(
-            f"{name}: got {labels.dtype} with fractions, NaN or infinity ({low:.4g} to "
-            f"{high:.4g}), accepted are whole numbers: class indices{_hint(labels.float())}"
+            f"{name} must be whole numbers (class indices), got {labels.dtype} with fractions, NaN "
+            f"or infinity ({low:.4g} to {high:.4g}){_hint(labels.float())}"
         )
     return labels.to(torch.int64)
 
 
 def _hint(labels: Tensor) -> str:
-    """Return what may have become of the class indices."""
+    """Return how the class indices may have been lost."""
     scaled = labels * 255
     if bool(((scaled - scaled.round()).abs() < 1e-3).all()) and bool((labels.abs() <= 1).all()):
         return (

@@ -1,7 +1,7 @@
-"""Whether a network was given the batch's image, or another view of it: flipped, cropped, padded.
+"""Whether a network's input was the batch's image or another view of it (flip, crop, padding).
 
-Scores of another view have nothing to do with the pixels of the batch's target, and their size need
-not show it.
+Scores of another view do not correspond to the pixels of the batch's target, even if their size is
+the same.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch.nn import functional as nnf
 
 from lightning_samrefine.adapters.nested import Samples, leaves
 
-# Channels of a network's input that may be an image: grey, RGB, one more channel, two images.
+# Channels of a network's input that may be an image: gray, RGB, one more channel, two images.
 _CHANNELS = (1, 3, 4, 6)
-# Samples of a batch that are looked at.
+# Number of samples of a batch that are compared.
 _SAMPLES = 4
-# Side of the grid that both are averaged over: sizes and single pixels may differ.
+# Side of the grid that both images are averaged over: sizes and single pixels may differ.
 _GRID = 16
-# Share of the variance of the best channel that a linear map of the image's colors explains: of a
-# normalized, grey, resized or brightened image nearly all, of one that is cropped little.
+# Minimum share of the best channel's variance explained by a linear map of the image's colors:
+# close to 1 for a normalized, gray, resized or brightened image, small for a cropped one.
 _EXPLAINED = 0.8
-# Unexplained share from which on an image turned in another way may explain more: flipped, a
-# symmetric image is explained nearly as well as the way it is.
+# Minimum unexplained share for which flips and rotations are considered: a flipped view of a
+# symmetric image is explained nearly as well as the image itself.
 _SYMMETRIC = 1e-3
-# Padding and cropping leave pixels as they are; resizing does not.
+# Padding and cropping leave pixels unchanged; resizing does not.
 _UNCHANGED, _RESIZED = 1e-4, 1e-3
-# Standard deviation, as a share of the largest value, below which an image shows no direction.
+# Standard deviation, as a share of the largest value, below which an image has no orientation.
 _FLAT = 0.02
 _SIDE = 128  # pixels compared along a side where sizes differ
 
@@ -48,28 +48,28 @@ _TURNED = {
 
 
 def images_in(values: Sequence[Any]) -> list[Samples]:
-    """Return what may be images among the arguments of a module: (B, c, h, w), or B × (c, h, w)."""
+    """Return possible images among a module's arguments: (B, c, h, w), or B × (c, h, w)."""
     found = [leaf.value for value in values for leaf in leaves(value, (0,))]
     return [one for one in found if all(x.ndim == 3 and len(x) in _CHANNELS for x in _each(one))]
 
 
 def difference(given: Sequence[Sequence[Samples]], image: Samples) -> str | None:
-    """Describe how the view that a network was given differs from the batch's image.
+    """Describe how a network's input view differs from the batch's image.
 
     Args:
-        given: What the network was given: groups of which one is enough, each made from the next
-            by another module.
+        given: Inputs of the network, in groups: each group was computed from the next one by
+            another module, and one matching group is enough.
         image: (B, c, H, W), or B × (c, H, W).
 
     Returns:
-        None where it is the same view, in whatever colors and size, or where there is no telling:
-        the network was given no image, another number of samples, or images of one color.
+        None if it is the same view, in any colors and size, or if it cannot be determined: no
+        image among the inputs, another number of samples, or images of one color.
     """
     for group in given:
         found = [_difference(one, image) for one in group]
         if None in found:
             return None
-        # What is unlike the image may be features, which a module before made from the image.
+        # A tensor unlike the image may be features, computed from the image by an earlier module.
         clear = [one for one in found if one != _UNLIKE]
         if clear:
             return clear[0]
@@ -105,7 +105,7 @@ def _of_sample(given: Tensor, image: Tensor) -> str | None:
 
 
 def _is_padded_or_cropped(given: Tensor, image: Tensor) -> bool:
-    """Whether pixels of the image lie unchanged at a corner or in the middle of what was given."""
+    """Whether the image lies unchanged at a corner or in the middle of the input, or vice versa."""
     resized = nnf.interpolate(image[None], given.shape[1:], mode="bilinear")[0]
     as_resized = _explained(_thinned(given), _thinned(resized))
     if as_resized is None or 1 - as_resized < _RESIZED:
@@ -120,7 +120,7 @@ def _is_padded_or_cropped(given: Tensor, image: Tensor) -> bool:
 
 
 def _overlaps(given: int, image: int) -> Iterator[tuple[slice, slice]]:
-    """Yield where a side of what was given and one of the image overlap: start, middle and end."""
+    """Yield the overlaps of a side of the input and of the image: at start, middle and end."""
     length, spare = min(given, image), abs(given - image)
     for offset in sorted({0, spare // 2, spare}):
         shifted, whole = slice(offset, offset + length), slice(0, length)
@@ -128,14 +128,14 @@ def _overlaps(given: int, image: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _explained(given: Tensor, image: Tensor) -> float | None:
-    """Return the share of the variance of a channel that the image's colors explain.
+    """Return the share of a channel's variance that is explained by the image's colors.
 
     Args:
-        given: (c, h, w) float32; the best of its channels counts.
+        given: (c, h, w) float32; its best-explained channel counts.
         image: (k, h, w) float32.
 
     Returns:
-        1 where a channel is a linear map of the image's; None where every channel is constant.
+        1 if a channel is a linear map of the image's; None if every channel is constant.
     """
     values, colors = (x.flatten(1).T.double() for x in (given, image))
     values = values - values.mean(dim=0)
@@ -158,6 +158,6 @@ def _on_cpu(x: Tensor) -> Tensor:
     return x.detach().cpu().float()
 
 
-def _each(samples: Samples) -> Sequence[Tensor]:
-    """Return samples; of a batched tensor one is enough."""
+def _each(samples: Samples) -> Samples:
+    """Return samples; one is enough if they are a batched tensor."""
     return samples[:1] if isinstance(samples, Tensor) else samples

@@ -163,7 +163,7 @@ def test_images_of_different_sizes_come_as_lists(adapter):
         assert [tuple(t.shape) for t in inputs.targets] == sizes
         assert [tuple(label.shape) for label in inputs.labels] == sizes
         assert len(inputs.first(1)) == 1
-    with pytest.raises(ValueError, match="got 2, 1 and 2 samples"):
+    with pytest.raises(ValueError, match="equal numbers of samples, got 2, 1 and 2"):
         adapter((images, targets), {"logits": logits[:1]})
 
 
@@ -188,7 +188,7 @@ def test_what_is_missing_is_named_with_what_was_there(adapter, batch, outputs, m
 def test_a_one_hot_target_is_told_so(adapter, dtype):
     one_hot = torch.nn.functional.one_hot(TARGET, C).permute(0, 3, 1, 2).to(dtype)
     for batch in ((IMAGE, one_hot), {"image": IMAGE, "mask": one_hot}):
-        with pytest.raises(ValueError, match=r"target: got shape .*one-hot.*argmax.* over dim 1"):
+        with pytest.raises(ValueError, match=r"target must .*shape .*one-hot.*argmax.* over dim 1"):
             adapter(batch, LOGITS)
 
 
@@ -200,21 +200,37 @@ def test_a_target_is_optional_where_none_is_needed():
     ("batch", "outputs", "message"),
     [
         ((IMAGE, TARGET), LOGITS[:, :3], r"No scores"),
-        ((IMAGE, TARGET), {"logits": LOGITS[:, :3]}, r"scores: got shape \(2, 3, 6, 8\)"),
-        ((IMAGE, TARGET[:, :3]), LOGITS, r"target: got shape \(2, 3, 8\)"),
-        ((IMAGE, LOGITS), LOGITS, r"target: got shape \(2, 4, 6, 8\).*one-hot"),
-        ((IMAGE, TARGET / 3), LOGITS, r"target: got torch.float32 with fractions"),
-        ((IMAGE, TARGET * float("nan")), LOGITS, r"target: got torch.float32 .*NaN or infinity"),
-        ((IMAGE, TARGET.float() + float("inf")), LOGITS, r"target: got .*NaN or infinity"),
+        (
+            (IMAGE, TARGET),
+            {"logits": LOGITS[:, :3]},
+            r"scores must be .*, got shape \(2, 3, 6, 8\)",
+        ),
+        ((IMAGE, TARGET[:, :3]), LOGITS, r"target must be .*, got shape \(2, 3, 8\)"),
+        ((IMAGE, LOGITS), LOGITS, r"target must be .*, got shape \(2, 4, 6, 8\).*one-hot"),
+        ((IMAGE, TARGET / 3), LOGITS, r"target must be whole.*got torch.float32 with fractions"),
+        (
+            (IMAGE, TARGET * float("nan")),
+            LOGITS,
+            r"target must .*got torch.float32 .*NaN or infinity",
+        ),
+        (
+            (IMAGE, TARGET.float() + float("inf")),
+            LOGITS,
+            r"target must .*, got .*NaN or infinity",
+        ),
         ((IMAGE, TARGET), LOGITS[:1], r"scores must be of the image's 2 samples, got 1$"),
         (
             (IMAGE, TARGET),
             torch.cat([LOGITS, LOGITS.flip(-1)]),
             r"scores must be of the image's 2 samples, got 4: .*test-time augmentation.*'logits'",
         ),
-        ((IMAGE[:, :2], TARGET), LOGITS, r"image: got shape \(2, 2, 6, 8\).*two gray images"),
-        ((LOGITS, TARGET), LOGITS, r"image: got shape \(2, 4, 6, 8\).*adapter"),
-        ((IMAGE / 64 - 2, TARGET), LOGITS, r"image: got values .* set image_mean"),
+        (
+            (IMAGE[:, :2], TARGET),
+            LOGITS,
+            r"image must .* \(2, 2, 6, 8\).*two gray images",
+        ),
+        ((LOGITS, TARGET), LOGITS, r"image must be .*, got shape \(2, 4, 6, 8\).*adapter"),
+        ((IMAGE / 64 - 2, TARGET), LOGITS, r"image must be .*, got values .* set image_mean"),
     ],
 )
 def test_what_does_not_fit_is_named(adapter, batch, outputs, message):
@@ -258,7 +274,7 @@ def test_a_sample_without_its_batch_dimension_is_recognized(adapter, batch):
 
 
 def test_a_misfit_captured_from_the_network_is_named(adapter):
-    with pytest.raises(ValueError, match=r"scores: got shape \(2, 3, 6, 8\).*num_classes=4"):
+    with pytest.raises(ValueError, match=r"scores must .*num_classes=4, got .*\(2, 3, 6, 8\)"):
         adapter((IMAGE, TARGET), None, LOGITS[:, :3])
 
 
@@ -301,12 +317,20 @@ def test_a_custom_adapter_may_return_label_maps():
 @pytest.mark.parametrize(
     ("found", "error", "message"),
     [
-        (None, TypeError, "adapter: got None"),
+        (None, TypeError, "adapter must return RefineInputs or a mapping .*, got None"),
         ({"image": IMAGE}, TypeError, "one of logits, probs and labels"),
         ({"image": IMAGE, "logits": LOGITS}, ValueError, "No target"),
-        ({"image": IMAGE, "logits": LOGITS, "probs": LOGITS}, TypeError, "adapter: got dict"),
-        (RefineInputs(IMAGE, LOGITS, TARGET, None), ValueError, "without targets"),
-        (RefineInputs(IMAGE, LOGITS[:, :3], TARGET, TARGET), ValueError, r"probs \(3, 6, 8\)"),
+        (
+            {"image": IMAGE, "logits": LOGITS, "probs": LOGITS},
+            TypeError,
+            "adapter must .* got dict",
+        ),
+        (RefineInputs(IMAGE, LOGITS, TARGET, None), ValueError, "must return targets"),
+        (
+            RefineInputs(IMAGE, LOGITS[:, :3], TARGET, TARGET),
+            ValueError,
+            r"probs .* got \(3, 6, 8\)",
+        ),
         (RefineInputs(IMAGE, LOGITS, TARGET, TARGET[:, 1:]), ValueError, r"target .*\(5, 8\)"),
     ],
 )
@@ -318,9 +342,9 @@ def test_a_custom_adapter_that_returns_something_else_is_told(found, error, mess
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"scores_kind": "softmax"}, ValueError, "scores_kind: got 'softmax'"),
-        ({"image_key": 0}, TypeError, "image_key: got 0 of type int"),
-        ({"function": "module.adapter"}, TypeError, "adapter: got str"),
+        ({"scores_kind": "softmax"}, ValueError, "scores_kind must be one of .*, got 'softmax'"),
+        ({"image_key": 0}, TypeError, "image_key must be a string .*, got 0 of type int"),
+        ({"function": "module.adapter"}, TypeError, "adapter must be a callable .*, got str"),
     ],
 )
 def test_bad_arguments_name_themselves(arguments, error, message):

@@ -98,7 +98,7 @@ def test_bright_normalized_images_are_refused_although_none_is_negative():
     ],
 )
 def test_values_outside_the_range_are_refused(converter, images):
-    with pytest.raises(ValueError, match=r"image: got values .* set image_mean"):
+    with pytest.raises(ValueError, match=r"image must be in .*, got values .* set image_mean"):
         converter(images)
 
 
@@ -134,7 +134,7 @@ class TestSettledRange:
     def test_a_bright_batch_after_one_read_as_0_to_1_is_refused(self, rgb):
         converter = Denormalize()
         converter(torch.full((1, 3, 2, 2), 0.4))
-        with pytest.raises(WrongValuesError, match=r"range 0-1, as which the images before"):
+        with pytest.raises(WrongValuesError, match=r"range 0-1, like the images before"):
             converter(rgb.float())
 
     def test_black_says_nothing(self, rgb):
@@ -186,7 +186,7 @@ class TestSettledRange:
         dataset.images[0] /= 255
         callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE)
         trainer = Trainer(**SILENT, callbacks=[callback])
-        with pytest.raises(ValueError, match="range 0-1, as which the images before were read"):
+        with pytest.raises(ValueError, match="range 0-1, like the images before"):
             trainer.validate(Segmenter(), DataLoader(dataset), verbose=False)
 
 
@@ -203,7 +203,7 @@ def test_other_channels_are_refused(shape):
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
 def test_other_types_are_refused(dtype):
-    with pytest.raises(ValueError, match=f"image: got dtype {dtype}"):
+    with pytest.raises(ValueError, match=f"image must be integers .*, got dtype {dtype}"):
         Denormalize()(torch.ones(2, 3, 8, 8).to(dtype))
 
 
@@ -215,12 +215,20 @@ def test_channels_last_are_refused_with_a_hint():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"image_mean": MEAN}, ValueError, "image_mean, image_std"),
-        ({"image_std": 0.5}, ValueError, "image_mean, image_std"),
-        ({"image_mean": 0.5, "image_std": 0.0}, ValueError, "image_std: got 0.0"),
-        ({"image_mean": [0.5, 0.5], "image_std": 1.0}, ValueError, "image_mean: got 2 numbers"),
-        ({"image_mean": "0.5", "image_std": 1.0}, TypeError, "image_mean: got '0.5'"),
-        ({"image_range": "0-2"}, ValueError, "image_range: got '0-2'"),
+        ({"image_mean": MEAN}, ValueError, "image_mean and image_std must be set both"),
+        ({"image_std": 0.5}, ValueError, "image_mean and image_std must be set both"),
+        ({"image_mean": 0.5, "image_std": 0.0}, ValueError, "image_std must be above 0, got 0.0"),
+        (
+            {"image_mean": [0.5, 0.5], "image_std": 1.0},
+            ValueError,
+            "image_mean must be 1 or 3 .* got 2",
+        ),
+        (
+            {"image_mean": "0.5", "image_std": 1.0},
+            TypeError,
+            "image_mean must .* got '0.5'",
+        ),
+        ({"image_range": "0-2"}, ValueError, "image_range must be one of .*, got '0-2'"),
     ],
 )
 def test_bad_arguments_name_themselves(arguments, error, message):

@@ -436,7 +436,7 @@ class TestSizes:
         ],
     )
     def test_scores_of_a_padded_or_cropped_image_are_refused(self, image_hw, scores_hw):
-        with pytest.raises(ValueError, match=r"scores must have .*no whole stride.*crop"):
+        with pytest.raises(ValueError, match=r"scores must have .*no integer stride.*crop"):
             to_probs(torch.randn(1, C, *scores_hw), "auto", C, image_hw)
 
     @pytest.mark.parametrize(
@@ -888,6 +888,18 @@ class TestNamesThatTell:
             adapter((IMAGE, TARGET), outputs, LOGITS)
         keyed = BatchAdapter(C, scores_key=name)((IMAGE, TARGET), outputs, LOGITS)
         assert torch.equal(keyed.labels, OTHER.argmax(1))
+
+    @pytest.mark.parametrize("copied", [False, True])
+    def test_lists_of_samples_are_compared_with_the_target(self, adapter, copied):
+        batch = {"image": list(IMAGE), "mask": list(TARGET)}
+        one_hot = nnf.one_hot(TARGET, C).permute(0, 3, 1, 2).float()
+        outputs = {"loss": LOSS, "seg_pred": list(one_hot if copied else OTHER)}
+        if copied:
+            with pytest.raises(ValueError, match="No scores found"):
+                adapter(batch, outputs)
+        else:
+            labels = torch.stack(list(adapter(batch, outputs).labels))
+            assert torch.equal(labels, OTHER.argmax(1))
 
     def test_a_label_map_gives_way_to_the_scores_it_was_made_of(self, adapter):
         outputs = {"loss": LOSS, "pred_mask": LOGITS.argmax(1)}

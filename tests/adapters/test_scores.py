@@ -46,7 +46,7 @@ def test_a_kind_that_is_named_is_believed(logits):
     given = logits.softmax(dim=1)
     assert torch.equal(to_probs(given, "probs", 5, HW)[0], given)
     torch.testing.assert_close(to_probs(given, "logits", 5, HW)[0], given.softmax(dim=1))
-    with pytest.raises(ValueError, match=r"scores: got values .* scores_kind='probs'"):
+    with pytest.raises(ValueError, match=r"scores must be in .* scores_kind='probs', got values"):
         to_probs(logits, "probs", 5, HW)
 
 
@@ -74,7 +74,7 @@ def test_small_logits_are_enlarged_before_the_softmax(logits):
 
 
 def test_scores_larger_than_the_image_are_refused(logits):
-    with pytest.raises(ValueError, match=r"scores: got .*\(8, 10\).*image's \(8, 9\)"):
+    with pytest.raises(ValueError, match=r"scores must .*image's \(8, 9\), got .*\(8, 10\)"):
         to_probs(logits, "auto", 5, (8, 9))
 
 
@@ -96,7 +96,7 @@ def test_label_maps_become_almost_one_hot_and_keep_unknown_values(dtype, channel
 def test_label_maps_in_floats_need_their_kind_named():
     labels = torch.randint(0, 5, (2, *HW)).float()
     assert torch.equal(to_probs(labels, "labels", 5, HW)[1], labels.long())
-    with pytest.raises(ValueError, match=r"num_classes=5 is \(B, 5, h, w\)"):
+    with pytest.raises(ValueError, match=r"must be \(B, 5, h, w\) for num_classes=5"):
         to_probs(labels, "auto", 5, HW)
 
 
@@ -126,10 +126,10 @@ def test_one_channel_in_0_to_1_is_a_probability_unless_named_logits():
 
 @pytest.mark.parametrize("shape", [(2, 4, *HW), (2, 1, *HW), (2, 5, 1, *HW), (5,)])
 def test_other_numbers_of_channels_are_refused(shape):
-    with pytest.raises(ValueError, match=r"scores: got shape \(.*num_classes=5"):
+    with pytest.raises(ValueError, match=r"scores must be .* for num_classes=5, got shape \("):
         to_probs(torch.randn(shape), "auto", 5, HW)
 
 
 def test_integers_are_no_logits():
-    with pytest.raises(ValueError, match=r"scores: got dtype torch.int64, accepted as logits"):
+    with pytest.raises(ValueError, match=r"scores must be floats as logits, got dtype torch.int64"):
         to_probs(torch.zeros(2, *HW).long(), "logits", 5, HW)

@@ -424,8 +424,8 @@ class TestOwnInputs:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"labels": C18["labels"] + 0.3}, "adapter: labels: .*fractions"),
-            ({"targets": C18["targets"] * torch.nan}, "adapter: targets: .*NaN"),
+            ({"labels": C18["labels"] + 0.3}, r"adapter: labels must .*fractions"),
+            ({"targets": C18["targets"] * torch.nan}, r"adapter: targets must .*NaN"),
             ({"images": C18["images"].float()}, "adapter: images must be uint8 RGB.*float32"),
             ({"images": C18["images"][:, :1]}, r"adapter: images must be uint8 RGB.*1, 24, 32"),
             ({"probs": C18["probs"].long()}, "adapter: probs must be floats.*int64"),

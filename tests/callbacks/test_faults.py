@@ -340,7 +340,9 @@ class TestRuns:
         monkeypatch.setattr(
             random_sam, "encode_images", lambda images: pytest.fail("SAM was asked")
         )
-        with pytest.raises(ValueError, match=r"target: got shape \(1, 64, 80\).*need an adapter"):
+        with pytest.raises(
+            ValueError, match=r"target must .* shape \(1, 64, 80\).*need an adapter"
+        ):
             validate(self.callback(random_sam), Step(), DataLoader(Larger(2)))
 
     def test_an_empty_loader_logs_nothing(self, random_sam):

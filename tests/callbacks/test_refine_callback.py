@@ -232,7 +232,7 @@ class TestSources:
 
         logged = run_validate(make(image_mean=mean, image_std=std), Normalized())
         assert drop_time(logged) == pytest.approx(reference, abs=1e-6)
-        with pytest.raises(ValueError, match=r"image: got values .* set image_mean and image_std"):
+        with pytest.raises(ValueError, match=r"image must be in .* set image_mean and image_std"):
             run_validate(make(), Normalized())
 
     def test_a_custom_adapter(self, make, reference):
@@ -284,7 +284,9 @@ class TestSources:
         assert module.forwards == 0
 
     def test_another_number_of_classes_is_an_error(self, make):
-        with pytest.raises(ValueError, match=r"scores: got shape \(2, 3, 32, 40\).*num_classes=5"):
+        with pytest.raises(
+            ValueError, match=r"scores must .*num_classes=5, got .*\(2, 3, 32, 40\)"
+        ):
             run_validate(make(num_classes=5), Segmenter("none"))
 
 
@@ -450,7 +452,7 @@ class TestArguments:
                 ValueError,
                 "class_names must differ, got a more",
             ),
-            ({"ignore_index": "255"}, TypeError, "ignore_index: got '255'"),
+            ({"ignore_index": "255"}, TypeError, "ignore_index must be an integer, .*, got '255'"),
             ({"refine": "bets"}, ValueError, "refine must be .*, got 'bets'"),
             ({"refine": {"tau": 1}}, TypeError, "RefineConfig has no field tau"),
             ({"refine": 0.5}, TypeError, "refine must be .*, got float"),
@@ -458,9 +460,9 @@ class TestArguments:
             ({"every_n_epochs": 0}, ValueError, "every_n_epochs must be .*, got 0"),
             ({"max_batches": True}, TypeError, "max_batches must be .*, got True"),
             ({"trimap_width": 0}, ValueError, "trimap_width must be .*, got 0"),
-            ({"scores_kind": "soft"}, ValueError, "scores_kind: got 'soft'"),
+            ({"scores_kind": "soft"}, ValueError, "scores_kind must be one of .*, got 'soft'"),
             ({"image_mean": 0.5}, ValueError, "image_mean, image_std"),
-            ({"adapter": 3}, TypeError, "adapter: got int"),
+            ({"adapter": 3}, TypeError, "adapter must be a callable .*, got int"),
         ],
     )
     def test_bad_ones_name_themselves(self, make, random_sam, arguments, error, message):
@@ -595,7 +597,7 @@ class TestFailures:
             def validation_step(self, batch, batch_idx):
                 return self(batch[0])
 
-        with pytest.warns(RuntimeWarning, match=r"could not be read.*target: got shape"):
+        with pytest.warns(RuntimeWarning, match=r"could not be read.*target must be .*, got shape"):
             logged = run_validate(make(), Cropping(), loader(5, batch_size=2))
         assert logged["val/refine_failed_images"] == 2
         dataset = Blobs(5)
