@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_samrefine.adapters.candidates import Found, Roles, is_image, is_single, of
+from lightning_samrefine.adapters.candidates import Roles, is_image, is_single, of
+from lightning_samrefine.adapters.custom_adapter import checked_image, checked_probs, unpack
 from lightning_samrefine.adapters.denormalize import Denormalize
 from lightning_samrefine.adapters.nested import Samples, describe, leaves
 from lightning_samrefine.adapters.network_scores import QUERIES, query_masks
@@ -22,9 +23,6 @@ from lightning_samrefine.adapters.scores import (
     to_probs,
 )
 from lightning_samrefine.adapters.targets import to_labels, whole_numbers
-
-# Rounding of a softmax in half precision.
-PROBS_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ class BatchAdapter:
             found = self.function(batch, outputs, captured)
             if isinstance(found, RefineInputs):
                 return Reading(self._checked(found), None, kind)
-            roles, kind = _unpack(found)
+            roles, kind = unpack(found)
             roles = roles if self.needs_target else replace(roles, target=None)
         else:
             search = RoleSearch(
@@ -336,8 +334,8 @@ class BatchAdapter:
                     f"{tuple(inputs.targets[index].shape)}"
                 )
         return RefineInputs(
-            images=_each(_checked_image, inputs.images),
-            probs=_each(_checked_probs, inputs.probs),
+            images=_each(checked_image, inputs.images),
+            probs=_each(checked_probs, inputs.probs),
             labels=_each(lambda labels: whole_numbers(labels, "adapter: labels"), inputs.labels),
             targets=None
             if inputs.targets is None
@@ -367,43 +365,3 @@ def _has_one_channel(scores: Samples) -> bool:
 
 def _each(function: Callable[[Tensor], Tensor], samples: Samples) -> Samples:
     return function(samples) if isinstance(samples, Tensor) else [function(one) for one in samples]
-
-
-def _checked_image(image: Tensor) -> Tensor:
-    if image.dtype != torch.uint8 or image.shape[-3] != 3:
-        raise ValueError(
-            f"adapter: images must be uint8 RGB (3, H, W), 0 to 255, got {image.dtype} "
-            f"{tuple(image.shape)}; an adapter that returns a mapping with 'image' has it converted"
-        )
-    return image
-
-
-def _checked_probs(probs: Tensor) -> Tensor:
-    if not probs.is_floating_point():
-        raise ValueError(f"adapter: probs must be floats in [0, 1], got {probs.dtype}")
-    probs = probs.float()
-    # NaN and infinity concern single images, which keep their raw prediction.
-    low, high = torch.stack(torch.aminmax(probs.nan_to_num(0, 0, 0))).tolist()
-    if low < -PROBS_TOLERANCE or high > 1 + PROBS_TOLERANCE:
-        raise ValueError(
-            f"adapter: probs must be in [0, 1], got {low:.4g} to {high:.4g}; an adapter that "
-            "returns a mapping with 'logits' has them converted"
-        )
-    return probs.clamp(0, 1)
-
-
-def _unpack(found: Any) -> tuple[Roles, ScoresKind]:
-    """Read a custom adapter's mapping."""
-    kinds: tuple[Literal["logits", "probs", "labels"], ...] = ("logits", "probs", "labels")
-    given = [kind for kind in kinds if isinstance(found, Mapping) and found.get(kind) is not None]
-    if len(given) != 1 or "image" not in found:
-        raise TypeError(
-            "adapter must return RefineInputs or a mapping with image, target and one of logits, "
-            f"probs and labels, got {describe(found)}"
-        )
-
-    def at(key: str) -> Found | None:
-        value = found.get(key)
-        return None if value is None else Found("adapter", (key,), value)
-
-    return Roles(at("image"), at("target"), at(given[0])), given[0]

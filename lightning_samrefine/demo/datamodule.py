@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_samrefine.demo.scenes import CLASS_NAMES, ScenesDataset
 
-# One stream of scenes a split: no scene of one can be a scene of another, whatever the seed.
+# Each split has its own seeds: splits never share a scene.
 _SPLITS = ("train", "val", "test")
 
 
@@ -20,17 +20,17 @@ class ScenesDataModule(lit.LightningDataModule):
     int64.
 
     Attributes:
-        num_classes: 6, background included.
+        num_classes: 6, including the background.
         class_names: Their names.
-        ignore_index: None, every pixel has a label.
+        ignore_index: None; every pixel has a label.
 
     Args:
         seed: Seed of all three splits, at least 0.
-        train: Training scenes.
-        val: Validation scenes.
-        test: Test scenes.
+        train: Number of training scenes.
+        val: Number of validation scenes.
+        test: Number of test scenes.
         size: Side of a scene in pixels.
-        batch_size: Scenes a batch.
+        batch_size: Scenes per batch.
 
     Raises:
         ValueError: A split without scenes, or a negative seed.
@@ -53,35 +53,35 @@ class ScenesDataModule(lit.LightningDataModule):
         lengths = {"train": train, "val": val, "test": test}
         for name, length in lengths.items():
             if length < 1:
-                raise ValueError(f"{name}: got {length}, accepted is at least 1 scene")
+                raise ValueError(f"{name} must be at least 1 scene, got {length}")
         if seed < 0:
-            raise ValueError(f"seed: got {seed}, accepted is at least 0")
+            raise ValueError(f"seed must be at least 0, got {seed}")
         self._scenes = {
             name: _InMemory(ScenesDataset(len(_SPLITS) * seed + index, lengths[name], size))
             for index, name in enumerate(_SPLITS)
         }
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Shuffled training scenes; the incomplete last batch is left out."""
         scenes = self._scenes["train"]
         whole = len(scenes) >= self.batch_size
         return DataLoader(scenes, self.batch_size, shuffle=True, drop_last=whole)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Validation scenes in order."""
         return DataLoader(self._scenes["val"], self.batch_size)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Test scenes in order."""
         return DataLoader(self._scenes["test"], self.batch_size)
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The test scenes."""
         return self.test_dataloader()
 
 
 class _InMemory(Dataset[dict[str, Tensor]]):
-    """Keeps what it was asked for: rendering a scene takes longer than training on it."""
+    """Keeps rendered scenes: rendering a scene takes longer than training on it."""
 
     def __init__(self, scenes: ScenesDataset) -> None:
         self._scenes = scenes

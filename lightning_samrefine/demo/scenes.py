@@ -2,8 +2,8 @@
 
 A scene shows textured objects of five shape classes over a textured, shaded background, with
 occlusion, thin parts, soft borders, shadows, blur and noise. Label and instance maps are exact.
-Objects differ from what lies behind them in color, so that a careful human could trace them, but
-color only hints at the class: shape decides it.
+Objects differ from their background in color, so that a careful human could trace them, but
+color only hints at the class: shape determines it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +44,7 @@ class Scene:
     Attributes:
         image: (3, H, W) uint8, RGB, 0 to 255.
         labels: (H, W) int64, the class of each pixel, an index into `CLASS_NAMES`.
-        instances: (H, W) int64, 0 for background, otherwise the object's number from 1 on.
+        instances: (H, W) int64, 0 for background, otherwise the object's index, starting at 1.
     """
 
     image: Tensor
@@ -144,8 +145,9 @@ def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int)
 def _texture(
     rng: np.random.Generator, height: int, width: int, first: Floats, second: Floats
 ) -> Floats:
-    """(height, width, 3) float32 pattern that runs between two colors."""
+    """(height, width, 3) float32 pattern that varies between two colors."""
     kind = int(rng.integers(5))
+    mix: npt.NDArray[np.floating[Any]]
     if kind in (0, 1):
         turn, period = rng.uniform(0.0, np.pi), rng.uniform(6.0, 20.0)
         y = np.arange(height, dtype=np.float32)[:, None]
@@ -172,9 +174,9 @@ def _color(rng: np.random.Generator, avoid: list[Floats], hue: float | None = No
     """RGB (3,) float32 in [0, 255], at a clear distance from every color in `avoid`."""
     best, best_distance = np.zeros(3, np.float32), -1.0
     for attempt in range(24):
-        # A class's hue is a wish: where the surroundings already have it, any other will do.
-        wished = hue is not None and attempt < 10
-        h = (hue + rng.normal(0.0, 0.04)) % 1.0 if wished and hue is not None else rng.random()
+        # A class's hue is preferred; if the surroundings already have it, another one is drawn.
+        preferred = hue is not None and attempt < 10
+        h = (hue + rng.normal(0.0, 0.04)) % 1.0 if preferred and hue is not None else rng.random()
         rgb = colorsys.hsv_to_rgb(h, rng.uniform(0.15, 0.9), rng.uniform(0.25, 0.95))
         color = np.array(rgb, np.float32) * 255
         distance = min((float(np.linalg.norm(color - other)) for other in avoid), default=1e9)
@@ -223,7 +225,7 @@ def _paste(
             break
     else:
         return
-    # Only what the object can touch needs a different color: the background and neighbors.
+    # A different color is needed only for the background and the neighbors.
     touched = np.flatnonzero(np.bincount(instances[window].ravel()))
     avoid = palette[:3] + [palette[2 + k] for k in touched if k > 0]
     hue = label / 5.5 if rng.random() < _CLASS_HUE_PROBABILITY else None
@@ -260,15 +262,15 @@ def _cast_shadow(
 
 
 def make_scene(seed: int, index: int, size: int = 256) -> Scene:
-    """Render scene number `index` of the family `seed`.
+    """Render scene `index` of the family `seed`.
 
     Args:
-        seed: family of scenes, ≥ 0. Families share nothing.
-        index: number of the scene in its family, ≥ 0.
+        seed: family of scenes, ≥ 0. Families are independent.
+        index: index of the scene in its family, ≥ 0.
         size: height and width of the scene in pixels, ≥ 64.
 
     Returns:
-        The scene, the same for the same arguments whatever was rendered before it.
+        The scene, which depends on the arguments only.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -280,7 +282,7 @@ def make_scene(seed: int, index: int, size: int = 256) -> Scene:
     rng = np.random.default_rng((seed, index))
     first = _color(rng, [])
     second = _variant(rng, first, rng.uniform(10.0, 50.0))
-    palette: list[Floats] = [first, second, (first + second) / 2]
+    palette: list[Floats] = [first, second, ((first + second) / 2).astype(np.float32)]
     canvas = _texture(rng, size, size, first, second)
     labels = np.zeros((size, size), np.int64)
     instances = np.zeros((size, size), np.int64)
@@ -304,7 +306,7 @@ def make_scene(seed: int, index: int, size: int = 256) -> Scene:
 
 
 class ScenesDataset(Dataset[dict[str, Tensor]]):
-    """Map-style dataset of scenes, rendered when asked for.
+    """Map-style dataset of scenes, rendered on access.
 
     Items are dictionaries with `image`, (3, size, size) uint8 RGB in 0 to 255, and `mask`,
     (size, size) int64 class labels.

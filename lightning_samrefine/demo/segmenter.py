@@ -1,20 +1,21 @@
-"""A small segmenter that errs as real ones do: right about what is where, coarse about borders."""
+"""A small segmenter with the typical errors of real ones: correct regions, coarse borders."""
 
 from __future__ import annotations
 
 import lightning as lit
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lightning_samrefine.demo.scenes import CLASS_NAMES
 
 
 class SmallSegmenter(lit.LightningModule):
-    """A convolutional network whose classes are decided at stride 8 and enlarged bilinearly.
+    """A convolutional network with logits at stride 8, resized bilinearly.
 
-    Borders come out blobby and parts thinner than its stride go missing: the mistakes of any
-    segmenter with a coarse head, and those that SAM can mend.
+    Borders are coarse and parts thinner than its stride are missing: the errors of any segmenter
+    with a low-resolution head, and those that SAM can correct.
 
     Args:
         num_classes: C.
@@ -52,27 +53,27 @@ class SmallSegmenter(lit.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Return the logits, where the callback finds them."""
+        """Return the logits for the callback."""
         return {"logits": self(batch["image"])}
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Return the logits, where the callback finds them."""
+        """Return the logits for the callback."""
         return {"logits": self(batch["image"])}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Return the logits, where the writer finds them."""
+        """Return the logits for the writer."""
         return {"logits": self(batch["image"])}
 
-    def configure_optimizers(self) -> dict:
-        """AdamW under a one-cycle schedule of as many steps as the run has."""
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with a one-cycle schedule over all steps of the run."""
         optimizer = torch.optim.AdamW(
             self.parameters(),
-            lr=self.hparams.learning_rate,
-            weight_decay=self.hparams.weight_decay,
+            lr=self.hparams["learning_rate"],
+            weight_decay=self.hparams["weight_decay"],
         )
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            max_lr=self.hparams.learning_rate,
+            max_lr=self.hparams["learning_rate"],
             total_steps=int(self.trainer.estimated_stepping_batches),
         )
         return {
@@ -82,7 +83,7 @@ class SmallSegmenter(lit.LightningModule):
 
 
 class _Residual(nn.Module):
-    """A dilated 3×3 convolution around an identity: wide views at the price of narrow ones."""
+    """A residual block with one dilated 3×3 convolution: large receptive field at low cost."""
 
     def __init__(self, width: int, dilation: int) -> None:
         super().__init__()

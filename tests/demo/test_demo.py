@@ -34,7 +34,7 @@ def test_splits_share_no_scene_and_repeat_for_a_seed():
 
 @pytest.mark.parametrize(("field", "value"), [("train", 0), ("val", -1), ("test", 0), ("seed", -1)])
 def test_a_split_without_scenes_is_refused(field, value):
-    with pytest.raises(ValueError, match=f"{field}: got {value}"):
+    with pytest.raises(ValueError, match=f"{field} must be .*, got {value}"):
         ScenesDataModule(**{field: value})
 
 
