@@ -9,6 +9,7 @@ import torch
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.fit.auto import AutoFusion
 from lightning_samrefine.refine.cache.keys import image_digest
+from lightning_samrefine.refine.class_filter import restore_frozen_classes
 from lightning_samrefine.refine.fusion.features import FeatureMaps
 from lightning_samrefine.refine.fusion.fitted import control_labels, feature_maps, fuse_fitted
 from lightning_samrefine.refine.predictions import MaskPredictions
@@ -64,5 +65,6 @@ class AutoRefiner:
         weights = self._auto.weights_for(key)
         if weights is None:
             return self._refiner.fuse(predictions)
-        config = replace(self._refiner.config, weights=weights)
-        return fuse_fitted(predictions, config, self._refiner.sam, maps)
+        config, raw = replace(self._refiner.config, weights=weights), predictions.raw
+        refined = fuse_fitted(predictions, config, self._refiner.sam, maps)
+        return restore_frozen_classes(refined, raw.probs, raw.labels, config.classes)

@@ -135,7 +135,7 @@ class RunState:
         )
         if self.config.weights == "auto":
             names = self._shared.class_names or map(str, range(num_classes))
-            self.auto = AutoFusion(tuple(names), self._fitted)
+            self.auto = AutoFusion(tuple(names), self._fitted, self.config.classes)
             ignored = settle_ignore_index(self._ignore_index, num_classes)
             self._auto_refiner = AutoRefiner(self.refiner, self.auto, ignored)
             self._safe = SafeRefiner(self._auto_refiner, self.sam.device, self._warn_once)

@@ -67,6 +67,7 @@ class AutoFusion:
     Args:
         classes: C class names.
         fitted: Weights of an earlier run of the same classes.
+        refined: Indices of the classes that the user lets refine, None for all.
 
     Attributes:
         fitted: The weights in use, None until an evaluation was fitted.
@@ -76,8 +77,15 @@ class AutoFusion:
         ValueError: Weights of other classes.
     """
 
-    def __init__(self, classes: Sequence[str], fitted: FittedFusion | None = None) -> None:
+    def __init__(
+        self,
+        classes: Sequence[str],
+        fitted: FittedFusion | None = None,
+        refined: Sequence[int] | None = None,
+    ) -> None:
         self._classes = tuple(classes)
+        chosen = range(len(self._classes)) if refined is None else refined
+        self._excluded = tuple(c for c in range(len(self._classes)) if c not in chosen)
         if fitted is not None and fitted.final.classes != self._classes:
             raise ValueError(
                 f"classes must be those of the fitted weights, {', '.join(fitted.final.classes)}, "
@@ -123,7 +131,9 @@ class AutoFusion:
         control = cross_validate(images, _CONTROL, num_classes)
         verdict = judge(
             [
-                PixelLabels(image.target, image.raw, refined, without_sam)
+                PixelLabels(image.target, image.raw, refined, without_sam).with_frozen(
+                    self._excluded, num_classes
+                )
                 for image, refined, without_sam in zip(
                     images, fusion.predictions, control.predictions, strict=True
                 )

@@ -191,3 +191,17 @@ def test_ignored_targets_end_without_a_fit(random_sam):
 
     trainer(own).validate(ByColor().eval(), DataLoader(Ignored(IMAGES), 2), verbose=False)
     assert own.fitted_config is None
+
+
+def test_classes_that_the_user_freezes_keep_their_pixels(random_sam):
+    own = SAMRefineCallback(
+        random_sam,
+        num_classes=NUM_CLASSES,
+        refine={**REFINE, "classes": [0, 2]},
+        precision="32",
+    )
+    module, runner = ByColor().eval(), trainer(own)
+    runner.validate(module, loader(), verbose=False)
+    (logged,) = runner.validate(module, loader(), verbose=False)
+    assert logged["val/iou_refined/1"] == logged["val/iou_raw/1"]
+    assert own.fitted_config.classes == (0, 2)
