@@ -1,4 +1,4 @@
-"""The callback of `samrefine task=tune`: it reads a validation set and hands its samples on."""
+"""The callback of `samrefine task=tune`: passes validation samples to a visitor."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ Visitor = Callable[[Refiner, RefineInputs], None]
 
 
 class TuneCallback(SAMCallback):
-    """Hands the samples of a validation set to a visitor, batch by batch.
+    """Passes the samples of a validation set to a visitor, batch by batch.
 
-    With ``cache="memory"`` embeddings are kept for the callback's whole life, so that the second
+    With ``cache="memory"`` embeddings are kept for the callback's lifetime, so that the second
     pass of a tuning does not encode the images again.
 
     Args:
-        sam: As for `SAMRefineCallback`, like all that follow.
+        sam: As for `SAMRefineCallback`, like the following arguments.
         ignore_index: Target value that is not counted.
-        cache: Where SAM's image embeddings are kept.
+        cache: Cache of SAM's image embeddings.
         cache_gb: Limit of the cache.
-        max_batches: Number of batches read of each loader.
+        max_batches: Maximum number of batches per loader.
         trimap_width: Half-width of the band around borders.
         **shared: Other arguments of `SharedArguments.of`.
 
     Attributes:
-        visitor: Takes how the samples are scored, once that is known, and returns what takes the
-            samples of the pass.
+        visitor: Factory called with the scoring at the start of a pass; returns the function that
+            receives the samples of the pass.
 
     Raises:
         MisconfigurationException: In ``setup``, more than one process.

@@ -1,4 +1,4 @@
-"""The choice of thresholds, and of the classes that gain by them with certainty."""
+"""Chooses thresholds, and the classes that certainly gain from them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Choice:
         cell: The best cell of the grid, with all classes refined.
         cell_of_class: C cells, of the same pair of τ_c and τ_m.
         is_open: C flags, True for a refined class.
-        low: C lower bounds of the gain in IoU: at the end for a refined class, for a frozen one
-            when it was frozen.
+        low: C lower bounds of the gain in IoU: final for a refined class, at the time of freezing
+            for a frozen one.
     """
 
     cell: int
@@ -52,15 +52,15 @@ class Choice:
 def choose(counts: GridCounts, grid: Grid, images: np.ndarray, rule: Rule) -> Choice:
     """Choose from the images of a sweep.
 
-    The best cell comes first. A class then gets a τ_iou of its own if the objective gains by it
-    with certainty. Last, classes are frozen one at a time, the least certain first, until the gain
-    of every refined class has a lower bound above the margin; freezing one changes the others'.
+    First, the best cell is chosen. Then a class gets its own τ_iou if this certainly increases the
+    objective. Last, classes are frozen one at a time, the least certain first, until the gain of
+    every refined class has a lower bound above the margin; freezing one changes the others'.
 
     Args:
         counts: The counts of all images.
         grid: The grid of the sweep.
         images: (n,) integer, the images to choose from.
-        rule: Decides what is certain.
+        rule: The definition of certain.
     """
     cell = best_cell(counts, grid, images, rule.objective)
     resample = _Resamples(len(images), rule)
@@ -82,7 +82,7 @@ def choose(counts: GridCounts, grid: Grid, images: np.ndarray, rule: Rule) -> Ch
 
 
 def best_cell(counts: GridCounts, grid: Grid, images: np.ndarray, objective: Objective) -> int:
-    """Return the cell with the largest objective, of equal ones that with the largest τ_iou."""
+    """Return the cell with the largest objective; among equal ones, with the largest τ_iou."""
     gains = np.array(
         [gain(counts.totals(cell, objective)[images]) for cell in range(len(grid.cells))]
     )
@@ -91,7 +91,7 @@ def best_cell(counts: GridCounts, grid: Grid, images: np.ndarray, objective: Obj
 
 
 def gain(totals: np.ndarray) -> float:
-    """Return refined − raw mIoU of (N, 5, C) totals, over the classes that occur on each side."""
+    """Return refined − raw mIoU of (N, 5, C) totals, each over the classes that occur in it."""
     return float(_mean_gain(totals.sum(axis=0)[None])[0])
 
 
@@ -101,14 +101,14 @@ def class_ious(totals: np.ndarray) -> np.ndarray:
 
 
 def folds(images: int, count: int) -> list[np.ndarray]:
-    """Split images into runs of neighbors, so that frames of one drive stay together.
+    """Split images into runs of neighbors, so that frames of one video stay together.
 
     Args:
         images: N.
         count: Number of folds, at most N.
 
     Returns:
-        Arrays of image numbers that together are 0 … N − 1.
+        Arrays of image indices that together are 0 … N − 1.
     """
     return np.array_split(np.arange(images), min(count, images))
 
@@ -122,7 +122,7 @@ def _own_threshold(
     rule: Rule,
     resample: _Resamples,
 ) -> list[int]:
-    """Give one class the τ_iou with the largest objective, if that gains with certainty."""
+    """Give one class the τ_iou with the largest objective, if the gain is certain."""
     every = np.ones(counts.num_classes, dtype=bool)
     first = cells[c] - cells[c] % len(grid.pred_iou_thresh)
     here = counts.mixed_totals(cells, every, rule.objective)[images]
@@ -132,7 +132,7 @@ def _own_threshold(
         totals = counts.mixed_totals(moved, every, rule.objective)[images]
         if gain(totals) > gain(best_totals):
             best, best_totals = moved, totals
-    # The prediction to beat takes the place of the raw one.
+    # The prediction to improve on replaces the raw one.
     against = np.concatenate([here[:, :1], here[:, 3:], best_totals[:, 3:]], axis=1)
     return best if best is not cells and resample.low(against, _mean_gain) > 0 else cells
 
@@ -140,8 +140,8 @@ def _own_threshold(
 class _Resamples:
     """Images drawn with replacement, the same draws for every statistic.
 
-    Not `bootstrap_totals`: bounds of several statistics have to come from the same draws, and these
-    give the thresholds that were published.
+    Not `bootstrap_totals`: bounds of several statistics need the same draws, and these reproduce
+    the published thresholds.
 
     Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13.
     """
@@ -168,7 +168,7 @@ def _ious(sums: np.ndarray) -> np.ndarray:
 
 
 def _class_gains(sums: np.ndarray) -> np.ndarray:
-    """Return (R, C) gains; a class that is absent on a side has an IoU of 0 there."""
+    """Return (R, C) gains; the IoU of an absent class is 0."""
     raw, refined = np.moveaxis(np.nan_to_num(_ious(sums)), 1, 0)
     return refined - raw
 

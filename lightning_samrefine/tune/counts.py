@@ -1,8 +1,8 @@
-"""Counts of the pixels that every cell of a grid changes in every image.
+"""Counts the pixels changed by every cell of a grid in every image.
 
 A refined label map differs from the raw one in few pixels. Only their number by raw label, refined
-label and true class is kept. The exact confusion totals of every cell follow from it, and those of
-cells mixed class by class.
+label and true class is kept. The exact confusion totals of every cell follow from these counts, as
+do those of cells mixed class by class.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Scoring:
 
 
 class Truth:
-    """One image's raw prediction and target, which refined predictions are compared with.
+    """One image's raw prediction and target, for comparison with refined predictions.
 
     Args:
         raw: (H, W) int64, the raw prediction.
@@ -43,7 +43,7 @@ class Truth:
 
     Attributes:
         totals: (2, 3, C) int64: over the image and over the trimap band, the pixels of each class,
-            those that the raw prediction has right, and those that it predicts as the class.
+            those correct in the raw prediction, and those predicted as the class.
     """
 
     def __init__(self, raw: Tensor, target: Tensor, scoring: Scoring) -> None:
@@ -68,7 +68,7 @@ class Truth:
         )
 
     def changes(self, refined: Tensor) -> np.ndarray:
-        """Count the scored pixels that a refinement changes.
+        """Count the scored pixels changed by a refinement.
 
         Args:
             refined: (H, W) int64.
@@ -129,8 +129,8 @@ class GridCounts:
         """Return the totals of every image in one cell.
 
         Returns:
-            (N, 5, C) int64 as `lightning_samrefine.metrics.ImageTotals` has them: pixels of a
-            class, hits and calls of the raw prediction, hits and calls of the refined one.
+            (N, 5, C) int64 as in `lightning_samrefine.metrics.ImageTotals`: pixels of a class,
+            correct and predicted pixels of the raw prediction, and of the refined one.
         """
         return self._summed(self._rows(cell), objective)
 
@@ -151,7 +151,7 @@ class GridCounts:
         Returns:
             (N, 5, C) int64, as `totals`.
         """
-        # What is no class is never closed, and nothing changes to it.
+        # Labels outside the classes are never frozen, and no pixel changes to them.
         opened = np.append(is_open, True)
         cells = np.append(np.asarray(cell_of_class), -1)
         parts = []
@@ -173,7 +173,7 @@ class GridCounts:
         if band:
             rows = rows[rows[:, 4] == 1]
         image, true, before, after, _, count = rows.T
-        # One more class takes the labels that are none.
+        # One more class for labels outside the classes.
         hits, called = np.zeros((2, len(self), self.num_classes + 1), dtype=np.int64)
         np.add.at(hits, (image, true), count * (after == true) - count * (before == true))
         np.add.at(called, (image, after), count)

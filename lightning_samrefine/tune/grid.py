@@ -1,4 +1,4 @@
-"""The grid of thresholds that a tuning tries."""
+"""The grid of thresholds of a tuning."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def write_tuning(tuning: Tuning, folder: Path) -> None:
 
 
 def write_surface(tuning: Tuning, path: Path) -> None:
-    """Write a row a cell: its thresholds, and raw, refined and gain of both objectives."""
+    """Write one row per cell: its thresholds, and raw, refined and gain of both objectives."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         sides = ("raw", "refined", "gain")
@@ -49,7 +49,7 @@ def write_surface(tuning: Tuning, path: Path) -> None:
 
 
 def tuning_metrics(tuning: Tuning) -> dict[str, float]:
-    """Return the figures of a tuning by name, fractions in [0, 1]."""
+    """Return the metrics of a tuning by name, fractions in [0, 1]."""
     figures: dict[str, float] = {}
     for objective in OBJECTIVES:
         raw, best = _means(tuning.counts.totals(tuning.choice.cell, objective))
@@ -69,7 +69,7 @@ def tuning_metrics(tuning: Tuning) -> dict[str, float]:
 
 
 def draw_surface(tuning: Tuning) -> Figure:
-    """Draw the gain of every cell, in points: a row a pair, a column a ``pred_iou_thresh``."""
+    """Draw the gain of every cell, in points: one row per pair, one column per threshold."""
     grid, ious = tuning.grid, tuning.grid.pred_iou_thresh
     gains = _gains(tuning).reshape(len(grid.pairs), len(ious))
     height, width = 1.8 + 0.32 * len(grid.pairs), 3.2 + 0.62 * len(ious)
@@ -100,7 +100,7 @@ def draw_surface(tuning: Tuning) -> Figure:
 
 
 def sentences(tuning: Tuning) -> list[str]:
-    """Describe the choice and the gain to expect of it in sentences."""
+    """Describe the choice and its expected gain in sentences."""
     if np.isnan(tuning.expected_uncalibrated.gain):
         return [
             f"No pixel of the {len(tuning.counts)} validation images is scored: every target is "
@@ -126,7 +126,7 @@ def _expectation(subject: str, interval: BootstrapInterval, tuning: Tuning) -> s
 
 
 def tuning_summary(tuning: Tuning, folder: Path) -> RenderableType:
-    """Render the best cells, the classes, the gain to expect, and the paths of the files."""
+    """Render the best cells, the classes, the expected gain, and the paths of the files."""
     return Group(
         _cells_table(tuning),
         _classes_table(tuning),
@@ -192,7 +192,7 @@ def _number(value: float, sign: str = "") -> str:
 
 
 def _mean(ious: np.ndarray) -> float:
-    """Return the mean over the classes that occur, NaN without any (where NumPy would warn)."""
+    """Return the mean over the classes that occur, NaN without any, without NumPy's warning."""
     present = ious[~np.isnan(ious)]
     return float(present.mean()) if len(present) else float("nan")
 

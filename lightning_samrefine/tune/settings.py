@@ -1,4 +1,4 @@
-"""The settings of `samrefine task=tune` and its rule, checked before anything is loaded."""
+"""The settings and the rule of `samrefine task=tune`, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ OBJECTIVES: tuple[Objective, ...] = ("miou", "trimap_miou")
 
 @dataclass(frozen=True)
 class Rule:
-    """When something is certain enough to be chosen.
+    """Objective and required certainty of a choice.
 
     Attributes:
-        objective: What is maximized: mIoU of the whole images or of the trimap bands.
-        margin: A class is refined if the lower bound of its gain in IoU is above it. 0 means
-            certainty; -0.01 admits a class that may lose a point.
-        confidence: Of the bounds' two-sided intervals, in (0, 1).
+        objective: The maximized metric: mIoU of the whole images or of the trimap bands.
+        margin: Minimum lower bound of a refined class's gain in IoU (exclusive). 0 requires a
+            certain gain; -0.01 accepts a class that may lose a point.
+        confidence: Confidence of the bounds' two-sided intervals, in (0, 1).
         resamples: Number of times the images are drawn with replacement.
         seed: Seed of the draws.
 
@@ -60,13 +60,13 @@ class TuneSettings:
     """The command's node ``tune``.
 
     Attributes:
-        score_thresh: See `Grid`, as the next two.
-        mask_prompt_scale: Its values.
-        pred_iou_thresh: Its values.
-        objective: See `Rule`, as the next two.
-        margin: Of a class's certain gain.
-        confidence: Of the intervals.
-        folds: Of the cross-validation, at least 2.
+        score_thresh: See `Grid`.
+        mask_prompt_scale: See `Grid`.
+        pred_iou_thresh: See `Grid`.
+        objective: See `Rule`.
+        margin: See `Rule`.
+        confidence: See `Rule`.
+        folds: Number of folds of the cross-validation, at least 2.
 
     Raises:
         TypeError: A value of a wrong type.
@@ -100,10 +100,10 @@ class TuneSettings:
 
         Args:
             trainer: With a `TuneCallback`.
-            segmenter: Makes the predictions.
-            datamodule: Has the validation set.
+            segmenter: Source of the predictions.
+            datamodule: With a validation set.
             ckpt_path: Lightning checkpoint of the segmenter.
-            folder: Where the files go.
+            folder: Output folder.
 
         Returns:
             mIoU of the validation set, refined with the choice; None without a scored pixel.

@@ -1,4 +1,4 @@
-"""`samrefine task=tune`: one pass over the validation set for the grid, one to check the choice."""
+"""`samrefine task=tune`: one pass over the validation set for the grid, one for the choice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tuning:
     """The result of a tuning.
 
     Attributes:
-        grid: The thresholds that were tried.
+        grid: The grid of thresholds.
         rule: The rule of the choice.
         base: The configuration with all other thresholds.
         class_names: C names.
@@ -34,7 +34,7 @@ class Tuning:
         trial: Counts of a run of the choice on all images (cell 0), and of the choice made without
             the image's fold (cell 1).
         untuned_fold_totals: (N, 5, C), every image in the cell that is best on the other folds,
-            without a gate.
+            with all classes refined.
         folds: Number of folds.
     """
 
@@ -50,12 +50,12 @@ class Tuning:
 
     @property
     def helps(self) -> bool:
-        """Whether a class is refined, and held-out images gain."""
+        """Whether a class is refined and the expected gain on held-out images is positive."""
         return any(self.choice.is_open) and self.expected.gain > 0
 
     @property
     def expected(self) -> BootstrapInterval:
-        """The gain of images under a choice made without them."""
+        """The gain of images with a choice made without them."""
         return self._interval(self.trial.totals(1, self.rule.objective))
 
     @property
@@ -99,7 +99,7 @@ def tune(
     Args:
         trainer: Has a `TuneCallback`, whose ``cache`` keeps embeddings between the passes.
         segmenter: The model whose predictions are refined.
-        datamodule: Its validation loader must give the same images in the same order twice.
+        datamodule: Its validation loader must yield the same images in the same order twice.
         grid: The thresholds to try.
         rule: The rule of the choice.
         fold_count: Number of folds of the cross-validation, at least 2.

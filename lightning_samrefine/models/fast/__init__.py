@@ -1,1 +1,1 @@
-"""SAM's encoders and mask decoder with the same weights and less work."""
+"""Faster implementations of SAM's encoders and mask decoder, with the same weights."""

@@ -1,4 +1,4 @@
-"""Attention over SAM's image tokens, a cache's worth of scores at a time."""
+"""Attention over SAM's image tokens, in slices of scores that fit into a cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lightning_samrefine.utils.precision import autocast
 
-# Attention scores of one head at a time: 16 MiB stay in a CPU's last-level cache. A GPU takes
-# a whole 64×64 grid in one kernel.
+# Number of attention scores of one head at a time: 16 MiB fit into a CPU's last-level cache. A GPU
+# computes a whole 64×64 grid in one kernel.
 _CPU_SCORES = 2**22
 _GPU_SCORES = 2**24
-# In bf16 scores and weights lie side by side, 2 MiB each, in a core's own cache.
+# In bf16 scores and weights, 2 MiB each, fit together into a core's own cache.
 _CPU_SCORES_BF16 = 2**20
 
 Bias = Callable[[Tensor, int, int], Tensor | None]
@@ -40,12 +40,12 @@ def relative_positions(query: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Ten
 
 
 def global_attention(qkv: Tensor, rel_pos: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Attend over the whole grid, a slice of the scores at a time.
+    """Attend over the whole grid, one slice of the scores at a time.
 
     Relative positions can also be folded into the head dimension (queries [q·s, q·R_h, q·R_w],
-    keys [k, one-hot row, one-hot column]), which needs no bias at all. On a CPU in float32 that
-    took 2.2 times as long as this: it triples the products' depth, while adding to a slice that
-    is in the cache costs next to nothing.
+    keys [k, one-hot row, one-hot column]), without any bias. On a CPU in float32 this took 2.2
+    times as long: it triples the products' depth, while adding to a slice in the cache is nearly
+    free.
 
     Args:
         qkv: (B, h, w, 3, heads, d).
@@ -92,16 +92,17 @@ def global_attention(qkv: Tensor, rel_pos: tuple[Tensor, Tensor] | None) -> Tens
 
 
 def window_attention(qkv: Tensor, padding: Tensor, window: int, bias: Bias) -> Tensor:
-    """Attend inside windows; those at the right and bottom edge may be partly padding.
+    """Attend within windows; those at the right and bottom edge may be partly padding.
 
-    Padding takes part as keys and values, as in the reference, but not as queries.
+    Padding is included in keys and values, as in the reference, but not in queries.
 
     Args:
         qkv: (B, h, w, 3, heads, d), real tokens only.
-        padding: (3, heads, d), what a padded token gives.
+        padding: (3, heads, d), query, key and value of a padded token.
         window: Side of a window.
-        bias: Maps queries (N, heads, rows·columns, d) of the top left rows × columns of their
-            windows to a new tensor to add to the scores, (N or 1, heads, rows·columns, window²).
+        bias: Function from queries (N, heads, rows·columns, d) of the top left rows × columns of
+            their windows to a new tensor, added to the scores, (N or 1, heads, rows·columns,
+            window²).
 
     Returns:
         (B, h, w, heads·d).
@@ -136,14 +137,14 @@ def window_attention(qkv: Tensor, padding: Tensor, window: int, bias: Bias) -> T
 
 
 def _bands(size: int, window: int) -> list[tuple[int, int, int]]:
-    """Split a side into (start, number of windows, their real extent): whole ones, then a rest."""
+    """Split a side into (start, number of windows, their extent): whole windows, then a rest."""
     whole, rest = divmod(size, window)
     bands = [(0, whole, window), (whole * window, 1, rest)]
     return [band for band in bands if band[1] > 0 and band[2] > 0]
 
 
 def _by_products(query: Tensor) -> bool:
-    """Whether matrix products beat torch's fused kernel, which on a CPU is as slow in bf16."""
+    """Whether matrix products are faster than torch's fused kernel: on a CPU in bf16."""
     return query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
@@ -161,7 +162,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> T
     count = max(1, _CPU_SCORES_BF16 // bias[0].numel())
     out = torch.empty_like(query)
     scale = 1 / math.sqrt(query.shape[-1])
-    # An autocast would widen the softmax, which computes in float32 inside anyway.
+    # Autocast would return the softmax in float32; internally it is computed in float32 anyway.
     with autocast(None, query.device):
         for start in range(0, len(query), count):
             part = slice(start, start + count)

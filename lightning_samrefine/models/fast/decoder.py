@@ -1,13 +1,13 @@
 """SAM's prompt encoder and mask decoder for many regions of one image, by exact algebra.
 
-The 4096 image tokens of SAM meet 8 prompt tokens, so a cross attention never needs the image
-tokens' own queries, keys and values: with X the image tokens and W_k the key weights of a head,
-q·(X W_k)ᵀ = (q W_kᵀ)·Xᵀ, and softmax(A)·(X W_v) = (softmax(A)·X) W_v; the other direction folds
-the same way. Each projection thereby moves to the side of 8 tokens. What is left per region are
-products of X with 8 tokens × heads.
+Cross attention is between SAM's 4096 image tokens and 8 prompt tokens, so queries, keys and values
+of the image tokens are not needed: with X the image tokens and W_k the key weights of a head,
+q·(X W_k)ᵀ = (q W_kᵀ)·Xᵀ, and softmax(A)·(X W_v) = (softmax(A)·X) W_v; likewise in the other
+direction. Each projection is thereby applied to 8 tokens instead of 4096. Per region only products
+of X with 8 tokens × heads remain.
 
-In the first layer X = E + M W + b, where E is the image's embedding and M the 16 channels of the
-class's mask prompt. There the projections of E are made once an image, and a region pays for 16
+In the first layer X = E + M W + b, with E the image's embedding and M the 16 channels of the
+class's mask prompt. The projections of E are computed once per image, and each region needs 16
 channels instead of 256.
 """
 
@@ -46,13 +46,13 @@ _CPU_TILE = 512
 
 
 class FastMaskDecoder:
-    """Decodes box, point and mask prompts as segment-anything does, single-mask output.
+    """Decodes box, point and mask prompts like segment-anything, with single-mask output.
 
-    Weights stay the module's own: what is derived from them is made at the first call, and made
-    again once they changed or moved. What belongs to an image is kept while calls bring the same
-    embedding tensor, and what belongs to its mask prompts while they bring the same ``masks``
-    (`Prompts.chunk` does). Under inference mode torch does not count in-place changes, so there a
-    caller must not write into either between calls.
+    The weights are those of the module: tensors derived from them are computed at the first call,
+    and again after the weights have changed or moved. Tensors of an image are kept for calls with
+    the same embedding tensor, and those of its mask prompts for calls with the same ``masks`` (as
+    from `Prompts.chunk`). In inference mode torch does not count in-place changes, so a caller must
+    not write into either between calls.
 
     Args:
         sam: The model. `supports` must hold for it whenever the decoder is called.
@@ -74,14 +74,14 @@ class FastMaskDecoder:
         return {**self.__dict__, "_memo": None}
 
     def drop_derived(self) -> None:
-        """Drop what is kept between calls."""
+        """Drop the tensors kept between calls."""
         self._memo = None
 
     @torch.no_grad()
     def __call__(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Decode N ≥ 1 prompts on one image.
 
-        Matrix products follow a surrounding autocast; the prompts are encoded in float32.
+        Matrix products follow an enclosing autocast; the prompts are encoded in float32.
 
         Args:
             embedding: (1, C, h, w) float32.
@@ -132,7 +132,7 @@ class FastMaskDecoder:
         ):
             queries, keys = _later_layer(layer, queries, tokens, keys, pe_keys, pe_queries)
 
-        # Of the final tokens only those of IoU and of the single mask are read.
+        # Only the final tokens of IoU and of the single mask are used.
         queries = queries[:, :2]
         attention = decoder.transformer.final_attn_token_to_image
         queries = queries + attend_to_image(
@@ -153,7 +153,7 @@ class FastMaskDecoder:
     def _first_layer(
         self, layer: TwoWayAttentionBlock, tokens: Tensor, image: ImageSide, masks: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Run the layer whose image side is the embedding plus a class's mask prompt.
+        """Run the first layer, whose image tokens are the embedding plus a class's mask prompt.
 
         Args:
             layer: The layer; its self attention has no positional encoding.
@@ -182,7 +182,7 @@ class FastMaskDecoder:
         k = project(attention.k_proj, queries + tokens, attention) * query_scale(attention)
         scores = folded_scores(k, image.queries, attention.q_proj.weight @ last, masks)
         weights = softmax_over_tokens(scores, attention)
-        # The mask prompt's own share of X rides along as 16 more rows.
+        # The mask prompt's part of X is appended as 16 more rows.
         weights = torch.cat([weights, masks], dim=1)
         outputs = token_outputs(attention, queries)
         outputs = torch.cat([outputs, last.T.to(outputs.dtype).expand(len(outputs), -1, -1)], dim=1)
@@ -194,7 +194,8 @@ class FastMaskDecoder:
     ) -> Tensor:
         """Upscale image tokens fourfold and mix their channels into one mask.
 
-        A transposed convolution whose stride is its kernel's size is a matrix product a token.
+        A transposed convolution with a stride equal to its kernel's size is one matrix product per
+        token.
 
         Args:
             keys: (N, T, C) image tokens.
@@ -222,14 +223,14 @@ class FastMaskDecoder:
         return mask.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, 4 * height, 4 * width)
 
     def _recall_masks(self, embedding: Tensor, prompts: Prompts) -> tuple[Memo, Tensor]:
-        """Return the constant sides of a call with masks, and its masks' channels, (N, 16, T)."""
+        """Return the constant parts of a call with masks, and its masks' channels, (N, 16, T)."""
         if prompts.masks is None or prompts.mask_index is None:
             raise ValueError("prompts must have masks, got None")
         memo = self._recall(embedding, prompts.masks)
         return memo, memo.mask_channels[prompts.mask_index]
 
     def _recall(self, embedding: Tensor, masks: Tensor) -> Memo:
-        """Return the constant sides of this call, computed again if an input has changed."""
+        """Return the constant parts of this call, recomputed if an input has changed."""
         device = embedding.device
         dtype = torch.float32
         if torch.is_autocast_enabled(device.type):
@@ -250,7 +251,7 @@ class FastMaskDecoder:
             else:
                 channels = self._prompt_encoder.mask_downscaling[:-1](masks[:, None])
                 mask_channels = channels.flatten(2).to(dtype)
-        # A new memo instead of a changed one: another thread may be reading the old.
+        # A new memo instead of a changed one: another thread may be reading the old one.
         self._memo = Memo(state, model, own, image, own_masks, mask_channels)
         return self._memo
 
@@ -277,7 +278,7 @@ class FastMaskDecoder:
         )
 
     def _dense_bias(self) -> Tensor:
-        """Return (C,), what the dense prompt adds to every image token."""
+        """Return (C,), the dense prompt's bias, which is added to every image token."""
         return self._prompt_encoder.mask_downscaling[-1].bias
 
     def _image_side(self, embedding: Tensor) -> ImageSide:
@@ -329,8 +330,8 @@ _KNOWN |= {nn.ModuleList, nn.Sequential, nn.GELU, nn.ReLU}
 def supports(sam: Sam) -> bool:
     """Return whether the algebra holds for a model's prompt encoder and mask decoder.
 
-    It does for segment-anything's own classes in float32. Subclasses, replaced layers (adapters,
-    quantization) and hooks do things in a forward pass that this code would not.
+    It holds for segment-anything's own classes in float32. Subclasses, replaced layers (adapters,
+    quantization) and hooks may change the forward pass.
     """
     parts = (sam.prompt_encoder, sam.mask_decoder)
     for module in (module for part in parts for module in part.modules()):

@@ -15,13 +15,13 @@ from lightning_samrefine.models.fingerprint import Identity
 
 @dataclass(frozen=True)
 class ModelSide:
-    """Products of the weights alone: T image tokens, H heads of d channels.
+    """Products that depend on the weights only: T image tokens, H heads of d channels.
 
     Attributes:
-        pe_keys: One (H, d, T) for each attention to the image after the first layer, the last
-            being the final attention: the positional encoding as keys.
-        pe_queries: One (H, d, T) for each attention from the image after the first layer: the
-            positional encoding as queries, with the queries' bias.
+        pe_keys: One (H, d, T) for each attention to the image after the first layer, including the
+            final attention: keys of the positional encoding.
+        pe_queries: One (H, d, T) for each attention from the image after the first layer: queries
+            of the positional encoding, with their bias.
         up1: (4 · C/4, C), the first transposed convolution as a matrix.
         up1_bias: (4 · C/4,).
         up2: (4 · C/8, C/4), the second one.
@@ -38,15 +38,15 @@ class ModelSide:
 
 @dataclass(frozen=True)
 class ImageSide:
-    """Products of an image; the bias of the mask prompt's last layer is in all.
+    """Products of an image; all include the bias of the mask prompt's last layer.
 
-    Prompts on several images have N of each, see `beside`.
+    For prompts on several images there are N of each, see `beside`.
 
     Attributes:
         tokens: (1, T, C), the embedding E.
-        keys: (H, d, T), with positional encoding, as the first layer's keys without bias.
-        values: (H, T, d), as its values with bias.
-        queries: (H, d, T), with positional encoding, as its queries with bias.
+        keys: (H, d, T), the first layer's keys with positional encoding, without bias.
+        values: (H, T, d), its values with bias.
+        queries: (H, d, T), its queries with positional encoding and bias.
     """
 
     tokens: Tensor
@@ -60,7 +60,7 @@ Side = TypeVar("Side", ModelSide, ImageSide)
 
 @dataclass(frozen=True)
 class Memo:
-    """The constant sides of the latest call, and the identity of their inputs."""
+    """The constant parts of the latest call, and the identity of their inputs."""
 
     state: tuple[Any, ...]
     model: ModelSide
@@ -74,7 +74,7 @@ def beside(memos: Sequence[Memo], prompts: Sequence[Prompts]) -> ImageSide:
     """Return the image sides of several images, each repeated for every one of its prompts.
 
     Returns:
-        (N, T, C) tokens, and as many keys, values and queries, N the count of all prompts.
+        (N, T, C) tokens, and N keys, values and queries, with N the number of all prompts.
     """
 
     def rows(name: str) -> Tensor:
@@ -89,7 +89,7 @@ def beside(memos: Sequence[Memo], prompts: Sequence[Prompts]) -> ImageSide:
 
 
 def cast(side: Side, dtype: torch.dtype) -> Side:
-    """Return a side with its tensors in the type that the matrix products run in."""
+    """Return a side with its tensors in the dtype of the matrix products."""
 
     def convert(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         return [v.to(dtype) for v in value] if isinstance(value, list) else value.to(dtype)

@@ -1,4 +1,4 @@
-"""Image encoders' forward passes with the same weights, the same output and less work."""
+"""Faster forward passes of image encoders, with the same weights and the same output."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from lightning_samrefine.models.fingerprint import all_weights, stamp
 from lightning_samrefine.models.tiny import TinyImageEncoder
 from lightning_samrefine.models.tiny_vit import TinyVitEncoder
 
-# Elements of an intermediate on the CPU. Larger blocks come from the system anew every time
-# (glibc's mmap threshold ends at 32 MiB), and their page faults cost as much as the arithmetic.
+# Maximum number of elements of an intermediate on the CPU. Larger blocks are requested from the
+# system every time (glibc's mmap threshold ends at 32 MiB), and their page faults cost as much as
+# the arithmetic.
 _CPU_ELEMENTS = 2**22
 
 
 class FastImageEncoder:
-    """Calls an image encoder the fast way, or as it is if no fast way is known.
+    """Runs a fast forward pass of an image encoder, or its own if there is no fast one.
 
-    - segment-anything's `ImageEncoderViT`: scores never exist for more than a slice of one head,
-      padding is never projected, and additions happen in place. No weight is copied.
+    - segment-anything's `ImageEncoderViT`: scores are computed in slices of one head, padding is
+      not projected, and additions are in place. No weight is copied.
     - `TinyVitEncoder` and `TinyImageEncoder`: batch normalizations are folded into a copy of the
       convolutions, made at the first call and again after the weights have moved or changed.
 
-    The module, its hooks aside, is neither changed nor kept from being used directly.
+    The module is not changed and can still be called directly; the fast passes ignore its hooks.
 
     Args:
         encoder: The module, in eval mode.
@@ -56,9 +57,9 @@ class FastImageEncoder:
     def __call__(self, images: Tensor) -> Tensor:
         """Embed (B, 3, S, S) float, normalized and padded, as (B, D, h_e, w_e).
 
-        The type is what the module's own forward returns, under autocast too.
+        The dtype is that of the module's own forward, also under autocast.
         """
-        # An exact type: a subclass may have a forward of its own.
+        # The exact type: a subclass may override forward.
         kind = type(self.encoder)
         if kind is ImageEncoderViT:
             return _vit(self.encoder, images)
@@ -69,7 +70,7 @@ class FastImageEncoder:
         return self.encoder(images)
 
     def _without_batch_norm(self) -> nn.Module:
-        """Return the folded copy, made again if the module's weights have changed."""
+        """Return the folded copy, recomputed if the module's weights have changed."""
         fingerprint = stamp(all_weights(self.encoder))
         if self._folded is None or fingerprint != self._fingerprint:
             self._folded = _fold_batch_norms(copy.deepcopy(self.encoder))
@@ -136,7 +137,7 @@ def _vit_attention(block: Block, x: Tensor) -> Tensor:
         by_row, by_column = relative_positions(query.unflatten(2, (rows, columns)), *rel_pos)
         return (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
 
-    # The windows are padded with zeros after the norm, and such tokens are keys all the same.
+    # The windows are padded with zeros after the norm, and padded tokens are keys as well.
     padding = attn.qkv(x.new_zeros(1, x.shape[-1])).view(3, attn.num_heads, -1)
     return window_attention(qkv, padding, window, bias)
 
@@ -144,8 +145,8 @@ def _vit_attention(block: Block, x: Tensor) -> Tensor:
 def _relative_embeddings(side: int, table: Tensor) -> Tensor:
     """Return (side, side, d), the embedding of each query's position relative to each key's.
 
-    segment-anything's `get_rel_pos` indexes with a CPU tensor, which makes the CPU wait for a GPU
-    twice a block.
+    segment-anything's `get_rel_pos` indexes with a CPU tensor, which synchronizes with the GPU
+    twice per block.
 
     Args:
         side: Number of queries and of keys along one axis.
@@ -167,7 +168,7 @@ def _add_mlp(x: Tensor, norm: nn.Module, first: nn.Linear, act: nn.Module, last:
 
 
 def _rows_at_once(device: torch.device, rows: int, elements: int) -> int:
-    """Return the number of rows, of the given number of elements each, to compute together."""
+    """Return the number of rows to compute together, with ``elements`` elements each."""
     return max(1, min(rows, _CPU_ELEMENTS // elements)) if device.type == "cpu" else rows
 
 
@@ -194,7 +195,7 @@ def _neck(neck: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def _tiny_vit(encoder: TinyVitEncoder, images: Tensor) -> Tensor:
-    """Run `TinyVitEncoder.forward` with channels last; its batch norms are folded already."""
+    """Run `TinyVitEncoder.forward` with channels last and folded batch norms."""
     backbone = encoder.backbone
     stem = backbone.patch_embed
     x = _activate(stem.act, stem.conv1(images.contiguous(memory_format=torch.channels_last)))
@@ -219,7 +220,7 @@ def _convolve(layer: ConvNorm, x: Tensor) -> Tensor:
 
 
 def _inverted_bottleneck(block: MBConv, x: Tensor) -> Tensor:
-    """Run the block in bands of rows; a band's 3×3 convolution needs a row more on each side."""
+    """Run the block in bands of rows; a 3×3 convolution needs one more row on each side."""
     batch, height, width, _ = x.shape
     rows = _rows_at_once(x.device, height, batch * width * block.conv1.conv.out_channels)
     out = torch.empty_like(x)
@@ -246,7 +247,7 @@ def _tiny_vit_block(block: TinyVitBlock, x: Tensor) -> Tensor:
     # Padded before the norm here, so a padded token is the norm of zeros.
     padding = attn.qkv(attn.norm(x.new_zeros(1, x.shape[-1])))
     padding = padding.view(attn.num_heads, 3, attn.key_dim)
-    # Three dimensions would send the attention to the kernel that materializes everything.
+    # With three dimensions torch would select the attention kernel that materializes all scores.
     biases = attn.get_attention_biases(x.device)[None].unflatten(2, (window, window))
 
     def bias(query: Tensor, rows: int, columns: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Attention between few tokens and SAM's image tokens, projections folded onto the few.
+"""Attention between few tokens and SAM's image tokens, with all projections applied to the few.
 
 With X the image tokens and W_k a head's key weights, q·(X W_k)ᵀ = (q W_kᵀ)·Xᵀ, and likewise for
-values, queries and outputs: no image token is ever projected.
+values, queries and outputs: image tokens are never projected.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 def attend_to_image(attention: Attention, q: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
     """Attend from tokens to image tokens.
 
-    The bias of the keys adds the same to all scores of a query, so softmax removes it; that of
-    the values passes through, for softmax sums to 1.
+    The bias of the keys adds the same value to all scores of a query, so softmax cancels it; that
+    of the values is added once, because softmax sums to 1.
 
     Args:
         attention: The weights.
@@ -40,11 +40,11 @@ def folded_scores(x: Tensor, constant: Tensor, weight: Tensor, channels: Tensor)
     """Return (N, H · P, T) scores of tokens against the image: x·constant + (x·weight)·channels.
 
     Args:
-        x: (N, H, P, d), the tokens' side, scaled.
-        constant: (H, d, T), the part of the image's side that the prompts share; (N, H, d, T)
-            if they do not share it.
-        weight: (H · d, K), projects the part that they do not share.
-        channels: (N, K, T), that part.
+        x: (N, H, P, d), the projected tokens, scaled.
+        constant: (H, d, T), the part of the image tokens shared by the prompts; (N, H, d, T) for
+            prompts on several images.
+        weight: (H · d, K), projection of the part that is not shared.
+        channels: (N, K, T), the part that is not shared.
     """
     return torch.baddbmm(per_head(x, constant).flatten(1, 2), fold(x, weight), channels)
 
@@ -56,9 +56,9 @@ def softmax_over_tokens(scores: Tensor, attention: Attention) -> Tensor:
 
 
 def token_outputs(attention: Attention, queries: Tensor) -> Tensor:
-    """Return (N, H · P, C), the output of an image token that attends to one token alone.
+    """Return (N, H · P, C), the output of an image token that attends to one token only.
 
-    The bias of the output goes to the first head: there, too, the weights sum to 1.
+    The bias of the output is added to the first head, whose weights sum to 1 as well.
     """
     v = project(attention.v_proj, queries, attention)
     outputs = fold(v, attention.out_proj.weight.T).unflatten(1, (attention.num_heads, -1))
@@ -68,7 +68,7 @@ def token_outputs(attention: Attention, queries: Tensor) -> Tensor:
 
 
 def query_scale(attention: Attention) -> float:
-    """Return 1 / √d, d the channels of a head."""
+    """Return 1 / √d, with d the channels of a head."""
     return 1 / math.sqrt(attention.internal_dim // attention.num_heads)
 
 
@@ -88,9 +88,9 @@ def unfold(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def per_head(x: Tensor, matrices: Tensor) -> Tensor:
-    """Multiply (N, H, P, K) by (H, K, L), one matrix a head for all N: (N, H, P, L).
+    """Multiply (N, H, P, K) by (H, K, L), one matrix per head for all N: (N, H, P, L).
 
-    Or by (N, H, K, L), one matrix a head for each of the N.
+    Or by (N, H, K, L), one matrix per head and prompt.
     """
     if matrices.ndim == 4:
         return x @ matrices

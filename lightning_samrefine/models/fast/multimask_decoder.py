@@ -1,8 +1,8 @@
 """SAM's masks for prompts without a mask prompt, by the algebra of `fast.decoder`.
 
-Without a mask prompt all prompts of an image share the same image tokens, so the whole image side
-of the first layer is computed once. The three multimask outputs differ in their last product
-alone: all four masks cost little more than one.
+Without a mask prompt all prompts of an image share the same image tokens, so the products of the
+image in the first layer are computed once. The three multimask outputs differ only in their last
+product: all four masks cost little more than one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SINGLE, _MULTI = slice(0, 1), slice(1, 4)  # of SAM's four mask tokens
 
 
 class FastMultimaskDecoder(FastMaskDecoder):
-    """Decodes points, boxes or both as segment-anything does without a mask prompt.
+    """Decodes points, boxes or both like segment-anything without a mask prompt.
 
     Values kept between calls, and the restriction on callers, are as in `FastMaskDecoder`.
     """
@@ -40,7 +40,7 @@ class FastMultimaskDecoder(FastMaskDecoder):
     _empty_masks: Tensor | None = None
 
     def drop_derived(self) -> None:
-        """Drop what is kept between calls."""
+        """Drop the tensors kept between calls."""
         super().drop_derived()
         self._empty_masks = None
 
@@ -119,7 +119,7 @@ class FastMultimaskDecoder(FastMaskDecoder):
         return self._upscale_all(keys, mixing, model, height, width).float(), pred_iou.float()
 
     def _no_masks(self, embedding: Tensor) -> Tensor:
-        """Return one and the same empty stack of mask prompts for `_recall` to recognize."""
+        """Return the same empty stack of mask prompts in every call, for reuse in `_recall`."""
         empty = self._empty_masks
         if empty is None or empty.device != embedding.device:
             side = self._prompt_encoder.mask_input_size
@@ -183,7 +183,7 @@ class FastMultimaskDecoder(FastMaskDecoder):
                 x = F.linear(tile, model.up1, model.up1_bias).unflatten(-1, (4, -1))
                 x = first_act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
                 x = second_act(F.linear(x, model.up2, model.up2_bias))
-                # (..., 16 · tile, C/8): each token has 2×2 pixels, each of these 2×2 again.
+                # (..., 16 · tile, C/8): each token has 2×2 pixels, and each of these 2×2 again.
                 x = x.unflatten(-1, (4, -1)).flatten(-4, -2)
                 parts.append((x @ mixing[n].to(x.dtype)).flatten())
         logits = torch.cat(parts).view(count, height, width, 2, 2, 2, 2, masks)

@@ -1,10 +1,10 @@
-"""Positional encodings of clicks, boxes and image tokens, as segment-anything computes them.
+"""Positional encodings of clicks, boxes and image tokens, equal to segment-anything's.
 
-Two things differ from its code. Every click is positive, so no boolean index makes the CPU wait for
-the GPU. And coordinates meet the random matrix element by element: as a matrix product TF32 would
-round them to ten bits, which moves a click by pixels, wherever
-``torch.set_float32_matmul_precision("high")`` is set. `exact_coordinates` makes other models' own
-prompt encoders do the same.
+Two differences to its code: every click is positive, so there is no boolean index, which would
+synchronize with the GPU. And coordinates are multiplied by the random matrix element by element: in
+a matrix product TF32 would round them to ten bits if
+``torch.set_float32_matmul_precision("high")`` is set, which moves a click by pixels.
+`exact_coordinates` does the same in the prompt encoders of other models.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def prompt_tokens(encoder: PromptEncoder, points: Tensor | None, boxes: Tensor |
     """Return the sparse prompt embeddings of N prompts.
 
     Args:
-        encoder: Its random matrix and embeddings.
+        encoder: Its random matrix and embeddings are used.
         points: (N, 2) float32 XY in the model's input frame, one positive click for each prompt.
         boxes: (N, 4) float32 XYXY in the same frame. One of the two may be None.
 
@@ -41,7 +41,7 @@ def prompt_tokens(encoder: PromptEncoder, points: Tensor | None, boxes: Tensor |
         click = _encode(encoder.pe_layer, _relative(points[:, None], height, width))
         tokens.append(click + encoder.point_embeddings[1].weight)
     if boxes is None:
-        assert points is not None  # `Prompts` has one of the two
+        assert points is not None  # `Prompts` has at least one of the two
         padding = encoder.not_a_point_embed.weight
         tokens.append(padding.expand(len(points), 1, -1))
     else:
@@ -62,13 +62,13 @@ def dense_encoding(encoder: PromptEncoder) -> Tensor:
 
 @contextmanager
 def exact_coordinates(device: torch.device) -> Iterator[None]:
-    """Let a model's own prompt encoder multiply coordinates in float32, whatever is set.
+    """Make a model's own prompt encoder multiply coordinates in float32, whatever is set.
 
-    TF32 is a setting of the whole process, so products over two elements are replaced; no layer of
-    a promptable model has them but this one. Autocast is switched off.
+    TF32 is a setting of the whole process, so products over two elements are replaced; only this
+    layer of a promptable model has them. Autocast is switched off.
 
     Args:
-        device: Where the model is.
+        device: Device of the model.
     """
     with autocast(None, device), _ElementwiseProducts():
         yield
@@ -94,7 +94,7 @@ def _project(coordinates: Tensor, matrix: Tensor) -> Tensor:
 
 def _relative(points: Tensor, height: int, width: int) -> Tensor:
     """Return pixel centers as fractions of the input's sides."""
-    # As sides of Python numbers: a tensor of them would have to be uploaded.
+    # Python numbers instead of a tensor, which would have to be uploaded.
     x, y = (points + 0.5).unbind(dim=-1)
     return torch.stack([x / width, y / height], dim=-1)
 
