@@ -1,4 +1,4 @@
-"""Whether refinement computes on this machine what it computes elsewhere, at what cost."""
+"""Checks that refinement gives the same labels on this machine's device as on its CPU."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from lightning_samrefine.utils.device import synchronize
 from lightning_samrefine.utils.machine import default_device, describe_machine, describe_versions
 from lightning_samrefine.utils.precision import choose_precision
 
-AGREEMENT = 0.999  # the least share of pixels with equal labels
+AGREEMENT = 0.999  # minimum share of pixels with equal labels
 IMAGES = 6
 SIZE = 256  # pixels a side
-_SECONDS = 12.0  # of one model's reference run, after which no further image is taken
-_SEED = 4242  # of scenes that neither the tiny SAM nor the demonstration has seen
+_SECONDS = 12.0  # of a model's reference run, after which it stops
+_SEED = 4242  # scenes unused in the tiny SAM's training and in the demonstration
 _CELL = 16  # pixels; raw predictions are averages over such squares
 
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What one SAM did on the check's images.
+    """Results of one SAM on the check's images.
 
     Attributes:
         sam: Name of the model.
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``, that of its autocast.
-        reason: Why this precision.
+        reason: Reason of this precision.
         images: Number of images refined.
-        device_agreement: Share of pixels, in [0, 1], whose labels on the device equal those of
-            the CPU, both in float32; None where the device is the CPU.
-        precision_agreement: The same of the precision chosen against float32, on the device; None
-            where the precision chosen is float32.
-        cached_agreement: The same of labels from cached embeddings against the first ones.
-        changed: Share of pixels, in [0, 1], whose labels refinement changed.
+        device_agreement: Share of pixels, in [0, 1], with equal labels on the device and on the
+            CPU, both in float32; None if the device is the CPU.
+        precision_agreement: The same for the chosen precision and float32, on the device; None if
+            the chosen precision is float32.
+        cached_agreement: The same for cached and new embeddings.
+        changed: Share of pixels, in [0, 1], with labels changed by refinement.
         accepted: Number of regions whose predicted IoU passed the threshold.
         regions: Number of regions.
-        cold_seconds: Mean time of an image that is new, the first one left out.
-        cached_seconds: Mean time of an image whose embedding is in the cache.
-        peak_memory: In bytes, None where it could not be measured: on CUDA the most that tensors
-            took at once, on MPS what the driver holds, else the most that the process ever had.
-        failure: Why the model failed the check, None where it passed.
+        cold_seconds: Mean time of a new image, except the first.
+        cached_seconds: Mean time of an image with a cached embedding.
+        peak_memory: In bytes, None if it could not be measured: on CUDA the peak of allocated
+            tensors, on MPS the driver's memory, else the peak of the process.
+        failure: Why the model failed the check, None if it passed.
     """
 
     sam: str
@@ -78,9 +78,9 @@ class CheckResult:
     Attributes:
         versions: By package.
         machine: By name, such as ``"CPU"`` and ``"device"``.
-        device: Where SAM ran.
-        models: The tiny SAM, and yours where one was given.
-        seconds: What the check took.
+        device: Device that SAM ran on.
+        models: The tiny SAM, and yours if given.
+        seconds: Duration of the check.
     """
 
     versions: Mapping[str, str]
@@ -124,34 +124,34 @@ def check(
     precision: str = "auto",
     device: str | torch.device | None = None,
 ) -> CheckResult:
-    """Refine procedural scenes on this machine, and compare what its device and CPU give.
+    """Refine procedural scenes on this machine, and compare the labels of its device and CPU.
 
-    Runs the tiny SAM of the package, and yours where one is given, in under a minute: a model that
-    is slow on the CPU refines fewer images, one at the least. A model passes where the labels of at
-    least 99.9% of pixels are equal on the device and on the CPU, in the precision chosen and in
-    float32, and with cached embeddings and without.
+    Runs the tiny SAM of the package, and yours if given, in under a minute: a model that is slow on
+    the CPU refines fewer images, at least one. A model passes if the labels of at least 99.9% of
+    pixels are equal on the device and on the CPU, in the chosen precision and in float32, and with
+    cached and new embeddings.
 
     Args:
         sam: Another model to check: a name for `load_sam`, or a `Promptable`; None for the tiny
-            SAM alone.
+            SAM only.
         checkpoint: Its weights, see `load_sam`.
-        refine: Thresholds, as for `SAMRefineCallback`; for yours and for the tiny SAM. Those of
-            single classes do not apply to the scenes' and are left out.
+        refine: Thresholds, as for `SAMRefineCallback`; for yours and for the tiny SAM. Thresholds
+            of single classes are ignored: the scenes have other classes.
         precision: As for `Refiner`.
-        device: Where SAM runs; None takes CUDA or MPS where there is one, the CPU elsewhere.
+        device: Device for SAM; None for CUDA or MPS if available, else the CPU.
 
     Returns:
-        The outcome. An error while a model refines is a failure in it, and is not raised.
+        The outcome. An error while a model refines is recorded as a failure, not raised.
 
     Raises:
         ValueError: An unknown name or precision, a checkpoint without a model, or a device that
             torch does not know or have.
-        FileNotFoundError: No checkpoint there.
+        FileNotFoundError: ``checkpoint`` does not exist.
         TypeError: An argument of a wrong type.
     """
     started = time.perf_counter()
     if sam is None and checkpoint is not None:
-        raise ValueError(f"checkpoint: must be None without a sam, got {str(checkpoint)!r}")
+        raise ValueError(f"checkpoint must be None without a sam, got {str(checkpoint)!r}")
     check_sam("tiny" if sam is None else sam, checkpoint, precision)
     config = replace(parse_refine(refine), classes=None, class_pred_iou_thresh=None)
     place = default_device() if device is None else _usable(device)
@@ -191,7 +191,7 @@ def _usable(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"device: must be one that torch can use here, got {str(device)!r} ({reason})"
+            f"device must be one that torch can use here, got {str(device)!r} ({reason})"
         ) from error
 
 
@@ -212,7 +212,7 @@ def _check_model(
     try:
         _measure(sam, config, precision, device, dtype, facts)
     except Exception as error:
-        # Whatever a machine raises is what the check is there to report.
+        # Any error of the machine is a result of the check.
         facts["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     else:
         facts["failure"] = _failure(facts, device, needs_accepted)
@@ -229,9 +229,9 @@ def _measure(
     dtype: torch.dtype | None,
     facts: dict[str, Any],
 ) -> None:
-    """Refine the images in every way that is compared; `facts` gets a field of `ModelCheck` each.
+    """Refine the images on both devices and in both precisions, and fill ``facts``.
 
-    What was found before an error stays in it.
+    Its keys are fields of `ModelCheck`. After an error the fields filled so far remain.
     """
     scenes = [make_scene(_SEED, index, SIZE) for index in range(IMAGES)]
     samples = [(scene.image, raw_prediction(scene.labels)) for scene in scenes]
@@ -261,7 +261,7 @@ def _measure(
     facts["changed"] = 1 - agreement(labels, [probs.argmax(dim=0) for _, probs in samples])
     facts["regions"] = sum(len(one.regions) for one in chosen)
     facts["accepted"] = sum(int(one.regions.accepted.sum()) for one in chosen)
-    # The first image also pays for what the device sets up once.
+    # The first image includes the one-time set-up of the device.
     facts["cold_seconds"] = sum(cold[1:] or cold) / len(cold[1:] or cold)
     facts["cached_seconds"] = sum(warm) / len(warm)
 
@@ -269,7 +269,7 @@ def _measure(
 def _refine_all(
     refiner: Refiner, samples: Sequence[tuple[Tensor, Tensor]], seconds: float = float("inf")
 ) -> tuple[list[Refinement], list[float]]:
-    """Refine images one by one, the first whatever it takes; return each one's seconds, too."""
+    """Refine images until ``seconds`` have passed, at least one; return their times as well."""
     device = refiner.sam.device
     refined: list[Refinement] = []
     times: list[float] = []
@@ -299,7 +299,7 @@ def _peak_memory(device: torch.device) -> int | None:
 
 
 def _failure(facts: Mapping[str, Any], device: torch.device, needs_accepted: bool) -> str | None:
-    """Return what is wrong with the figures, None for nothing."""
+    """Return why the check failed, None if it passed."""
     compared = {
         "device_agreement": f"on {device} as on the CPU, in float32",
         "precision_agreement": f"in {facts['precision']} as in float32",
@@ -311,7 +311,7 @@ def _failure(facts: Mapping[str, Any], device: torch.device, needs_accepted: boo
         if facts.get(name) is not None and facts[name] < AGREEMENT
     ]
     if needs_accepted and not facts["accepted"] and facts["changed"] == 0:
-        wrong.append("nothing was refined, so that equal labels mean nothing")
+        wrong.append("nothing was refined, so equal labels prove nothing")
     return " and ".join(wrong) or None
 
 

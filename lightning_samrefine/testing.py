@@ -1,4 +1,4 @@
-"""Does a model of yours follow the `Promptable` protocol? Checks to run in your own tests.
+"""Conformance checks of the `Promptable` protocol, to run on your model in your own tests.
 
 Example::
 
@@ -13,7 +13,7 @@ or one test for each of `CHECKS`::
     def test_my_model(check):
         check(MyPromptable())
 
-Nothing here needs trained weights, but a model whose output ignores the prompt does not pass.
+No check needs trained weights, but a model whose output ignores the prompt fails.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def check_promptable(sam: Promptable) -> None:
     """Run all of `CHECKS` on a model.
 
     Raises:
-        AssertionError: At least one failed; the message lists every one that did.
+        AssertionError: At least one failed; the message lists every failed check.
     """
     failures = []
     for check in CHECKS:
         try:
             check(sam)
-        except Exception as error:  # a crash inside the model is a finding like any other
+        except Exception as error:  # a crash inside the model is a failed check as well
             failures.append(f"{check.__name__}: {type(error).__name__}: {error}")
     _require(not failures, "\n".join([f"{len(failures)} checks failed", *failures]))
 
@@ -66,16 +66,19 @@ def check_members(sam: Promptable) -> None:
         raise AssertionError(
             "; ".join([str(error), *(f"lacks {name}" for name in missing)])
         ) from None
-    _require(isinstance(sam.name, str) and sam.name != "", f"name is {sam.name!r}, no text")
+    _require(
+        isinstance(sam.name, str) and sam.name != "",
+        f"name must be a non-empty string, got {sam.name!r}",
+    )
     for name in ("image_size", "mask_size"):
         value = getattr(sam, name)
-        _require(type(value) is int and value > 0, f"{name} is {value!r}, no positive int")
-    _require(isinstance(sam.module, torch.nn.Module), "module is no torch module")
+        _require(type(value) is int and value > 0, f"{name} must be a positive int, got {value!r}")
+    _require(isinstance(sam.module, torch.nn.Module), "module must be a torch.nn.Module")
     devices = {parameter.device for parameter in sam.module.parameters()}
     _require(devices <= {sam.device}, f"device is {sam.device}, the weights are on {devices}")
     for name in ("accepts_masks", "accepts_points", "has_multimask_output"):
         declared = getattr(sam, name, True)
-        _require(isinstance(declared, bool), f"{name} is {declared!r}, no bool")
+        _require(isinstance(declared, bool), f"{name} must be a bool, got {declared!r}")
 
 
 def check_frozen(sam: Promptable) -> None:
@@ -96,7 +99,7 @@ def check_frames(sam: Promptable) -> None:
 
 
 def check_encode_images(sam: Promptable) -> None:
-    """Images of several sizes are encoded as each would be alone, and stay as they are."""
+    """Images of several sizes get the same embeddings together and alone, and are not changed."""
     images = [_image(sam, hw) for hw in _IMAGE_SIZES]
     copies = [image.clone() for image in images]
     together = _embed(sam, images)
@@ -130,7 +133,7 @@ def check_predict_masks(sam: Promptable) -> None:
 
 
 def check_prompts_matter(sam: Promptable) -> None:
-    """Another box, another point, and (where they are accepted) another mask change the output."""
+    """Another box, another point, and another mask, if accepted, change the output."""
     image_hw = _IMAGE_SIZES[0]
     (embedding,) = _embed(sam, [_image(sam, image_hw)])
     prompts = _prompts(sam, image_hw)
@@ -145,7 +148,7 @@ def check_prompts_matter(sam: Promptable) -> None:
 
 
 def check_multimask_output(sam: Promptable) -> None:
-    """Multimask output, unless declared missing, has three masks a prompt."""
+    """Multimask output, unless declared missing, has three masks per prompt."""
     if not has_multimask_output(sam):
         return
     image_hw = _IMAGE_SIZES[1]
@@ -159,7 +162,7 @@ def check_multimask_output(sam: Promptable) -> None:
 
 
 def check_predict_masks_jointly(sam: Promptable) -> None:
-    """`predict_masks_jointly`, if present, predicts what `predict_masks` does image by image."""
+    """`predict_masks_jointly`, if present, equals `predict_masks` of each image."""
     if not isinstance(sam, JointPromptable):
         return
     sizes = _IMAGE_SIZES[:2]
@@ -192,7 +195,7 @@ def check_postprocess_masks(sam: Promptable) -> None:
         expected[0] = _centered(image_hw[0], image_hw[0], sam.device)[:, None]
         expected[1] = _centered(image_hw[1], image_hw[1], sam.device)
         off = (upscaled - expected).abs().amax().item()
-        # A pixel of the mask may be several of the image, and bilinear edges are flat.
+        # One pixel of the mask may cover several of the image, and bilinear edges are flat.
         allowed = 1.5 / min(height, width)
         message = f"postprocess_masks moves a mask by {off:.3f} of an image of size {image_hw}"
         _require(off <= allowed, f"{message}, which mask_hw {(height, width)} does not explain")
@@ -249,7 +252,7 @@ def _prompts(sam: Promptable, image_hw: tuple[int, int]) -> Prompts:
 
 
 def _kinds(prompts: Prompts) -> Iterable[tuple[str, Prompts]]:
-    """Yield every combination of kinds that the refiner may prompt with."""
+    """Yield every combination of prompt types that the refiner uses."""
     boxes, points, masks, index = prompts.boxes, prompts.points, prompts.masks, prompts.mask_index
     if masks is not None:
         yield "boxes, points and masks", prompts
@@ -280,9 +283,9 @@ def _centered(length: int, extent: int, device: torch.device) -> Tensor:
 def _shaped(value: Tensor, shape: tuple[int, ...], what: str) -> None:
     right = isinstance(value, Tensor) and tuple(value.shape) == shape
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    _require(right, f"{what}: got {got}, accepted is a tensor of shape {shape}")
-    _require(value.dtype == torch.float32, f"{what}: got {value.dtype}, accepted is float32")
-    _require(bool(value.isfinite().all()), f"{what}: not finite")
+    _require(right, f"{what} must be a tensor of shape {shape}, got {got}")
+    _require(value.dtype == torch.float32, f"{what} must be float32, got {value.dtype}")
+    _require(bool(value.isfinite().all()), f"{what} must be finite, got NaN or infinity")
 
 
 def _close(found: Tensor, expected: Tensor, what: str) -> None:
@@ -296,6 +299,6 @@ def _few(names: list[str]) -> str:
 
 
 def _require(holds: bool, message: str) -> None:
-    # Not `assert`: python -O and pytest's rewriting of test modules alone would change it.
+    # Not `assert`, which python -O removes and which pytest rewrites in test modules only.
     if not holds:
         raise AssertionError(message)

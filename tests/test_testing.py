@@ -144,7 +144,7 @@ class WrongImage(SamPromptable):
 @pytest.mark.parametrize(
     ("cls", "check", "message"),
     [
-        (Nameless, "check_members", "name is ''"),
+        (Nameless, "check_members", "name must be a non-empty string, got ''"),
         (Training, "check_frozen", r"in training mode: module, .* call module\.eval\(\)"),
         (Learning, "check_frozen", "want gradients: mask_decoder"),
         (TooLarge, "check_frames", r"input_hw\(\(48, 48\)\) is \(128, 128\), not two ints in"),
@@ -153,7 +153,7 @@ class WrongImage(SamPromptable):
         (NoPoints, "check_predict_masks", "'NoneType' object has no attribute 'clone'"),
         (FirstPrompt, "check_prompts_matter", "two boxes, points and masks have one output"),
         (FirstPrompt, "check_predict_masks", "logits of prompt 1 of .* alone: .* apart"),
-        (KeepsChannel, "check_predict_masks", r"logits of .*: got \(3, 1, 32, 32\), accepted"),
+        (KeepsChannel, "check_predict_masks", r"logits of .* must be .*, got \(3, 1, 32, 32\)"),
         (MaskBlind, "check_prompts_matter", "mask prompts change nothing"),
         (TwoMasks, "check_multimask_output", r"got \(3, 2, 32, 32\)"),
         (
@@ -162,7 +162,7 @@ class WrongImage(SamPromptable):
             "logits of .* and those of each image: .* apart",
         ),
         (WrongFrame, "check_postprocess_masks", r"which mask_hw \(32, 32\) does not explain"),
-        (Half, "check_autocast", r"got torch\.bfloat16, accepted is float32"),
+        (Half, "check_autocast", r"must be float32, got torch\.bfloat16"),
     ],
 )
 def test_every_mistake_is_found_and_named(cls, check, message):

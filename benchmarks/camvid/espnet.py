@@ -209,8 +209,8 @@ def check_sides(name: str, image: Tensor, multiple: int) -> None:
     """
     if any(side % multiple for side in image.shape[-2:]):
         raise ValueError(
-            f"{name}: got height and width {tuple(image.shape[-2:])}, accepted are multiples of "
-            f"{multiple}"
+            f"{name}: height and width must be multiples of {multiple}, got "
+            f"{tuple(image.shape[-2:])}"
         )
 
 
@@ -247,7 +247,7 @@ class ESPNetSegmenter(LightningModule):
     ) -> None:
         super().__init__()
         if resolution not in ("full", "half"):
-            raise ValueError(f"resolution: got {resolution!r}, accepted are 'full' and 'half'")
+            raise ValueError(f"resolution must be 'full' or 'half', got {resolution!r}")
         if not Path(checkpoint).is_file():
             raise FileNotFoundError(f"checkpoint: no file at {checkpoint}")
         self.resolution = resolution
@@ -267,7 +267,7 @@ class ESPNetSegmenter(LightningModule):
             ValueError: a side that is no multiple of 8.
         """
         if image.dtype != torch.uint8:
-            raise TypeError(f"image: got {image.dtype}, accepted is torch.uint8 in R, G, B order")
+            raise TypeError(f"image must be torch.uint8 in R, G, B order, got {image.dtype}")
         x = image.flip(1).float()
         if self.resolution == "half":
             small = [side // 2 // SIDE_MULTIPLE * SIDE_MULTIPLE for side in image.shape[-2:]]

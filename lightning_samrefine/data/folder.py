@@ -1,4 +1,4 @@
-"""Folders of images, label maps and stored predictions that share their stems."""
+"""Folders of images, label maps and stored predictions, matched by file stem."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lightning_samrefine.data.samples import (
 )
 
 SPLITS = ("train", "val", "test", "predict")
-# The first split of a stage is the one that it cannot do without.
+# The first split of a stage is required.
 _STAGE_SPLITS = {
     "fit": ("train", "val"),
     "validate": ("val",),
@@ -49,7 +49,7 @@ _Orientation = Literal["keep", "turn", "undecided"]
 class FolderDataset(Dataset[Sample]):
     """Samples of one split, in the order of their stems.
 
-    Every file is found, and every size compared by header, on construction.
+    On construction all files are searched, and their sizes compared by their headers.
 
     Args:
         split: The folders.
@@ -57,9 +57,9 @@ class FolderDataset(Dataset[Sample]):
         ignore_index: Label value that means "not annotated", or ``None``; ``"auto"`` is 255.
 
     Raises:
-        FileNotFoundError: A folder or a file that is missing, with its stem.
-        ValueError: Files that do not fit together, or of more than 8 bits a channel, named; two
-            classes whose maps hold 0 and 255 alone; or more than 255 classes with
+        FileNotFoundError: A folder or a file is missing, with its stem.
+        ValueError: Files that do not fit together, or with more than 8 bits per channel; two
+            classes with maps of 0 and 255 only; or more than 255 classes with
             ``ignore_index="auto"``.
     """
 
@@ -108,7 +108,7 @@ class FolderDataset(Dataset[Sample]):
         return sample
 
     def _check_sizes(self, files: SampleFiles) -> tuple[int, int]:
-        """Return the size of an image, and note how it is turned."""
+        """Return the size of an image, and record its orientation."""
         header = read_header(files.image)
         shapes = {
             path: stored_array(path) if path.suffix == ".npz" else ("", image_hw(path))
@@ -116,7 +116,8 @@ class FolderDataset(Dataset[Sample]):
             if path is not None
         }
         sizes = {shape[-2:] for _, shape in shapes.values()}
-        # Of what belongs to an image its size shows whether it was made before or after turning.
+        # The size of the label map shows whether it was made before or after applying the EXIF
+        # orientation.
         as_stored = header.orientation == 1 or (
             sizes == {header.stored_hw} and not header.turned_by_pillow
         )
@@ -129,8 +130,8 @@ class FolderDataset(Dataset[Sample]):
                 if header.orientation != 1:
                     turned = f", whose EXIF orientation {header.orientation} turns it"
                 raise ValueError(
-                    f"{path}: got {what} {shape}, accepted is {expected}, the size of its image "
-                    f"{files.image.name}{turned}"
+                    f"{path} must have the size of its image {files.image.name}{turned}, "
+                    f"{expected}, got {what} {shape}"
                 )
         if header.orientation != 1 and shapes and header.stored_hw == header.upright_hw:
             self._orientations.append("undecided")
@@ -155,25 +156,25 @@ class FolderDataset(Dataset[Sample]):
 class FolderDataModule(LightningDataModule):
     """Images, label maps and optionally stored predictions from folders.
 
-    Each split is a mapping with the keys of `FolderSplit`; files of one sample share their stem.
-    Batches have the keys that `lightning_samrefine.data` names.
+    Each split is a mapping with the keys of `FolderSplit`; files of one sample have the same stem.
+    The keys of batches are those of `lightning_samrefine.data`.
 
     Args:
         num_classes: C. ``None`` takes it from ``class_names``.
         class_names: C names for tables and logs, or ``None``.
-        ignore_index: Label value that metrics leave out, or ``None``; ``"auto"`` is 255, and
-            refused where 255 is a class.
-        train: Shuffled; needed to fit only.
+        ignore_index: Label value that metrics ignore, or ``None``; ``"auto"`` is 255, and an error
+            if 255 is a class.
+        train: Training split, shuffled; required for fitting only.
         val: Validation split.
         test: Test split.
-        predict: Images to predict, no labels needed.
-        batch_size: 1 unless all images of a split have one size.
-        num_workers: Processes that load samples; 0 loads in the main one.
+        predict: Images to predict; labels are not needed.
+        batch_size: 1 unless all images of a split have the same size.
+        num_workers: Number of loader processes; 0 loads in the main process.
 
     Raises:
-        TypeError: A split that is no mapping, or has an unknown key.
-        ValueError: ``num_classes`` and ``class_names`` that disagree, or are both missing;
-            ``ignore_index="auto"`` where 255 is a class.
+        TypeError: A split that is not a mapping, or has an unknown key.
+        ValueError: ``num_classes`` and ``class_names`` disagree, or are both missing;
+            ``ignore_index="auto"`` if 255 is a class.
 
     Example::
 
@@ -197,16 +198,15 @@ class FolderDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if num_classes is None and not class_names:
-            raise ValueError("num_classes: not set, and neither is class_names; give one of them")
+            raise ValueError("num_classes or class_names must be set, got neither")
         if num_classes is None:
             num_classes = len(class_names or ())
         if class_names and len(class_names) != num_classes:
             raise ValueError(
-                f"class_names: got {len(class_names)} names, accepted are {num_classes}, "
-                f"as many as num_classes"
+                f"class_names must be num_classes={num_classes} names, got {len(class_names)}"
             )
         if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, accepted is an integer of at least 1")
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.num_classes = num_classes
         self.class_names = list(class_names) if class_names else None
         self.ignore_index = settle_ignore_index(ignore_index, num_classes)
@@ -225,13 +225,13 @@ class FolderDataModule(LightningDataModule):
         return self._splits[name] is not None
 
     def setup(self, stage: str) -> None:
-        """Find the files of the splits that a stage uses.
+        """Find the files of a stage's splits.
 
         Raises:
             MisconfigurationException: A split that the stage needs is not set.
             FileNotFoundError: Missing folders or files, with their stems.
-            ValueError: Files that do not fit together, or images of different sizes that a batch
-                size above 1 would have to stack.
+            ValueError: Files that do not fit together, or images of different sizes with a batch
+                size above 1.
         """
         names = _STAGE_SPLITS.get(stage, ())
         if names and not self.has_split(names[0]):
@@ -252,7 +252,7 @@ class FolderDataModule(LightningDataModule):
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
-        """Batches of the validation split; none where it is not set, as Lightning expects."""
+        """Batches of the validation split; an empty list if it is not set, as Lightning expects."""
         return self._loader("val") if self.has_split("val") else []
 
     def test_dataloader(self) -> DataLoader[Sample]:
@@ -274,10 +274,10 @@ class FolderDataModule(LightningDataModule):
 
 
 def _check_not_scaled(folder: Any, paths: Sequence[Path | None], hint: str = "") -> None:
-    """Refuse two classes stored as 0 and 255; the first map with a 1 in it settles the matter.
+    """Raise if two classes are stored as 0 and 255; reads maps until one holds a 1.
 
     Raises:
-        ValueError: 255 occurs, and 1 does not in any of the label maps.
+        ValueError: 255 occurs, and 1 occurs in none of the label maps.
     """
     scaled = False
     for path in paths:

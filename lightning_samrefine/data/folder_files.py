@@ -1,4 +1,4 @@
-"""Which files belong to a sample: images, label maps and stored predictions by their stems."""
+"""Matches images, label maps and stored predictions of a sample by their stems."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _SHOWN_NAMES = 5
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """Where one split lies.
+    """The folders of one split.
 
     Attributes:
-        images: Folder of 8-bit images (png, jpg, webp, bmp, tif), or of sub-folders of them: their
-            stems then begin with the sub-folder's, as in ``city/0001``, here and in the other
-            folders. An EXIF orientation is applied where the label map and the prediction have
-            the size of the turned image, or where there is neither.
+        images: Folder of 8-bit images (png, jpg, webp, bmp, tif), or of sub-folders with images:
+            stems then start with the sub-folder's name, as in ``city/0001``, here and in the other
+            folders. An EXIF orientation is applied if the label map and the prediction have the
+            size of the rotated image, or without either.
         labels: Folder of label maps: png of one channel, uint8, uint16 or palette indices.
-            ``None`` for images that are to be predicted only.
-        predictions: Folder of stored predictions, or ``None``: label maps (png; a value outside
-            [0, C) that is 255, 65535 or the ignore_index means "unknown", any other is an error)
-            or npz files with ``probs`` or ``logits``, (C, H, W).
-        stems: Text file with one stem a line, UTF-8 or UTF-16, or ``None`` for every image in the
+            ``None`` for prediction without labels.
+        predictions: Folder of stored predictions, or ``None``: label maps (png; the values 255,
+            65535 and the ignore_index outside [0, C) mean "unknown", any other is an error) or npz
+            files with ``probs`` or ``logits``, (C, H, W).
+        stems: Text file with one stem per line, UTF-8 or UTF-16, or ``None`` for every image in the
             folder.
     """
 
@@ -47,12 +47,12 @@ class FolderSplit:
         value: FolderSplit | Mapping[str, Any] | None,
         needed: Sequence[str] = ("images", "labels"),
     ) -> FolderSplit | None:
-        """Read a split's setting; one whose values are all ``None`` is no split.
+        """Convert a split's setting; None if all its values are ``None``.
 
         Args:
-            name: What an error calls it.
+            name: The split's name in errors.
             value: The setting.
-            needed: The folders that it cannot do without.
+            needed: The required folders.
 
         Raises:
             TypeError: Neither a mapping nor a `FolderSplit`, or an unknown key.
@@ -63,7 +63,7 @@ class FolderSplit:
         accepted = ", ".join(field.name for field in fields(cls))
         if not isinstance(value, FolderSplit):
             if not isinstance(value, Mapping) or set(value) - {f.name for f in fields(cls)}:
-                raise TypeError(f"{name}: got {value!r}, accepted is a mapping with {accepted}")
+                raise TypeError(f"{name} must be a mapping with {accepted}, got {value!r}")
             value = cls(**value)
         given = {field.name for field in fields(cls) if getattr(value, field.name) is not None}
         if not given:
@@ -79,7 +79,7 @@ class FolderSplit:
 
 @dataclass(frozen=True)
 class SampleFiles:
-    """The files of one sample; what a split does not have is None."""
+    """The files of one sample; None for a kind that the split does not have."""
 
     stem: str
     image: Path
@@ -91,8 +91,8 @@ def pair_files(split: FolderSplit) -> list[SampleFiles]:
     """Find the files of every sample of a split, in the order of its stems.
 
     Raises:
-        FileNotFoundError: A folder or a file that is missing, with its stem.
-        ValueError: Two files of one stem, or a stems file that cannot be used.
+        FileNotFoundError: A folder or a file is missing, with its stem.
+        ValueError: Two files with the same stem, or an invalid stems file.
     """
     images = _by_stem(Path(split.images or ""), "images", IMAGE_SUFFIXES)
     labels = (
@@ -128,7 +128,7 @@ def pair_files(split: FolderSplit) -> list[SampleFiles]:
 
 
 def _by_stem(folder: Path, key: str, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Find files by their stems: those in the folder, or else those in its sub-folders."""
+    """Return files by stem: those in the folder, or else those in its sub-folders."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{key}: no folder {folder.absolute()}")
     found: dict[str, Path] = {}
@@ -149,7 +149,7 @@ def _by_stem(folder: Path, key: str, suffixes: Sequence[str]) -> dict[str, Path]
 
 
 def _warn_of_nested(images: Sequence[Path], split: FolderSplit) -> None:
-    """Warn of images in sub-folders beside those that lie in the folder itself."""
+    """Warn of images in sub-folders if there are images in the folder itself."""
     folder = Path(split.images or "")
     own = [Path(other) for other in (split.labels, split.predictions) if other is not None]
     nested = [
@@ -164,7 +164,7 @@ def _warn_of_nested(images: Sequence[Path], split: FolderSplit) -> None:
         parents = sorted({path.relative_to(folder).parts[0] for path in nested})
         rank_zero_warn(
             f"{folder}: {len(nested)} images in its sub-folders ({some_of(parents)}) are left out, "
-            f"for {len(images)} lie in the folder itself"
+            f"because {len(images)} are in the folder itself"
         )
 
 
@@ -176,14 +176,14 @@ def _read_stems(path: Path) -> list[str]:
     if not stems or len(set(stems)) < len(stems):
         twice = some_of(stem for stem, count in Counter(stems).items() if count > 1)
         raise ValueError(
-            f"{path}: got {twice + ' more than once' if stems else 'no stem'}, accepted is one "
-            "stem a line, each once"
+            f"{path} must have one stem per line, each once, got "
+            f"{twice + ' more than once' if stems else 'no stem'}"
         )
     return stems
 
 
 def _read_text(path: Path) -> str:
-    """Decode UTF-8, with a byte order mark or without, or UTF-16 with one."""
+    """Decode UTF-8, with or without a byte order mark, or UTF-16 with one."""
     content = path.read_bytes()
     is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -198,7 +198,7 @@ def _read_text(path: Path) -> str:
 
 
 def some_of(names: Iterable[str]) -> str:
-    """List the first few names, and count the others."""
+    """Return the first few names, and the number of the others, as text."""
     names = list(names)
     more = len(names) - _SHOWN_NAMES
     return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

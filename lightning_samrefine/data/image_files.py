@@ -1,4 +1,4 @@
-"""Opening image files: what Pillow leaves unsaid about them, and errors that name the file."""
+"""Opens image files: depth and orientation beyond Pillow's, and errors with the file's name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-# What Pillow raises for a damaged file; none of them names it.
+# Pillow's errors for a damaged file, without its name.
 READ_ERRORS = (
     OSError,
     SyntaxError,
@@ -22,13 +22,13 @@ READ_ERRORS = (
     Image.DecompressionBombError,
 )
 _TIFF_BITS = 258
-# Pillow widens the gray levels of such PNGs to 0 to 255.
+# Pillow scales the gray levels of such PNGs to 0 to 255.
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image; what fails inside names the file.
+    """Open an image; errors inside the context contain its path.
 
     Raises:
         ValueError: Not an image, or a damaged one.
@@ -42,11 +42,11 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of an image without decoding it.
+    """Facts of an image that are available without decoding it.
 
     Attributes:
-        stored_hw: (H, W) as the pixels lie in the file.
-        upright_hw: (H, W) once the EXIF orientation is applied.
+        stored_hw: (H, W) as stored in the file.
+        upright_hw: (H, W) after applying the EXIF orientation.
         orientation: The EXIF orientation, 1 to 8; 1 is upright.
         turned_by_pillow: Whether Pillow applies it itself, as it does for TIFF.
     """
@@ -61,7 +61,7 @@ def read_header(path: Path) -> Header:
     """Read an image's header.
 
     Raises:
-        ValueError: Not an image, or one of more than 8 bits a channel.
+        ValueError: Not an image, or one with more than 8 bits per channel.
     """
     with opened(path) as image:
         check_depth(image, str(path))
@@ -72,13 +72,13 @@ def read_header(path: Path) -> Header:
 
 
 def check_depth(image: Image.Image, name: str) -> None:
-    """Refuse color images of more than 8 bits a channel.
+    """Raise for color images of more than 8 bits per channel.
 
-    Pillow keeps the upper 8 of 16 bits, nearly black where a camera has used 12 of them.
+    Pillow keeps the upper 8 of 16 bits: nearly black for images of a 12-bit camera.
 
     Args:
         image: Opened, not yet decoded.
-        name: What the error calls it.
+        name: The image's name in the error.
 
     Raises:
         ValueError: As described.
@@ -88,14 +88,14 @@ def check_depth(image: Image.Image, name: str) -> None:
         bits = max(image.tag_v2.get(_TIFF_BITS, (8,)))
     if bits > 8 and image.mode not in ("I", "F") and not image.mode.startswith("I;"):
         raise ValueError(
-            f"{name}: got {bits} bits a channel, accepted are 8-bit images, the 0-255 RGB that "
-            "SAM was trained on; scale it by its largest possible value first (4095 of a 12-bit "
-            "camera, else 65535)"
+            f"{name} must have 8 bits per channel, the 0-255 RGB that SAM was trained on, got "
+            f"{bits}; scale it by its largest possible value first (4095 for a 12-bit camera, else "
+            "65535)"
         )
 
 
 def gray_step(image: Image.Image) -> int:
-    """Return by how much Pillow multiplies the values of a gray PNG of 2 or 4 bits, else 1.
+    """Return Pillow's scale factor for the values of a gray PNG of 2 or 4 bits, else 1.
 
     Args:
         image: Opened, not yet decoded.
@@ -104,14 +104,14 @@ def gray_step(image: Image.Image) -> int:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """Return Pillow's name of how the pixels lie in the file, "" where they are decoded."""
+    """Return Pillow's name of the pixel format in the file, "" once they are decoded."""
     tile = getattr(image, "tile", None)
     args = tile[0][3] if tile else ""
     return str(args[0] if isinstance(args, tuple) and args else args)
 
 
 def _orientation(image: Image.Image) -> int:
-    # Without the chunk in front of the pixels Pillow would decode a whole PNG to look behind them.
+    # Without an EXIF chunk before the pixels, Pillow would decode a whole PNG to search after them.
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     value = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -1,4 +1,4 @@
-"""Files to tensors: images, label maps, stored predictions, and their batches."""
+"""Reads images, label maps and stored predictions as tensors, and collates them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 UNKNOWN_VALUES = (255, 65_535)
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
-# What reading an archive raises for a damaged one; none of them names it.
+# Errors of a damaged archive, without its name.
 _ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError)
 
 # Sums of probabilities computed or stored in half precision, and in single precision.
@@ -37,16 +37,16 @@ def image_to_tensor(image: Image.Image, name: str, turn: bool = False) -> Tensor
 
     Args:
         image: Any 8-bit mode; palettes, gray and CMYK are converted, an alpha channel is dropped.
-        name: What an error calls it.
+        name: Its name in errors.
         turn: Whether its EXIF orientation is applied.
 
     Raises:
-        ValueError: More than 8 bits a channel.
+        ValueError: More than 8 bits per channel.
     """
     if image.mode in _WIDE_MODES:
         raise ValueError(
-            f"{name}: got an image of Pillow's mode {image.mode!r}, accepted are 8-bit images, "
-            "the 0-255 RGB that SAM was trained on"
+            f"{name} must be an 8-bit image, the 0-255 RGB that SAM was trained on, got Pillow's "
+            f"mode {image.mode!r}"
         )
     check_depth(image, name)
     upright = ImageOps.exif_transpose(image) if turn else image
@@ -59,28 +59,28 @@ def label_map_to_tensor(image: Image.Image, name: str) -> Tensor:
     Args:
         image: One channel: values of 1, 2, 4, 8 or 16 bits, or palette indices (the colors are
             ignored). Opened, not yet decoded.
-        name: What an error calls it.
+        name: Its name in errors.
 
     Raises:
         ValueError: More than one channel, as in a color-coded map.
     """
     if image.mode not in _INDEX_MODES:
         raise ValueError(
-            f"{name}: got a label map of Pillow's mode {image.mode!r}, accepted is one channel of "
-            "class indices (uint8, uint16 or a palette); convert colors to indices first"
+            f"{name} must have one channel of class indices (uint8, uint16 or a palette), got "
+            f"Pillow's mode {image.mode!r}; convert colors to indices first"
         )
-    step = gray_step(image)  # gone once the pixels are decoded
+    step = gray_step(image)  # unavailable once the pixels are decoded
     return torch.from_numpy(np.array(image).astype(np.int64)) // step
 
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None, name: str) -> None:
-    """Check that a ground-truth map holds classes and the ignore value alone.
+    """Check that a ground-truth map holds only classes and the ignored value.
 
     Args:
         labels: (H, W) int64.
         num_classes: C.
-        ignore_index: The value that metrics leave out, or ``None``.
-        name: What the error calls the map.
+        ignore_index: The value that metrics ignore, or ``None``.
+        name: The map's name in the error.
 
     Raises:
         ValueError: Another value, which a metric would count as a class or crash on.
@@ -92,14 +92,14 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None, nam
 
 
 def check_prediction(labels: Tensor, num_classes: int, ignore_index: int | None, name: str) -> None:
-    """Check that a stored prediction holds classes and values for "unknown" alone.
+    """Check that a stored prediction holds only classes and values for "unknown".
 
     Args:
         labels: (H, W) int64.
         num_classes: C.
-        ignore_index: A value for "unknown", or ``None``; 255 and 65,535, which
-            `lightning_samrefine.SAMRefineWriter` writes, are others where they are no classes.
-        name: What the error calls the map.
+        ignore_index: A value for "unknown", or ``None``; 255 and 65,535, written by
+            `lightning_samrefine.SAMRefineWriter`, mean "unknown" as well unless they are classes.
+        name: The map's name in the error.
 
     Raises:
         ValueError: Another value.
@@ -115,24 +115,24 @@ def check_prediction(labels: Tensor, num_classes: int, ignore_index: int | None,
 
 
 def binary_values(path: Path) -> tuple[bool, bool]:
-    """Read whether a label map holds a 1, and whether it holds a 255."""
+    """Return whether a label map holds a 1, and whether it holds a 255."""
     with opened(path) as image:
         labels = label_map_to_tensor(image, str(path))
     return bool((labels == 1).any()), bool((labels == 255).any())
 
 
 def image_hw(path: Path) -> tuple[int, int]:
-    """Read (H, W) from an image file's header.
+    """Return (H, W) from an image file's header.
 
     Raises:
-        ValueError: Not an image that Pillow reads.
+        ValueError: Not an image that Pillow can read.
     """
     with opened(path) as image:
         return image.height, image.width
 
 
 def stored_array(path: Path) -> tuple[str, tuple[int, ...]]:
-    """Read the key and shape of an npz prediction from its headers alone.
+    """Return the key and shape of an npz prediction, from its headers.
 
     Returns:
         ``"probs"`` or ``"logits"``, and the array's shape.
@@ -146,8 +146,8 @@ def stored_array(path: Path) -> tuple[str, tuple[int, ...]]:
             found = [key for key in ("probs", "logits") if key in keys]
             if len(found) != 1:
                 raise ValueError(
-                    f"{path}: got the arrays {', '.join(keys)}, accepted is either 'probs' or "
-                    "'logits', of shape (C, H, W)"
+                    f"{path} must hold either 'probs' or 'logits', of shape (C, H, W), got the "
+                    f"arrays {', '.join(keys)}"
                 )
             with archive.open(f"{found[0]}.npy") as header:
                 return found[0], _array_shape(header, path)
@@ -172,16 +172,16 @@ def read_probs(path: Path) -> Tensor:
     """Read stored probabilities, or logits through a softmax.
 
     Args:
-        path: An npz file with ``probs``, (C, H, W) float in [0, 1] or uint8 meaning 0 to 255, that
-            sum to 1 over the classes, or with ``logits``, (C, H, W) float.
+        path: An npz file with ``probs``, (C, H, W) float in [0, 1] or uint8 in 0 to 255, that sum
+            to 1 over the classes, or with ``logits``, (C, H, W) float.
 
     Returns:
-        (C, H, W) float32 in [0, 1] that sums to 1 over the classes; what half precision or 8 bits
-        lost of the sum is made up for.
+        (C, H, W) float32 in [0, 1], normalized over the classes if half precision or 8 bits have
+        changed the sum.
 
     Raises:
-        ValueError: Probabilities outside [0, 1] or of another sum, values that are not finite, or
-            another type.
+        ValueError: Probabilities outside [0, 1] or with another sum, non-finite values, or another
+            dtype.
     """
     key, _ = stored_array(path)
     try:
@@ -191,12 +191,10 @@ def read_probs(path: Path) -> Tensor:
         raise ValueError(f"{path}: not a readable npz file ({error})") from error
     is_uint8 = key == "probs" and array.dtype == np.uint8
     if array.dtype.kind != "f" and not is_uint8:
-        raise ValueError(
-            f"{path}: got {key!r} of type {array.dtype}, accepted are floats, and uint8 for 'probs'"
-        )
+        raise ValueError(f"{path}: {key!r} must be floats, or uint8 for 'probs', got {array.dtype}")
     values = torch.from_numpy(array.astype(np.float32))
     if not values.isfinite().all():
-        raise ValueError(f"{path}: the array {key!r} holds values that are not finite")
+        raise ValueError(f"{path}: {key!r} must be finite, got NaN or infinity")
     if key == "logits":
         return values.softmax(dim=0)
     if is_uint8:
@@ -204,16 +202,16 @@ def read_probs(path: Path) -> Tensor:
     low, high = values.min().item(), values.max().item()
     if low < 0 or high > 1:
         raise ValueError(
-            f"{path}: the array 'probs' holds values from {low:.4g} to {high:.4g}, accepted are "
-            "0 to 1; store unnormalized scores as 'logits'"
+            f"{path}: 'probs' must be in [0, 1], got values from {low:.4g} to {high:.4g}; store "
+            "unnormalized scores as 'logits'"
         )
     total = values.sum(dim=0)
     lost = (total - 1).abs().max().item()
     # Rounding to n/255 moves each class by at most half a step.
     if lost > (len(values) / 510 + 1e-6 if is_uint8 else _SUM_TOLERANCE):
         raise ValueError(
-            f"{path}: the array 'probs' sums to {total.min():.4g} up to {total.max():.4g} over the "
-            "classes, accepted is 1, as after a softmax; store unnormalized scores as 'logits'"
+            f"{path}: 'probs' must sum to 1 over the classes, as after a softmax, got "
+            f"{total.min():.4g} to {total.max():.4g}; store unnormalized scores as 'logits'"
         )
     return values / total if lost > _EXACT_SUM else values
 
@@ -222,7 +220,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     """Stack samples of one size into a batch.
 
     Raises:
-        ValueError: Images of different sizes, naming two of them.
+        ValueError: Images of different sizes, with the names of two.
     """
     check_equal_sizes(
         len(samples),
@@ -235,21 +233,21 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 def check_equal_sizes(
     batch_size: int, names: Sequence[str], sizes: Sequence[tuple[int, int]]
 ) -> None:
-    """Check that a batch size above 1 meets images of one size.
+    """Check that all images have one size if the batch size is above 1.
 
     Args:
-        batch_size: Samples a batch.
-        names: What the error calls the images.
+        batch_size: Samples per batch.
+        names: Names of the images in the error.
         sizes: (H, W) of each.
 
     Raises:
-        ValueError: Different sizes, naming two images.
+        ValueError: Different sizes, with the names of two images.
     """
     if batch_size == 1:
         return
     for name, (height, width) in zip(names, sizes, strict=True):
         if (height, width) != sizes[0]:
             raise ValueError(
-                f"batch_size: got {batch_size}, accepted is 1 where images differ in size: "
+                f"batch_size must be 1 for images of different sizes, got {batch_size}: "
                 f"{names[0]} is {sizes[0][1]}x{sizes[0][0]}, {name} is {width}x{height}"
             )

@@ -1,4 +1,4 @@
-"""torchvision's VOCSegmentation and OxfordIIITPet with the samples of the folder data module."""
+"""torchvision's VOCSegmentation and OxfordIIITPet, with samples like those of folders."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ VOC_CLASSES = (
 )
 PET_CLASSES = ("background", "pet", "border")
 
-# Values of the published trimaps: 1 pet, 2 background, 3 not classified. The index is the value.
+# Labels by the values of the published trimaps: 1 pet, 2 background, 3 not classified.
 _PET_LABELS = {
     "ignore": torch.tensor([IGNORE_INDEX, 1, 0, IGNORE_INDEX]),
     "class": torch.tensor([IGNORE_INDEX, 1, 0, 2]),
@@ -70,12 +70,12 @@ class TorchvisionDataModule(LightningDataModule):
 
     Args:
         dataset: ``"voc"`` or ``"pet"``.
-        root: Folder that holds ``VOCdevkit`` or ``oxford-iiit-pet``, or will after a download.
-        download: Fetch the archives where they are missing.
-        year: VOC's year, ``"2007"`` to ``"2012"``. Of no use to ``"pet"``.
-        border: What the border of pets is, ``"ignore"`` or ``"class"``. Of no use to ``"voc"``.
+        root: Parent folder of ``VOCdevkit`` or ``oxford-iiit-pet``.
+        download: Download missing archives to ``root``.
+        year: VOC's year, ``"2007"`` to ``"2012"``; ignored for ``"pet"``.
+        border: Use of the border of pets, ``"ignore"`` or ``"class"``; ignored for ``"voc"``.
         batch_size: 1 unless all images have one size.
-        num_workers: Processes that load samples; 0 loads in the main one.
+        num_workers: Number of loader processes; 0 loads in the main process.
 
     Raises:
         ValueError: An unknown ``dataset``, ``border`` or ``year``.
@@ -108,17 +108,17 @@ class TorchvisionDataModule(LightningDataModule):
         self.num_workers = num_workers
 
     def prepare_data(self) -> None:
-        """Download the archives where ``download`` asks for it."""
+        """Download the archives if ``download`` is set."""
         if not self.download:
             return
         for split in {self._source_split(split) for split in ("train", "val", "test")}:
             self._source(split, download=True)
 
     def setup(self, stage: str) -> None:
-        """Check that the data set lies in ``root``.
+        """Check that ``root`` contains the complete data set.
 
         Raises:
-            FileNotFoundError: It does not, or not completely.
+            FileNotFoundError: It is missing or incomplete.
         """
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for split in splits.get(stage, ()):
@@ -217,4 +217,4 @@ class _Samples(Dataset[Sample]):
 
 def _check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
     if value not in accepted:
-        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(map(repr, accepted))}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")

@@ -1,7 +1,7 @@
-"""Published weights, downloaded once into a folder that runs, ranks and jobs share.
+"""Downloads published weights once into a folder shared by runs, ranks and jobs.
 
-Not `torch.hub.download_url_to_file` or pooch: neither resumes an interrupted download, tries again,
-nor lets the other processes wait for the one that downloads.
+Not `torch.hub.download_url_to_file` or pooch: neither resumes an interrupted download, retries, or
+makes other processes wait for the one that downloads.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from lightning_samrefine.utils.cache_dir import home
 _log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
-_TIMEOUT_S = 30.0  # without a byte
-_PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # before each further attempt that follows one without progress
+_TIMEOUT_S = 30.0  # without receiving a byte
+_PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # before retries after attempts without progress
 _OFFLINE = ("SAMREFINE_OFFLINE", "HF_HUB_OFFLINE")
 _TRUE = ("1", "true", "yes", "on")
 _BROKEN = (
@@ -40,11 +40,11 @@ _BROKEN = (
     TimeoutError,
     ssl.SSLError,
 )
-_LASTING = (400, 401, 403, 404, 410, 451)  # status codes that a further attempt will not change
+_LASTING = (400, 401, 403, 404, 410, 451)  # permanent status codes: no retry
 
 
 class DownloadError(FileNotFoundError):
-    """Weights that are not in the folder and could not be downloaded."""
+    """Weights are missing and could not be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class RemoteFile:
     """A file with a known size and hash.
 
     Attributes:
-        url: Its address.
-        sha256: Hash of its content, 64 lower-case hexadecimal digits.
+        url: Its URL.
+        sha256: Hash of its content, 64 lowercase hexadecimal digits.
         size: In bytes.
     """
 
@@ -73,19 +73,19 @@ def weights_folder() -> Path:
 
 
 def fetch(file: RemoteFile, folder: Path | None = None) -> Path:
-    """Return the path of a file, downloading it if it is not there yet.
+    """Return the path of a file, after downloading it if it is missing.
 
     One process downloads and the others wait for it. An interrupted download stays in
-    ``<name>.part`` and is continued. The file gets its name only after its sha256 was checked, so
-    a file of that name is complete; the size of a file that was put there by hand is checked.
+    ``<name>.part`` and is resumed. The file is renamed to its name after its sha256 was checked, so
+    a file of that name is complete; the size of a file placed there by hand is checked.
 
     Args:
         file: The file to download.
-        folder: The folder that keeps it; None for `weights_folder`.
+        folder: Target folder; None for `weights_folder`.
 
     Raises:
-        DownloadError: It cannot be downloaded, or has another size or hash. The message has the
-            URL, the folder and the sha256.
+        DownloadError: It cannot be downloaded, or has another size or hash. The message contains
+            the URL, the folder and the sha256.
     """
     path = (weights_folder() if folder is None else folder) / file.name
     if _is_there(file, path):
@@ -100,7 +100,7 @@ def fetch(file: RemoteFile, folder: Path | None = None) -> Path:
                 _download(file, path)
     except DownloadError:
         raise
-    # A folder that cannot be written, a full disk; a file system without locks.
+    # A read-only folder, a full disk; a file system without locks.
     except (OSError, NotImplementedError) as error:
         raise _failure(file, path, f"{type(error).__name__}: {error}") from error
     return path
@@ -116,7 +116,7 @@ def _is_there(file: RemoteFile, path: Path) -> bool:
 
 
 def _only_process(path: Path) -> AbstractContextManager[Any]:
-    """Return a held lock that other processes wait for; the system frees a dead process's lock."""
+    """Return an acquired file lock; the system releases the lock of a dead process."""
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     try:
         return lock.acquire(timeout=0)
@@ -126,7 +126,7 @@ def _only_process(path: Path) -> AbstractContextManager[Any]:
 
 
 def _download(file: RemoteFile, path: Path) -> None:
-    """Download into ``<name>.part`` with as many attempts as it takes, check, and rename."""
+    """Download into ``<name>.part`` with retries, check the hash, and rename."""
     part = path.with_name(f"{path.name}.part")
     _log.info("Downloading %s to %s (%.0f MB)", file.url, path.parent, file.size / 1e6)
     if _size(part) > file.size:
@@ -141,14 +141,14 @@ def _download(file: RemoteFile, path: Path) -> None:
         part.unlink()
         if not resumed:
             raise _failure(file, path, f"what arrived has the sha256 {found}")
-        # What an earlier run left may be the start of another file.
+        # The part of an earlier run may belong to another file.
         resumed = False
 
 
 def _complete(file: RemoteFile, path: Path, part: Path) -> None:
-    """Bring the partial file to its full size."""
+    """Download the rest of the partial file, with retries."""
     pauses, furthest = iter(_PAUSES_S), _size(part)
-    interval = 0.1 if sys.stderr.isatty() else 30.0  # a job's log gets a line now and then
+    interval = 0.1 if sys.stderr.isatty() else 30.0  # few lines in a job's log
     with tqdm(
         total=file.size, unit="B", unit_scale=True, desc=file.name, mininterval=interval
     ) as bar:
@@ -158,7 +158,7 @@ def _complete(file: RemoteFile, path: Path, part: Path) -> None:
                 _receive(file, path, part, bar)
                 reason = "the server ended the connection"
             except urllib.error.HTTPError as error:
-                reason = f"the server answered {error.code} {error.reason}"
+                reason = f"the server returned {error.code} {error.reason}"
                 if error.code in _LASTING:
                     raise _failure(file, path, reason) from error
                 if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -166,7 +166,7 @@ def _complete(file: RemoteFile, path: Path, part: Path) -> None:
             except _BROKEN as error:
                 reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
             arrived = _size(part)
-            # Only new bytes count: a file that starts over again and again makes no progress.
+            # Only new bytes are progress: the download may restart from the beginning repeatedly.
             if arrived > furthest:
                 pauses, furthest = iter(_PAUSES_S), arrived
                 continue
@@ -181,7 +181,7 @@ def _complete(file: RemoteFile, path: Path, part: Path) -> None:
 
 
 def _receive(file: RemoteFile, path: Path, part: Path, bar: Any) -> None:
-    """Append the server's bytes until it ends the connection."""
+    """Append the received bytes until the server closes the connection."""
     start = _size(part)
     headers = {"User-Agent": "lightning-samrefine", "Accept-Encoding": "identity"}
     if start:
@@ -205,7 +205,7 @@ def _receive(file: RemoteFile, path: Path, part: Path, bar: Any) -> None:
 
 
 def _continues(status: int, headers: Mapping[str, str], start: int) -> bool:
-    """Whether a server sends only the rest; one without ranges sends the whole file."""
+    """Whether a server sends the rest only; without range support it sends the whole file."""
     return status == http.HTTPStatus.PARTIAL_CONTENT and headers.get(
         "Content-Range", ""
     ).startswith(f"bytes {start}-")

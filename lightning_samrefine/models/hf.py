@@ -1,6 +1,6 @@
 """Promptable models of Hugging Face transformers: SAM, SAM-HQ, SAM 2, EdgeTAM, SAM 3's tracker.
 
-transformers itself is imported when a model is loaded: it is the optional extra ``[hf]``.
+transformers is the optional extra ``[hf]``, imported when a model is loaded.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _FAMILIES = (
 class HfPromptable:
     """A promptable model of transformers as a `Promptable`: frozen and in eval mode.
 
-    transformers' own `forward` takes one mask prompt an image, so every prompt here is a batch
-    item of its own with the image's embedding expanded. Points and boxes are encoded in float32
-    under any autocast.
+    transformers' `forward` accepts one mask prompt per image, so every prompt is a separate batch
+    item with the image's embedding expanded. Points and boxes are encoded in float32 under any
+    autocast.
 
     Args:
         module: A ``SamModel``, ``SamHQModel``, ``Sam2Model``, ``EdgeTamModel`` or
-            ``Sam3TrackerModel``. It gets the buffers ``pixel_mean`` and ``pixel_std``.
+            ``Sam3TrackerModel``. The buffers ``pixel_mean`` and ``pixel_std`` are added to it.
         name: Short name for logs.
-        pixel_mean: Mean of the pixel values in [0, 255] by channel; the family's own if None.
-        pixel_std: Their deviation.
+        pixel_mean: Mean of the pixel values in [0, 255] by channel; None for the family's.
+        pixel_std: Standard deviation of the pixel values.
 
     Attributes:
         accepts_masks: True: all of these models take mask prompts.
@@ -70,8 +70,8 @@ class HfPromptable:
         mean, std = _CENTERED if self._family == "Sam3TrackerModel" else _IMAGENET
         for key, given, own in (("pixel_mean", pixel_mean, mean), ("pixel_std", pixel_std, std)):
             values = [255 * value for value in own] if given is None else list(given)
-            # Buffers, as segment-anything has them: they move with the module, and an embedding
-            # cache sees that they differ.
+            # Buffers, as in segment-anything: they move with the module, and are part of the
+            # cache's key.
             tensor = torch.tensor(values, device=module.device).view(-1, 1, 1)
             module.register_buffer(key, tensor, persistent=False)
         self.module = module.eval().requires_grad_(False)
@@ -94,8 +94,8 @@ class HfPromptable:
         """Encode images, each uint8 (3, H, W) RGB of its own size (step 0).
 
         Returns:
-            A tuple of float32 tensors an image: its (1, D, h_e, w_e) embedding, then further
-            inputs of the family's decoder: early features of SAM-HQ, finer ones of SAM 2.
+            A tuple of float32 tensors per image: its (1, D, h_e, w_e) embedding, then further
+            inputs of the family's decoder: early features for SAM-HQ, finer ones for SAM 2.
         """
         mean, std = self.module.pixel_mean, self.module.pixel_std
         return [
@@ -118,8 +118,8 @@ class HfPromptable:
     ) -> tuple[Tensor, Tensor]:
         """Predict the masks of N ≥ 1 prompts on one image (step 7).
 
-        With one mask a prompt, SAM 2 and its kin return the best of their three masks if the single
-        one is unstable, by their configuration.
+        With one mask per prompt, SAM 2 and models derived from it return the best of their three
+        masks if the single one is unstable, depending on their configuration.
 
         Returns:
             Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32; with
@@ -127,7 +127,7 @@ class HfPromptable:
         """
         module, count = self.module, len(prompts)
         boxes, points, masks = prompts.boxes, prompts.points, prompts.masks
-        # A reduced type would move points by pixels, see SamPromptable.
+        # Reduced precision would move points by pixels, see SamPromptable.
         with exact_coordinates(self.device):
             sparse, dense = module.prompt_encoder(
                 input_points=None if points is None else points[:, None, None],
@@ -161,21 +161,21 @@ class HfPromptable:
 def load_hf(model: str | Path, device: str | torch.device = "cpu") -> HfPromptable:
     """Load a promptable model of transformers, from the hub or a local folder.
 
-    Files of the hub are kept in ``HF_HOME``; with ``HF_HUB_OFFLINE=1`` none are fetched.
-    Code in a repository and pickled code in a weights file are never executed.
+    Files of the hub are cached in ``HF_HOME``; ``HF_HUB_OFFLINE=1`` disables downloads. Code in a
+    repository and pickled code in a weights file are never executed.
 
     Args:
-        model: Hub id, such as ``"facebook/sam2.1-hiera-small"``, or a folder that
-            ``save_pretrained`` wrote.
-        device: Where the weights go.
+        model: Hub id, such as ``"facebook/sam2.1-hiera-small"``, or a folder written by
+            ``save_pretrained``.
+        device: Device of the weights.
 
     Returns:
         The model, frozen and in eval mode, float32.
 
     Raises:
         ImportError: transformers is not installed.
-        FileNotFoundError: No such folder, or nothing at the hub under that name.
-        ValueError: A model of another kind, or weights that are not complete.
+        FileNotFoundError: No such folder, or no such model on the hub.
+        ValueError: A model of another kind, or incomplete weights.
     """
     try:
         from transformers import AutoModelForMaskGeneration
@@ -186,7 +186,7 @@ def load_hf(model: str | Path, device: str | torch.device = "cpu") -> HfPromptab
         ) from error
     source = _source(model)
     try:
-        # Weights that a checkpoint lacks are drawn before they are found to be missing.
+        # Weights missing in a checkpoint are initialized randomly before they are reported.
         with torch.random.fork_rng(devices=[]):
             module, report = AutoModelForMaskGeneration.from_pretrained(
                 source,
@@ -196,14 +196,13 @@ def load_hf(model: str | Path, device: str | torch.device = "cpu") -> HfPromptab
             )
     except OSError as error:
         raise FileNotFoundError(
-            f"checkpoint: got {str(model)!r}, from which transformers loads nothing "
-            f"({_first_line(error)}); accepted for SAM hf is a hub id or a folder that holds "
-            f"config.json and weights{_where()}"
+            "checkpoint must be a hub id or a folder with config.json and weights for SAM hf, got "
+            f"{str(model)!r}, which transformers cannot find ({_first_line(error)}){_where()}"
         ) from error
-    except Exception as error:  # transformers raises what each file format's reader raises
+    except Exception as error:  # depends on the reader of the file format
         raise ValueError(
-            f"checkpoint: got {str(model)!r}, which transformers cannot load as a promptable model "
-            f"({_first_line(error)}); accepted are {_FAMILIES}"
+            f"checkpoint must be a promptable model of transformers, {_FAMILIES}, got "
+            f"{str(model)!r}, which cannot be loaded ({_first_line(error)})"
         ) from error
     _check_complete(report, model)
     mean, std = _normalization(source)
@@ -216,21 +215,21 @@ def _family(module: Any) -> str:
         if cls.__name__ in (*_PADDED, *_SQUASHED):
             return cls.__name__
     raise TypeError(
-        f"module: got {type(module).__name__}, accepted are transformers' "
-        f"{', '.join((*_PADDED, *_SQUASHED))}"
+        f"module must be one of transformers' {', '.join((*_PADDED, *_SQUASHED))}, got "
+        f"{type(module).__name__}"
     )
 
 
 def _source(model: str | Path) -> str:
-    """Return a folder's full path, or the id as it is."""
+    """Return a folder's full path, or the id unchanged."""
     path = Path(model).expanduser()
     if path.is_dir():
         return str(path.resolve())
     looks_local = isinstance(model, Path) or path.is_absolute() or str(model).startswith((".", "~"))
     if looks_local:
         raise FileNotFoundError(
-            f"checkpoint: got {str(model)!r}, where there is no folder; accepted for SAM hf is a "
-            "hub id or a folder that holds config.json and weights"
+            "checkpoint must be a hub id or a folder with config.json and weights for SAM hf, got "
+            f"{str(model)!r}, which is not a folder"
         )
     return str(model)
 
@@ -239,11 +238,11 @@ def _where() -> str:
     from huggingface_hub import constants
 
     offline = "; HF_HUB_OFFLINE is set, so none are fetched" if constants.HF_HUB_OFFLINE else ""
-    return f". Files of the hub are kept in {constants.HF_HUB_CACHE} (HF_HOME){offline}"
+    return f". Files of the hub are cached in {constants.HF_HUB_CACHE} (HF_HOME){offline}"
 
 
 def _check_complete(report: dict[str, Any], model: str | Path) -> None:
-    """Refuse a checkpoint that leaves weights random, which transformers only warns of."""
+    """Raise for a checkpoint with missing weights, which transformers only warns of."""
     for what, keys in (
         ("has no", report["missing_keys"]),
         ("has another shape of", report["mismatched_keys"]),
@@ -251,21 +250,21 @@ def _check_complete(report: dict[str, Any], model: str | Path) -> None:
         if keys:
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
             raise ValueError(
-                f"checkpoint: got {str(model)!r}, which {what} {len(names)} weights "
-                f"({names[0]}, …); accepted is a complete promptable model"
+                f"checkpoint must be a complete promptable model, got {str(model)!r}, which {what} "
+                f"{len(names)} weights ({names[0]}, …)"
             )
 
 
 def _normalization(source: str) -> tuple[list[float] | None, list[float] | None]:
-    """Return mean and deviation of pixel values in [0, 255], None without such a file."""
+    """Return mean and standard deviation of pixel values in [0, 255], None if unknown."""
     from transformers import AutoImageProcessor
 
     try:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"SAM hf: {source} says nothing of how images are normalized "
-            f"({_first_line(error)}); the values that its family was trained with are used",
+            f"SAM hf: {source} does not specify how images are normalized "
+            f"({_first_line(error)}); the values of its family's training are used",
             stacklevel=4,
         )
         return None, None

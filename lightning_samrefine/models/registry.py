@@ -1,4 +1,4 @@
-"""`load_sam`: a named model with its weights, checked before they are loaded."""
+"""`load_sam`: builds a model by name, and checks and loads its weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ StateDict = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class _Architecture:
-    """How to build a model, and how its published checkpoints name their weights."""
+    """Constructor, weights and key names of the published checkpoints of a model."""
 
     build: Callable[[], Sam]
     to_module_keys: Callable[[StateDict], StateDict] = lambda state_dict: state_dict
@@ -44,7 +44,7 @@ class _Architecture:
 
 # The digits in the names of segment-anything's files begin their MD5, not their SHA-256.
 _SEGMENT_ANYTHING = "https://dl.fbaipublicfiles.com/segment_anything"
-# A commit instead of a branch, whose file may change.
+# A commit, because the file of a branch may change.
 _MOBILE_SAM = (
     "https://github.com/ChaoningZhang/MobileSAM/raw/f706ad9c4eb7f219c00d9050e46328518ffb65d2"
 )
@@ -89,7 +89,7 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
 }
 
 
-# What `load_sam` takes.
+# Names accepted by `load_sam`.
 SAM_NAMES = (*_ARCHITECTURES, HF)
 
 
@@ -99,38 +99,38 @@ def load_sam(
     """Build a SAM and load its weights.
 
     Published weights are downloaded once, into ``$SAMREFINE_HOME/weights`` or, without it,
-    ``lightning-samrefine/weights`` in the user's cache folder; ``SAMREFINE_OFFLINE=1`` forbids it.
-    Of several processes one downloads and the others wait.
+    ``lightning-samrefine/weights`` in the user's cache folder; ``SAMREFINE_OFFLINE=1`` disables
+    downloads. If several processes need the weights, one downloads and the others wait.
 
     Args:
-        name: ``"tiny"`` (ours, shipped, for demonstrations), ``"vit_t"`` (MobileSAM's TinyViT),
+        name: ``"tiny"`` (ours, included, for demonstrations), ``"vit_t"`` (MobileSAM's TinyViT),
             ``"vit_b"``, ``"vit_l"`` or ``"vit_h"`` (segment-anything), or ``"hf"`` for a model of
             transformers: SAM, SAM-HQ, SAM 2 and 2.1, EdgeTAM, SAM 3's tracker.
-        checkpoint: A ``.pt``/``.pth`` state dict or a ``.safetensors`` file; None for the weights
-            that are shipped or published; ``"random"`` for seeded random weights, in tests and
-            benchmarks. With ``"hf"`` a hub id, such as ``"facebook/sam2.1-hiera-small"``, or a
-            folder that ``save_pretrained`` wrote. Pickled code in a file is never executed.
-        device: Where the weights go.
+        checkpoint: A ``.pt``/``.pth`` state dict or a ``.safetensors`` file; None for the included
+            or published weights; ``"random"`` for seeded random weights, in tests and benchmarks.
+            With ``"hf"`` a hub id, such as ``"facebook/sam2.1-hiera-small"``, or a folder written
+            by ``save_pretrained``. Pickled code in a file is never executed.
+        device: Device of the weights.
 
     Returns:
         The model, frozen and in eval mode, float32.
 
     Raises:
-        ValueError: An unknown name, no checkpoint where one is needed, or weights of another
+        ValueError: An unknown name, no checkpoint although one is needed, or weights of another
             model.
-        FileNotFoundError: No file at ``checkpoint``, or published weights that could not be
+        FileNotFoundError: ``checkpoint`` does not exist, or the published weights could not be
             downloaded.
         ImportError: ``"hf"`` without the extra ``[hf]``.
     """
     if name == HF:
         if checkpoint is None:
             raise ValueError(
-                "checkpoint: got None, accepted for SAM hf is a hub id, such as "
-                "'facebook/sam2.1-hiera-small', or a folder that save_pretrained wrote"
+                "checkpoint must be a hub id for SAM hf, such as 'facebook/sam2.1-hiera-small', or "
+                "a folder written by save_pretrained, got None"
             )
         return load_hf(checkpoint, device)
     if name not in _ARCHITECTURES:
-        raise ValueError(f"name: got {name!r}, accepted are {', '.join(map(repr, SAM_NAMES))}")
+        raise ValueError(f"name must be one of {', '.join(map(repr, SAM_NAMES))}, got {name!r}")
     architecture = _ARCHITECTURES[name]
     if checkpoint == RANDOM:
         warnings.warn(
@@ -150,7 +150,7 @@ def load_sam(
 
 
 def _build(architecture: _Architecture) -> Sam:
-    """Build with seeded initial weights, leaving the caller's random state as it was."""
+    """Build with seeded initial weights, without changing the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)
         return architecture.build()
@@ -160,13 +160,13 @@ def _path(name: str, architecture: _Architecture, checkpoint: str | Path | None)
     if checkpoint is None and architecture.shipped is not None:
         return Path(str(resources.files("lightning_samrefine.models") / architecture.shipped))
     if checkpoint is None:
-        assert architecture.published is not None  # what is not shipped is published
+        assert architecture.published is not None  # weights are included or published
         return fetch(architecture.published)
     path = Path(checkpoint).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"checkpoint: got {str(checkpoint)!r}, where there is no file; accepted is the path of "
-            f"a SAM {name} state dict"
+            f"checkpoint must be the path of a SAM {name} state dict, got {str(checkpoint)!r}, "
+            "which is not a file"
         )
     return path
 
@@ -175,13 +175,14 @@ def _read(path: Path, name: str) -> StateDict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Mapped, so that the processes of a node read one copy; torch cannot map its old format.
+        # Memory-mapped, so that a node's processes share one copy; not possible for torch's old
+        # format.
         mmap = zipfile.is_zipfile(path)
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"checkpoint: got {str(path)!r}, which cannot be read as weights ({error}); accepted "
-            f"is a SAM {name} state dict of tensors"
+            f"checkpoint must be a SAM {name} state dict of tensors, got {str(path)!r}, which "
+            f"cannot be read as weights ({error})"
         ) from error
     if isinstance(state_dict, Mapping) and isinstance(state_dict.get("model"), Mapping):
         state_dict = state_dict["model"]
@@ -189,14 +190,14 @@ def _read(path: Path, name: str) -> StateDict:
         isinstance(value, Tensor) for value in state_dict.values()
     ):
         raise ValueError(
-            f"checkpoint: got {str(path)!r}, which holds no state dict; accepted is a SAM {name} "
-            "state dict of tensors"
+            f"checkpoint must be a SAM {name} state dict of tensors, got {str(path)!r}, which "
+            "holds no state dict"
         )
     return dict(state_dict)
 
 
 def _check_keys(state_dict: StateDict, module: Sam, path: Path, name: str) -> None:
-    """Refuse weights of another model, naming the model they look like."""
+    """Raise for weights of another model, with a guess which model they belong to."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state_dict.items()}
     if expected == found:
@@ -216,12 +217,12 @@ def _check_keys(state_dict: StateDict, module: Sam, path: Path, name: str) -> No
         if keys
     )
     raise ValueError(
-        f"checkpoint: got {str(path)!r}, which does not hold the weights of SAM {name}"
-        f"{_guess(state_dict)}. Its keys: {details}. Accepted is a complete SAM {name} state dict."
+        f"checkpoint must be a complete SAM {name} state dict, got {str(path)!r}, which does not "
+        f"hold its weights{_guess(state_dict)}. Its keys: {details}."
     )
 
 
-# Side of the image encoder's tokens, by which segment-anything's three sizes differ.
+# Width of the image encoder's tokens in segment-anything's three sizes.
 _VIT_WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
 
 

@@ -351,8 +351,8 @@ def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
     if has_multimask_output(sam):
         return replace(config, points_per_side=0, prompt_regions=True, mask_prompts=True)
     warnings.warn(
-        f"points_per_side: got {config.points_per_side} for {sam.name}, which has no "
-        "multimask output; its regions are prompted instead, as preset 'fast' does",
+        f"points_per_side must be 0 for {sam.name}, which has no multimask output, got "
+        f"{config.points_per_side}: its regions are prompted instead, as preset 'fast' does",
         stacklevel=3,
     )
     return replace(config, points_per_side=0, prompt_regions=True, mask_prompts=False)

@@ -1,4 +1,4 @@
-"""Predictions from disk in the place of a network."""
+"""A segmenter that returns predictions from disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STORED_KEYS = ("prediction", "probs")
 
 
 class StoredPredictions(LightningModule):
-    """A segmenter whose steps return the prediction that the batch brought along.
+    """A segmenter whose steps return the prediction stored in the batch.
 
     Batches are those of `lightning_samrefine.data.FolderDataModule`: ``"prediction"``, label maps
     int64 (B, H, W), or ``"probs"``, float (B, C, H, W) in [0, 1]. There is nothing to train.
@@ -21,23 +21,23 @@ class StoredPredictions(LightningModule):
     def validation_step(
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        """Return the stored predictions under the key of the batch.
+        """Return the stored predictions under their key in the batch.
 
         Raises:
-            MisconfigurationException: The batch has none.
+            MisconfigurationException: The batch has no predictions.
         """
         return self._stored(batch)
 
     def test_step(
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        """Do as `validation_step`."""
+        """Same as `validation_step`."""
         return self._stored(batch)
 
     def predict_step(
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        """Do as `validation_step`."""
+        """Same as `validation_step`."""
         return self._stored(batch)
 
     @staticmethod

@@ -30,21 +30,21 @@ class TorchvisionSegmenter(LightningModule):
 
     Args:
         num_classes: C.
-        architecture: Name in ``torchvision.models.segmentation``. The DeepLabV3 ones need at
-            least 2 images a batch in training.
+        architecture: Name in ``torchvision.models.segmentation``. DeepLabV3 needs at least 2
+            images per batch in training.
         weights: torchvision's name of trained weights, such as ``"DEFAULT"`` (downloaded into
             torch's cache), or ``None`` for random ones. Their classes must be yours.
-        checkpoint: State dict of the network (alone, or under the key ``"model"`` as torchvision's
-            reference scripts save it), or ``None``. A Lightning checkpoint goes to the Trainer's
-            ``ckpt_path`` instead.
-        ignore_index: Label value without a loss, or ``None``; ``"auto"`` is 255, and refused where
+        checkpoint: State dict of the network (alone, or under the key ``"model"`` as in
+            torchvision's reference scripts), or ``None``. Pass a Lightning checkpoint as the
+            Trainer's ``ckpt_path`` instead.
+        ignore_index: Label value without a loss, or ``None``; ``"auto"`` is 255, and an error if
             255 is a class.
-        lr: AdamW's learning rate.
+        lr: Learning rate of AdamW.
 
     Raises:
         ValueError: An unknown architecture, weights of another number of classes, or a checkpoint
             of another network.
-        FileNotFoundError: No such checkpoint.
+        FileNotFoundError: ``checkpoint`` does not exist.
     """
 
     def __init__(
@@ -59,7 +59,9 @@ class TorchvisionSegmenter(LightningModule):
         super().__init__()
         known = list_models(module=segmentation)
         if architecture not in known:
-            raise ValueError(f"architecture: got {architecture!r}, accepted are {', '.join(known)}")
+            raise ValueError(
+                f"architecture must be one of {', '.join(known)}, got {architecture!r}"
+            )
         state = None if checkpoint is None else _read_state(Path(checkpoint))
         has_aux = any(key.startswith("aux_classifier.") for key in state or ())
         self.network = get_model(
@@ -92,7 +94,7 @@ class TorchvisionSegmenter(LightningModule):
         return self._outputs(image)["out"]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the cross-entropy, with that of an auxiliary head where there is one."""
+        """Return the cross-entropy, plus that of an auxiliary head if there is one."""
         outputs = self._outputs(batch["image"])
         loss = self._loss(outputs["out"], batch["mask"])
         if "aux" in outputs:
@@ -132,7 +134,7 @@ class TorchvisionSegmenter(LightningModule):
         return {"logits": logits, "loss": loss}
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        # cross_entropy's own default, a value that no label has.
+        # The default of cross_entropy, a value outside all labels.
         ignore_index = -100 if self.ignore_index is None else self.ignore_index
         total = nnf.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
         # An image without any annotation has a loss of 0, not of 0 / 0.
@@ -141,15 +143,15 @@ class TorchvisionSegmenter(LightningModule):
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no file {path}")
+        raise FileNotFoundError(f"checkpoint must be an existing file, got {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"checkpoint: {path} is not a file of tensors ({error})") from error
+        raise ValueError(f"checkpoint must be a file of tensors, got {path} ({error})") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"checkpoint: {path} holds no state dict, accepted is that of a network")
+        raise ValueError(f"checkpoint must hold the state dict of a network, got {path}")
     return state
 
 

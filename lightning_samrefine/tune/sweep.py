@@ -109,8 +109,8 @@ class Trial:
             truth = Truth(raw, targets[index], self._scoring)
             if number >= len(self._raw) or not np.array_equal(truth.totals, self._raw[number]):
                 raise ValueError(
-                    "task=tune: got other images on the second pass over the validation loader "
-                    "than on the first, accepted is a loader without shuffling or random "
+                    "task=tune: the validation loader must yield the same images on both passes, "
+                    f"got another image at index {number}: switch off its shuffling and random "
                     "augmentation"
                 )
             found: list[np.ndarray] = []

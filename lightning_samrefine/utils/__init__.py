@@ -1,1 +1,1 @@
-"""Helpers that know neither segmenters nor SAM."""
+"""Helpers independent of segmenters and of SAM."""

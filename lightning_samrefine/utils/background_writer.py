@@ -1,4 +1,4 @@
-"""A thread that writes while the model computes, and never falls behind without bound."""
+"""A thread with a bounded queue, which writes files while the model computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class BackgroundWriter:
     """Runs jobs one after the other in a daemon thread.
 
     Args:
-        capacity: How many jobs may wait. Where the disk is slower than the model, `put` waits.
+        capacity: Maximum number of queued jobs; `put` blocks while the queue is full.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -23,19 +23,19 @@ class BackgroundWriter:
         self._thread.start()
 
     def put(self, job: Job) -> None:
-        """Hand over a job, once there is room for it.
+        """Queue a job; blocks while the queue is full.
 
         Raises:
-            Exception: What an earlier job raised; no job runs after it.
+            Exception: The error of an earlier job; no job runs after it.
         """
         self._raise()
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Wait for every job and end the thread; a second call does nothing.
+        """Wait for all jobs and end the thread; a second call does nothing.
 
         Raises:
-            Exception: What a job raised.
+            Exception: The error of a job.
         """
         if self._thread.is_alive():
             self._jobs.put(None)
@@ -44,12 +44,12 @@ class BackgroundWriter:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            # After an error the queue is still emptied, so that nobody waits for room in it.
+            # After an error the queue is still emptied, so that no `put` blocks.
             if self._error is not None:
                 continue
             try:
                 job()
-            except BaseException as error:  # it is raised in the thread that hands over jobs
+            except BaseException as error:  # raised again by `put` and `close`
                 self._error = error
 
     def _raise(self) -> None:

@@ -1,4 +1,4 @@
-"""Where the package keeps files of its own between runs."""
+"""The package's cache directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 def home() -> Path:
     """Return ``$SAMREFINE_HOME``, else ``lightning-samrefine`` in the user's cache folder.
 
-    The latter is ``$XDG_CACHE_HOME``, ``~/.cache`` standing in.
+    The user's cache folder is ``$XDG_CACHE_HOME``, else ``~/.cache``.
     """
     chosen = os.environ.get("SAMREFINE_HOME")
     if chosen:

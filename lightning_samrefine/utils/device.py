@@ -1,4 +1,4 @@
-"""Between the GPU and the CPU without a wait where none is needed."""
+"""Copies between GPU and CPU without unnecessary synchronization."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from torch import Tensor
 
 
 def upload(value: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """Bring a small tensor or array to a device.
+    """Copy a small tensor or array to a device.
 
-    To CUDA from pinned memory, which the CPU does not wait for: torch keeps that memory until the
-    copy has ended. Other devices get a blocking copy, for on MPS one that does not block reads
-    memory that may have been freed.
+    To CUDA the copy is asynchronous, from pinned memory that torch keeps until the copy has ended.
+    To other devices it is blocking: on MPS a non-blocking copy may read freed memory.
     """
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
     if device.type != "cuda" or tensor.device.type != "cpu":
@@ -21,7 +20,7 @@ def upload(value: Tensor | np.ndarray, device: torch.device) -> Tensor:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all that was enqueued, so that a clock counts it."""
+    """Wait until a device has finished all enqueued work, for exact timing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -29,10 +28,10 @@ def synchronize(device: torch.device) -> None:
 
 
 class Download:
-    """Tensors on their way to the CPU, all of one device.
+    """An asynchronous copy of tensors of one device to the CPU.
 
-    From CUDA they travel to pinned memory, behind the work that was enqueued before them and
-    beside whatever is enqueued after. Elsewhere they are there at once.
+    From CUDA they are copied to pinned memory, after the work enqueued before and in parallel to
+    the CPU. From other devices they are copied at once.
 
     Args:
         tensors: Of any shapes and dtypes.
@@ -48,16 +47,16 @@ class Download:
         for target, tensor in zip(self._on_cpu, tensors, strict=True):
             target.copy_(tensor, non_blocking=True)
         # On the stream of the copies: the event is reached once they have ended. The sources may
-        # be let go before; their memory is only used again by work behind the copies.
+        # be freed before; their memory is reused only by work enqueued after the copies.
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(device))
 
     def wait(self) -> list[np.ndarray]:
-        """Wait for these tensors, not for what was enqueued after them, and return them."""
+        """Wait for these tensors only, not for work enqueued later, and return them."""
         return [tensor.numpy() for tensor in self.tensors()]
 
     def tensors(self) -> list[Tensor]:
-        """Do the same, and return CPU tensors, of any dtype; from CUDA in pinned memory."""
+        """Same as `wait`, but return CPU tensors of any dtype; from CUDA in pinned memory."""
         if self._arrived is not None:
             self._arrived.synchronize()
             self._arrived = None

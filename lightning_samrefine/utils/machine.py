@@ -1,4 +1,4 @@
-"""What a bug report has to name: versions, processor and device."""
+"""Facts for a bug report: versions, processor and device."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PACKAGES = (
     "segment-anything",
     "transformers",
 )
-_DRIVER_TIMEOUT = 10.0  # seconds; nvidia-smi hangs where a driver does
+_DRIVER_TIMEOUT = 10.0  # seconds; nvidia-smi hangs if a driver does
 
 
 def default_device() -> torch.device:
-    """Return the device that ``Trainer(accelerator="auto")`` would take, of those tested."""
+    """Return the device of ``Trainer(accelerator="auto")``, among those tested."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -40,7 +40,7 @@ def describe_versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    # The version of torch in memory also names its build, such as 2.14.1+cu130.
+    # torch.__version__ includes its build, such as 2.14.1+cu130.
     return {**found, "torch": torch.__version__}
 
 
@@ -70,7 +70,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Return the processor's name; Linux tells it in a file alone."""
+    """Return the processor's name; on Linux it is available in a file only."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -85,9 +85,9 @@ def _nvidia_driver() -> str:
         return "unknown (no nvidia-smi)"
     query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(
+        output = subprocess.run(
             query, capture_output=True, text=True, timeout=_DRIVER_TIMEOUT, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown (nvidia-smi: {type(error).__name__})"
-    return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else "unknown"
+    return output.stdout.strip().splitlines()[0] if output.stdout.strip() else "unknown"

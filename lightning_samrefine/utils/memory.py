@@ -1,4 +1,4 @@
-"""How many items a model processes at once, and fewer when memory runs out."""
+"""Number of items that a model processes at once, reduced when memory runs out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 Result = TypeVar("Result")
 
-# Plain RuntimeErrors of torch's allocators, and of CUDA's libraries without room for a handle or a
-# workspace. What has another cause raises all the same, once a single item fails.
+# Plain RuntimeErrors of torch's allocators, and of CUDA's libraries without memory for a handle or
+# a workspace. An error with another cause is raised once a single item fails.
 _MESSAGES = (
     "out of memory",
     "DefaultCPUAllocator: can't allocate memory",
@@ -22,15 +22,16 @@ _MESSAGES = (
     "Invalid buffer size",  # MPS
 )
 
-# Four prompts at once fit a core's cache and beat one, eight and forty (measured, FP32 and BF16).
+# Four prompts at once fit a core's cache: faster than one, eight and forty (measured, FP32, BF16).
 _CPU_PROMPTS = 4
-# The seed's largest b_size. It goes by the driver's free memory, but torch's allocator keeps what
-# training has freed: after an epoch prompts would go one at a time.
+# The published function's largest b_size, which it reduces by the driver's free memory. That does
+# not work here: torch's allocator keeps memory freed by training, so that prompts would be decoded
+# one at a time after an epoch.
 _GPU_PROMPTS = 32
 
 
 def prompts_at_once(device: torch.device) -> int:
-    """Return how many prompts to decode at once if memory allows it (step 7).
+    """Return the number of prompts to decode at once if memory allows it (step 7).
 
     The same on every run; `ChunkSize` halves it if memory runs out.
     """
@@ -38,10 +39,10 @@ def prompts_at_once(device: torch.device) -> int:
 
 
 def images_at_once(device: torch.device, count: int) -> int:
-    """Return how many of ``count`` images to split before they are encoded.
+    """Return how many of ``count`` images are split into regions before they are encoded.
 
-    One on CUDA, so that the CPU splits the next while the GPU encodes it; all of them elsewhere,
-    where nothing overlaps and a model may gain from encoding them together.
+    One on CUDA, so that the CPU splits an image while the GPU encodes the one before; all of them
+    on other devices, which do not overlap and may be faster with images encoded together.
     """
     return 1 if device.type == "cuda" else max(1, count)
 
@@ -97,7 +98,7 @@ class ChunkSize:
 
 
 def _release_cached() -> None:
-    """Give back what torch's allocators keep for later, so that other sizes of blocks fit."""
+    """Release the cached memory of torch's allocators, so that blocks of other sizes fit."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():

@@ -1,4 +1,4 @@
-"""Colors of classes, the same everywhere."""
+"""Colors of classes, the same in all figures."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import colorsys
 import numpy as np
 from torch import Tensor
 
-# The golden angle keeps neighboring class numbers far apart in hue; class 0 starts at a calm blue,
-# being most of the picture where it is the background.
+# The golden angle keeps neighboring class indices far apart in hue; class 0 is a calm blue: it is
+# often the background.
 _FIRST_HUE, _HUE_STEP = 0.6, 0.381966
 
 
 def class_colors(num_classes: int) -> np.ndarray:
-    """Return (C, 3) uint8 RGB colors, the same for the same class number everywhere."""
+    """Return (C, 3) uint8 RGB colors, which depend on the class index only."""
     colors = [
         colorsys.hsv_to_rgb(
             (_FIRST_HUE + index * _HUE_STEP) % 1, 0.75 - 0.3 * (index % 2), 0.95 - 0.3 * (index % 3)

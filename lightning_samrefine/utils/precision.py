@@ -1,4 +1,4 @@
-"""Which autocast SAM runs under, whatever the precision of the run it is attached to."""
+"""Chooses the autocast for SAM, independent of the precision of the user's run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Choose the autocast type for a device.
 
-    ``"auto"`` takes bf16 where the hardware computes in it, fp16 on CUDA devices that do not,
-    and float32 elsewhere: a CPU without bf16 instructions emulates them 5 to 100 times slower
-    than float32.
+    ``"auto"`` is bf16 on hardware with bf16 arithmetic, fp16 on other CUDA devices, and float32
+    elsewhere: a CPU without bf16 instructions emulates them, 5 to 100 times slower than float32.
 
     Args:
         precision: One of ``"auto"``, ``"32"``, ``"bf16-mixed"``, ``"16-mixed"``.
@@ -43,25 +42,25 @@ def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype 
     """
     if precision not in PRECISIONS:
         raise ValueError(
-            f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}"
+            f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}"
         )
     if precision != "auto":
         dtypes = {"32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         return dtypes[precision], f"precision={precision} was set"
     if device.type == "cuda":
-        # torch.cuda.is_bf16_supported looks at the current device, which may be another.
+        # torch.cuda.is_bf16_supported checks the current device, which may be another one.
         if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "the GPU computes in bf16"
         return torch.float16, "the GPU has no bf16 arithmetic, but fp16"
     if device.type == "cpu":
         if _cpu_has_bf16():
             return torch.bfloat16, "the CPU has bf16 instructions"
-        return None, "the CPU has no bf16 instructions, or torch is too old to tell"
-    return None, f"bf16 is taken on CUDA and CPUs alone, not on {device.type}"
+        return None, "the CPU has no bf16 instructions, or torch is too old to detect them"
+    return None, f"bf16 is chosen on CUDA and CPUs only, not on {device.type}"
 
 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
-    """Enter autocast to ``dtype``; None switches off an autocast that surrounds the call."""
+    """Enter autocast to ``dtype``; None switches off an enclosing autocast."""
     if dtype is None:
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, dtype=dtype)
@@ -75,11 +74,11 @@ def active_autocast(device: torch.device) -> torch.dtype | None:
 
 
 def rounded(value: Any, dtype: torch.dtype | None) -> Any:
-    """Round floats to what ``dtype`` can hold; their own dtype comes back.
+    """Round floats to the precision of ``dtype``, keeping their own dtype.
 
     Args:
-        value: A tensor or a tuple of tensors; anything else is returned as it is.
-        dtype: Of the autocast that computed it; None rounds nothing.
+        value: A tensor or a tuple of tensors; anything else is returned unchanged.
+        dtype: Dtype of the autocast it was computed under; None returns it unchanged.
     """
     if dtype is None:
         return value
@@ -91,6 +90,6 @@ def rounded(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _cpu_has_bf16() -> bool:
-    # get_capabilities is younger than the oldest torch supported; without it float32 is safe.
+    # get_capabilities is missing in the oldest supported torch; without it float32 is safe.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

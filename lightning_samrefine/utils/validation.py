@@ -1,4 +1,4 @@
-"""Checks of values, before any work is done."""
+"""Checks of argument values."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 
 class WrongValuesError(ValueError):
-    """Values that put the reading of earlier batches of the same loader in doubt, too."""
+    """Values which show that earlier batches of the same loader were read wrongly as well."""
 
 
 def check_range(low: float, high: float) -> None:
-    """Refuse values that are no probabilities, by the smallest and the largest of them."""
+    """Raise for values that are not probabilities, given their minimum and maximum."""
     # NaN fails both comparisons; float16 softmax may exceed 1 by its last bit.
     if not (low >= 0 and high <= 1 + 1e-3):
         raise ValueError(
-            f"probs: got values from {low:.4g} to {high:.4g}, accepted are probabilities in "
-            "[0, 1] without NaN (apply softmax to logits)"
+            "probs must be probabilities in [0, 1] without NaN, got values from "
+            f"{low:.4g} to {high:.4g} (apply softmax to logits)"
         )
 
 
 def as_integer(value: Any) -> int | None:
-    """Return an integer of Python, NumPy or torch (also in an array of no dimension), else None."""
+    """Return an integer of Python, NumPy or torch (also in a 0-D array), else None."""
     if isinstance(value, bool | np.bool_) or getattr(value, "ndim", 0) != 0:
         return None
     if isinstance(value, Tensor) and (value.dtype == torch.bool or value.is_floating_point()):
@@ -37,7 +37,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
-    """Return an integer of at least ``least``, and refuse anything else.
+    """Return an integer of at least ``least``.
 
     Raises:
         TypeError: Not an integer.

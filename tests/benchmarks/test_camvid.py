@@ -88,14 +88,14 @@ def test_the_network_sees_normalized_bgr(checkpoint):
 
 
 def test_segmenter_names_what_it_does_not_accept(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="resolution: got 'third'"):
+    with pytest.raises(ValueError, match="resolution must be 'full' or 'half', got 'third'"):
         ESPNetSegmenter(checkpoint, resolution="third")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         ESPNetSegmenter(tmp_path / "nowhere.pth")
     torch.save({}, tmp_path / "empty.pth")
     with pytest.raises(RuntimeError, match="Missing key"):
         ESPNetSegmenter(tmp_path / "empty.pth")
-    with pytest.raises(TypeError, match=r"image: got torch\.float32"):
+    with pytest.raises(TypeError, match=r"image must be torch\.uint8 .*, got torch\.float32"):
         ESPNetSegmenter(checkpoint)(torch.zeros(1, 3, 8, 8))
 
 

@@ -472,7 +472,7 @@ class TestArguments:
 
     def test_a_missing_checkpoint_is_reported_before_any_batch(self):
         module = Segmenter()
-        with pytest.raises(FileNotFoundError, match=r"checkpoint: got 'nowhere\.pt'"):
+        with pytest.raises(FileNotFoundError, match=r"checkpoint must be .*got 'nowhere\.pt'"):
             run_validate(SAMRefineCallback("vit_t", "nowhere.pt", NUM_CLASSES), module)
         assert module.forwards == 0
 

@@ -154,7 +154,7 @@ def test_a_slow_model_refines_fewer_images(short, monkeypatch):
 
 
 def test_wrong_arguments_are_refused_before_any_work():
-    with pytest.raises(ValueError, match=r"checkpoint: must be None without a sam, got 'a\.pt'"):
+    with pytest.raises(ValueError, match=r"checkpoint must be None without a sam, got 'a\.pt'"):
         check(checkpoint="a.pt")
     with pytest.raises(ValueError, match=r"precision must be .*, got 'half'"):
         check(precision="half")

@@ -172,7 +172,7 @@ def test_a_server_that_promises_no_length_is_stopped(server, tmp_path, content, 
 @pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, 3)])
 def test_a_refusal_is_reported(server, tmp_path, status, attempts):
     server.status = status
-    with pytest.raises(DownloadError, match=f"the server answered {status}"):
+    with pytest.raises(DownloadError, match=f"the server returned {status}"):
         fetch(server.file(), tmp_path)
     assert len(server.requests) == attempts
 

@@ -88,7 +88,7 @@ def test_wrong_construction_is_refused(random_sam):
         Refiner(Former(random_sam.module, "former"))
     with pytest.raises(TypeError, match="config must be a RefineConfig, got dict"):
         Refiner(random_sam, {"stride": 2})
-    with pytest.raises(ValueError, match="precision: got 'bf16', accepted are 'auto', '32'"):
+    with pytest.raises(ValueError, match=r"precision must be one of 'auto', '32', .*, got 'bf16'"):
         Refiner(random_sam, precision="bf16")
 
 
