@@ -1,4 +1,4 @@
-"""Every cell of a grid on one image: encoded once, decoded once a pair of prompt thresholds."""
+"""Refines images with every cell of a grid: encoded once, decoded once per pair of thresholds."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_samrefine.tune.grid import Grid
 
 
 class Sweep:
-    """Counts the changes that every cell of a grid makes to images.
+    """Counts the changes of images by every cell of a grid.
 
     Args:
         grid: The thresholds to try.
-        base: Everything else; its classes and thresholds of single classes are set aside.
-        scoring: How to score.
+        base: All other settings; its classes and thresholds of single classes are ignored.
+        scoring: The scoring.
 
     Attributes:
-        counts: Of the changes, cell by cell in the order of ``grid.cells``.
+        counts: Counts of the changes, cell by cell in the order of ``grid.cells``.
     """
 
     def __init__(self, grid: Grid, base: RefineConfig, scoring: Scoring) -> None:
@@ -37,8 +37,8 @@ class Sweep:
         """Sweep B samples.
 
         Args:
-            refiner: Its model, precision and cache are used. Without a cache an image is encoded
-                once for each pair of the grid.
+            refiner: Its model, precision and cache are used. Without a cache, images are encoded
+                once per pair of the grid.
             inputs: B samples with targets.
         """
         targets = _targets(inputs)
@@ -56,7 +56,7 @@ class Sweep:
         Args:
             refiner: As above.
             image: (3, H, W) uint8.
-            probs: (C, H, W) float in [0, 1]; if it is not finite, nothing is refined.
+            probs: (C, H, W) float in [0, 1]; if not finite, nothing is refined.
             raw: (H, W) int64.
         """
         if not probs.isfinite().all():
@@ -65,7 +65,7 @@ class Sweep:
         for score_thresh, scale in self.grid.pairs:
             config = replace(self.base, score_thresh=score_thresh, mask_prompt_scale=scale)
             (predictions,) = refiner.predict([image], [probs], [raw], config)
-            # The threshold changes the fusion through the accepted regions alone.
+            # The threshold affects the fusion only through the accepted regions.
             fused: dict[bytes, Tensor] = {}
             for iou in self.grid.pred_iou_thresh:
                 fusing = replace(config, pred_iou_thresh=iou)
@@ -82,12 +82,12 @@ class Trial:
     """Runs chosen configurations, each image under several of them.
 
     Args:
-        configs: For each image, in the order of the loader, its configurations.
-        scoring: How to score.
-        raw: (N, 2, 3, C) int64, the `Truth.totals` that the images had in the sweep.
+        configs: The configurations of each image, in the order of the loader.
+        scoring: The scoring.
+        raw: (N, 2, 3, C) int64, the images' `Truth.totals` in the sweep.
 
     Attributes:
-        counts: One cell a configuration.
+        counts: One cell per configuration.
     """
 
     def __init__(

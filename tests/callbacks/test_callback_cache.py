@@ -10,7 +10,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter, loader
-from tiny_random_sam import build_random_sam, spread_answers
+from stub_sams import CountingSam
+from tiny_random_sam import spread_answers
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -21,18 +22,6 @@ from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 
 # Four points instead of hundreds.
 SMALL_DEFAULT = RefineConfig.preset("default", points_per_side=2, min_region_area=4)
-
-
-class CountingSam(SamPromptable):
-    """Counts the images that it embeds."""
-
-    def __init__(self) -> None:
-        super().__init__(build_random_sam(), "counting")
-        self.embedded = 0
-
-    def encode_images(self, images):
-        self.embedded += len(images)
-        return super().encode_images(images)
 
 
 class NoisyBlobs(Blobs):

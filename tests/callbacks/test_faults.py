@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning_stubs import IGNORE, NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter, loader
 from random_predictions import noisy
-from stub_sams import FixedSam
+from stub_sams import FixedSam, SmallSam
 from tiny_random_sam import build_random_sam
 from torch.utils.data import DataLoader
 
@@ -29,28 +29,6 @@ OUT_OF_MEMORY = [
                  "allocate memory: you tried to allocate 99 bytes."),
     MemoryError(),
 ]  # fmt: skip
-
-
-class SmallSam(SamPromptable):
-    """Runs out of memory at more than so many prompts or images at once."""
-
-    def __init__(self, error, prompts=99, images=99):
-        super().__init__(build_random_sam(), "small")
-        self.error, self.prompts, self.images = error, prompts, images
-        self.asked: list[int] = []
-        self.embedded: list[int] = []
-
-    def encode_images(self, images):
-        self.embedded.append(len(images))
-        if len(images) > self.images:
-            raise self.error
-        return super().encode_images(images)
-
-    def predict_masks(self, embedding, prompts, multimask_output=False):
-        self.asked.append(len(prompts))
-        if len(prompts) > self.prompts:
-            raise self.error
-        return super().predict_masks(embedding, prompts, multimask_output)
 
 
 class AfterFirstBatch(Callback):
@@ -81,13 +59,13 @@ class TestMemory:
         sam = SmallSam(error, prompts=3)
         refiner = Refiner(sam, config, "32")
         out = refiner(image, probs)
-        assert sam.asked[:3] == [8, 4, 2]
+        assert sam.prompt_counts[:3] == [8, 4, 2]
         assert len(out.regions) > 8
         torch.testing.assert_close(out.regions.pred_iou, expected.regions.pred_iou)
         assert (out.labels != expected.labels).float().mean() < 1e-3
-        sam.asked.clear()
+        sam.prompt_counts.clear()
         refiner(image, probs)
-        assert max(sam.asked) == 2
+        assert max(sam.prompt_counts) == 2
 
     @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
     def test_the_encoder_is_asked_for_fewer_images(self, error):
@@ -95,7 +73,7 @@ class TestMemory:
         sam = SmallSam(error, images=1)
         refiner = Refiner(sam, precision="32")
         outs = refiner.refine_batch(images, probs)
-        assert sam.embedded == [5, 2, 1, 1, 1, 1, 1]
+        assert sam.image_counts == [5, 2, 1, 1, 1, 1, 1]
         for image, prob, out in zip(images, probs, outs, strict=True):
             assert torch.equal(out.labels, Refiner(sam, precision="32")(image, prob).labels)
 

@@ -15,9 +15,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Blobs
 from PIL import Image
 from safetensors.torch import load_file
+from stub_sams import CountingSam
 from tiny_random_sam import build_random_sam
 from torch.utils.data import DataLoader, Subset
-from writer_cases import CountingSam, Named, Predicting, contents, named, predict, rows
+from writer_cases import Named, Predicting, contents, named, predict, rows
 
 from lightning_samrefine import RefineConfig, Refiner, SAMRefineWriter
 from lightning_samrefine.models.sam import SamPromptable

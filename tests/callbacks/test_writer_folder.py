@@ -19,8 +19,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_stubs import NUM_CLASSES, REFINE, Blobs
 from PIL import Image
 from scripts import run_script
+from stub_sams import CountingSam
 from torch.utils.data import DataLoader, Subset
-from writer_cases import CountingSam, Named, contents, named, predict, rows
+from writer_cases import Named, contents, named, predict, rows
 
 from lightning_samrefine import Refiner
 from lightning_samrefine.adapters.sample_names import Stem

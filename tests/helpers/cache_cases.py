@@ -1,24 +1,10 @@
-"""A SAM that counts its embeddings, and images for a cache."""
+"""Caches, and images for them."""
 
 from __future__ import annotations
 
 import torch
-from tiny_random_sam import build_random_sam
 
-from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
-
-
-class CountingSam(SamPromptable):
-    """Remembers how many images were embedded in each call."""
-
-    def __init__(self, seed=0):
-        super().__init__(build_random_sam(seed), "random")
-        self.calls = []
-
-    def encode_images(self, images):
-        self.calls.append(len(images))
-        return super().encode_images(images)
 
 
 def make_cache(kind, folder, gb=None):

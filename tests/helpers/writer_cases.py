@@ -7,11 +7,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from lightning.pytorch import Trainer
 from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter
-from tiny_random_sam import build_random_sam
+from stub_sams import CountingSam
 from torch.utils.data import DataLoader
 
 from lightning_samrefine import SAMRefineWriter
-from lightning_samrefine.models.sam import SamPromptable
 
 
 class Named(Blobs):
@@ -25,16 +24,6 @@ class Predicting(Segmenter):
     def predict_step(self, batch, batch_idx, dataloader_idx=0):
         image = batch["image"] if isinstance(batch, dict) else batch
         return self(image)
-
-
-class CountingSam(SamPromptable):
-    def __init__(self, seed=0):
-        super().__init__(build_random_sam(seed), "counting")
-        self.embedded = 0
-
-    def encode_images(self, images):
-        self.embedded += len(images)
-        return super().encode_images(images)
 
 
 def named(length=5, batch_size=2, seed=0):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cache_cases import CountingSam, images
+from cache_cases import images
 from random_predictions import blobs
+from stub_sams import CountingSam
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.models.base import Promptable, Prompts

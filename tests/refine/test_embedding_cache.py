@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_cases import CountingSam, embed, images, make_cache
+from cache_cases import embed, images, make_cache
+from stub_sams import CountingSam
 from tiny_random_sam import build_random_sam
 
 from lightning_samrefine import RefineConfig, Refiner
@@ -285,7 +286,8 @@ FILL = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from cache_cases import CountingSam, embed, images, make_cache
+from cache_cases import embed, images, make_cache
+from stub_sams import CountingSam
 torch.set_num_threads(1)
 cache, sam, batch = make_cache("disk", {folder!r}), CountingSam(), images(40)
 order = batch if {forward} else batch[::-1]

@@ -1,4 +1,4 @@
-"""Inputs that nobody expects, under every preset: finite numbers, known labels, equal answers."""
+"""Unexpected inputs under every preset: finite numbers, known labels, equal results."""
 
 from __future__ import annotations
 
@@ -7,34 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from random_predictions import noisy
-from tiny_random_sam import build_random_sam
+from stub_sams import SmallSam
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.config import PRESETS
-from lightning_samrefine.models.sam import SamPromptable
 
 pytestmark = pytest.mark.numerical
-
-
-class SmallSam(SamPromptable):
-    """Has memory for one prompt and one image at once, and says how many it was asked for."""
-
-    def __init__(self):
-        super().__init__(build_random_sam(), "small")
-        self.asked = []
-
-    def remember(self, count):
-        self.asked.append(count)
-        if count > 1:
-            raise MemoryError
-
-    def encode_images(self, images):
-        self.remember(len(images))
-        return super().encode_images(images)
-
-    def predict_masks(self, embedding, prompts, multimask_output=False):
-        self.remember(len(prompts))
-        return super().predict_masks(embedding, prompts, multimask_output)
 
 
 @pytest.fixture(params=sorted(PRESETS))
@@ -136,15 +114,16 @@ def test_chunks_of_prompts_and_the_order_of_a_batch_change_nothing(refiner, rand
 
 def test_memory_that_runs_out_is_asked_for_less_and_for_no_more_later(refiner, random_sam):
     images, probs = zip(*(noisy(seed=seed) for seed in range(3)), strict=True)
-    small = SmallSam()
+    small = SmallSam(MemoryError(), prompts=1, images=1)
     spare = Refiner(small, replace(refiner.config, max_prompts_per_batch=4), "32")
     outs = spare.refine_batch(images, probs)
-    assert max(small.asked) > 1
+    assert max(*small.prompt_counts, *small.image_counts) > 1
     one_by_one = Refiner(random_sam, replace(refiner.config, max_prompts_per_batch=1), "32")
     for image, prob, out in zip(images, probs, outs, strict=True):
         expected = one_by_one(image, prob)
         assert torch.equal(out.labels, expected.labels)
         assert torch.equal(out.probs, expected.probs)
-    small.asked.clear()
+    small.prompt_counts.clear()
+    small.image_counts.clear()
     spare.refine_batch(images, probs)
-    assert set(small.asked) == {1}
+    assert {*small.prompt_counts, *small.image_counts} == {1}

@@ -13,14 +13,13 @@ from random_predictions import blobs
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from tiny_random_sam import build_random_sam
+from stub_sams import SmallSam
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.cli.main import SetupError, run
 from lightning_samrefine.config_files import read_refine
 from lightning_samrefine.metrics.comparison import RefinementComparison
-from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 from lightning_samrefine.reporting.summary import print_whole
 from lightning_samrefine.tune.choice import class_ious, gain
@@ -91,21 +90,12 @@ def test_every_cell_is_a_run_of_its_own(random_sam, monkeypatch, ignore_index):
 
 
 def test_a_memory_limit_is_found_once_and_not_cell_by_cell():
-    class SmallSam(SamPromptable):
-        failed = 0
-
-        def predict_masks(self, embedding, prompts, multimask_output=False):
-            if len(prompts) > 1:
-                self.failed += 1
-                raise MemoryError
-            return super().predict_masks(embedding, prompts, multimask_output)
-
-    sam = SmallSam(build_random_sam(), "small")
+    sam = SmallSam(MemoryError(), prompts=1)
     base = RefineConfig(min_region_area=2, max_prompts_per_batch=4)
     sweep, refiner = Sweep(GRID, base, SCORING), Refiner(sam)
     for seed in range(2):
         sweep(refiner, sample(seed))
-    assert sam.failed == 2  # four prompts at once, then two
+    assert [count for count in sam.prompt_counts if count > 1] == [4, 2]
 
 
 def test_mixed_thresholds_and_a_gate_are_read_from_the_same_counts(random_sam):
