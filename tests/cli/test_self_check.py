@@ -132,7 +132,7 @@ def test_another_device_must_give_the_labels_of_the_cpu(share):
 def test_a_check_in_which_nothing_happens_fails():
     facts = {"precision": "float32", "cached_agreement": 1.0, "accepted": 0, "changed": 0.0}
     failure = self_check._failure(facts, torch.device("cpu"), needs_accepted=True)
-    assert failure == "nothing was refined, so that equal labels mean nothing"
+    assert failure == "nothing was refined, so equal labels prove nothing"
     assert self_check._failure(facts, torch.device("cpu"), needs_accepted=False) is None
 
 
@@ -181,7 +181,7 @@ def test_the_reason_of_a_precision_names_the_hardware(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for has, dtype, words in (
         (True, torch.bfloat16, "the CPU has bf16 instructions"),
-        (False, None, "the CPU has no bf16 instructions, or torch is too old to tell"),
+        (False, None, "the CPU has no bf16 instructions, or torch is too old to detect them"),
     ):
         monkeypatch.setattr(precision, "_cpu_has_bf16", lambda has=has: has)
         assert precision.choose_precision("auto", cpu) == (dtype, words)
