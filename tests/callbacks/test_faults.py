@@ -292,7 +292,7 @@ class TestTensors:
     def test_scores_that_look_like_sigmoids_are_pointed_out(self):
         generator = torch.Generator().manual_seed(0)
         sigmoids = torch.rand(1, 4, 8, 8, generator=generator)
-        with pytest.warns(RuntimeWarning, match=r"that sum to .* scores_kind='probs'"):
+        with pytest.warns(RuntimeWarning, match=r"scores must sum to .* scores_kind='probs'"):
             to_probs(sigmoids, "auto", 4, (8, 8))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -334,7 +334,7 @@ class TestRuns:
                 scores = self.network(batch[0] / 255 - 0.5)
                 return torch.cat([scores] * 2, dim=3) if batch_idx == 1 else scores
 
-        with pytest.warns(RuntimeWarning, match=r"could not be read.*at most the image's"):
+        with pytest.warns(RuntimeWarning, match=r"could not be read.*must not exceed the image's"):
             logged = validate(self.callback(random_sam), Changing(), loader(5, batch_size=2))
         assert logged["val/refine_failed_images"] == 2
         kept = torch.utils.data.Subset(Blobs(5), [0, 1, 4])

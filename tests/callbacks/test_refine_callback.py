@@ -461,7 +461,7 @@ class TestArguments:
             ({"max_batches": True}, TypeError, "max_batches must be .*, got True"),
             ({"trimap_width": 0}, ValueError, "trimap_width must be .*, got 0"),
             ({"scores_kind": "soft"}, ValueError, "scores_kind must be one of .*, got 'soft'"),
-            ({"image_mean": 0.5}, ValueError, "image_mean, image_std"),
+            ({"image_mean": 0.5}, ValueError, "image_mean and image_std must be set"),
             ({"adapter": 3}, TypeError, "adapter must be a callable .*, got int"),
         ],
     )

@@ -158,7 +158,7 @@ def test_wrong_arguments_are_refused_before_any_work():
         check(checkpoint="a.pt")
     with pytest.raises(ValueError, match=r"precision must be .*, got 'half'"):
         check(precision="half")
-    with pytest.raises(ValueError, match="device: must be one that torch can use here, got 'non"):
+    with pytest.raises(ValueError, match="device must be one that torch can use here, got 'non"):
         check(device="nonsense")
 
 

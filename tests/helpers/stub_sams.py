@@ -155,7 +155,7 @@ class CountingSam(SamPromptable):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        super().__init__(build_random_sam(seed), "counting")
+        super().__init__(build_random_sam(seed), "random")
         self.calls: list[int] = []
         self.embedded = 0
 

@@ -299,7 +299,7 @@ class _Bomb:
 def test_pickled_code_is_never_executed(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"mask_decoder": _Bomb()}))
-    with pytest.raises(ValueError, match="cannot load as a promptable model"):
+    with pytest.raises(ValueError, match="checkpoint must be a promptable model of transformers"):
         load_sam("hf", folder)
 
 
