@@ -303,7 +303,7 @@ def test_an_error_in_a_worker_process_is_told_apart(tmp_path):
 
 
 def command(cwd, *arguments, **environment):
-    paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))
+    paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests" / "helpers"]))
     return subprocess.run(
         [sys.executable, "-m", "lightning_samrefine.cli.main", *arguments],
         cwd=cwd,
