@@ -258,8 +258,8 @@ FETCH = """
 import importlib.util, sys, types
 from pathlib import Path
 # Without the package's __init__, which loads torch.
-from lightning_samrefine.utils import cache_dir as home
-path = Path(home.__file__).parent / "models" / "download.py"
+from lightning_samrefine.utils import cache_dir
+path = Path(cache_dir.__file__).parents[1] / "models" / "download.py"
 spec = importlib.util.spec_from_file_location("download", path)
 module = sys.modules["download"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
