@@ -53,7 +53,7 @@ CONFIG = RefineConfig(pred_iou_thresh=0.0, min_region_area=16)
 
 
 def scene(regions: int, hw: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw an image with so many regions: the cells of a wavy grid, neighbors of other classes.
+    """Draw an image whose regions are the cells of a wavy grid, adjacent ones of different classes.
 
     Returns:
         Image (3, H, W) uint8, labels (H, W) int64, probs (C, H, W) float32.

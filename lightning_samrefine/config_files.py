@@ -50,13 +50,14 @@ def write_refine(config: RefineConfig, path: str | Path, comments: Sequence[str]
     """Write a YAML file that `read_refine` and ``samrefine refine=PATH`` read.
 
     Args:
-        config: Every field is written.
+        config: Every field is written. The head of the file also has what its fit found.
         path: The file.
         comments: Lines at its head.
     """
     from omegaconf import OmegaConf
 
-    text = "".join(f"# {comment}\n" for comment in comments)
+    found = [config.weights.found] if isinstance(config.weights, FusionWeights) else []
+    text = "".join(f"# {comment}\n" for comment in [*comments, *filter(None, found)])
     text += OmegaConf.to_yaml(OmegaConf.create(refine_to_mapping(config)))
     Path(path).write_text(text, encoding="utf-8")
 

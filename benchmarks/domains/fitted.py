@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -33,6 +33,8 @@ class FittedOnVal:
     def __init__(self, root: Path, refiner: Refiner, folder: Path) -> None:
         self._root, self._refiner, self._folder = root, refiner, folder
         self._auto = cache(self._fitted)
+        # The labels and the control of an image are taken one after the other.
+        self._refine = lru_cache(maxsize=1)(self._refinement)
 
     def refined(self, pair: str, image: Tensor, probs: Tensor) -> Tensor:
         """Return the labels of the fusion with SAM."""
@@ -49,7 +51,7 @@ class FittedOnVal:
         fitted = self._auto(pair).fitted
         return "too few images" if fitted is None else fitted.final.found
 
-    def _refine(self, pair: str, image: Tensor, probs: Tensor) -> Refinement:
+    def _refinement(self, pair: str, image: Tensor, probs: Tensor) -> Refinement:
         refine = AutoRefiner(self._refiner, self._auto(pair), IGNORED)
         (refinement,) = refine(_inputs(image, probs, None))
         return refinement
@@ -62,7 +64,7 @@ class FittedOnVal:
             return AutoFusion(classes, fitted)
         auto = AutoFusion(classes)
         sample = AutoRefiner(self._refiner, auto, IGNORED)
-        sample.samples = True
+        sample.start(samples=True)
         for example in track(examples(self._root, pair, "val"), description=f"fit {pair}"):
             sample(_inputs(example.image, example.predict(), example.target))
         auto.finish()

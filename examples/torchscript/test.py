@@ -1,4 +1,4 @@
-"""Test a TorchScript file, of which nothing but its scores is known."""
+"""Test a TorchScript file: only its scores can be read."""
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_samrefine.adapters.batch_adapter import AdapterFunction, BatchAdapter
@@ -22,6 +22,8 @@ from lightning_samrefine.utils.validation import as_integer, check_count
 
 Thresholds = Mapping[str, Any] | RefineConfig | str
 """What `parse_refine` reads."""
+
+AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,12 @@ def check_trainer(owner: str, trainer: Trainer) -> None:
             "replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl` and "
             "`from pytorch_lightning` by `from lightning.pytorch`, for the LightningModule as well"
         )
+
+
+def callbacks_of(trainer: Trainer, kind: type[AnyCallback]) -> list[AnyCallback]:
+    """Return a Trainer's callbacks of one class, in its order."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return [callback for callback in callbacks if isinstance(callback, kind)]
 
 
 def parse_refine(refine: Thresholds) -> RefineConfig:

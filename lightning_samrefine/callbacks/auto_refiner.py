@@ -28,12 +28,22 @@ class AutoRefiner:
         ignore_index: Target value that is not a class, None for none.
 
     Attributes:
-        samples: Whether labeled pixels are sampled. Not in a test: its images are not fitted to.
+        auto: As given.
     """
 
     def __init__(self, refiner: Refiner, auto: AutoFusion, ignore_index: int | None) -> None:
-        self._refiner, self._auto, self._ignore_index = refiner, auto, ignore_index
-        self.samples = False
+        self._refiner, self.auto, self._ignore_index = refiner, auto, ignore_index
+        self._samples = False
+
+    def start(self, samples: bool) -> None:
+        """Begin an evaluation.
+
+        Args:
+            samples: Whether labeled pixels are sampled; not in a test, whose images are not fitted
+                to.
+        """
+        self.auto.start()
+        self._samples = samples
 
     @torch.no_grad()
     def __call__(self, inputs: RefineInputs) -> list[Refinement]:
@@ -54,15 +64,15 @@ class AutoRefiner:
     ) -> Refinement:
         raw, config = predictions.raw, self._refiner.config
         maps = feature_maps(predictions, config)
-        if self.samples and inputs.targets is not None:
+        if self._samples and inputs.targets is not None:
             target = inputs.targets[index]
-            self._auto.sample.add(key, maps, target, raw.labels, None, self._ignore_index)
+            self.auto.sample.add(key, maps, target, raw.labels, None, self._ignore_index)
         refined = self._fuse(predictions, key, maps)
-        control = control_labels(raw, maps, self._auto.control_for(key))
+        control = control_labels(raw, maps, self.auto.control_for(key))
         return replace(refined, control=control)
 
     def _fuse(self, predictions: MaskPredictions, key: str, maps: FeatureMaps) -> Refinement:
-        weights = self._auto.weights_for(key)
+        weights = self.auto.weights_for(key)
         if weights is None:
             return self._refiner.fuse(predictions)
         config, raw = replace(self._refiner.config, weights=weights), predictions.raw

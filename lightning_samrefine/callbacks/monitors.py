@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_samrefine.callbacks.arguments import callbacks_of
 from lightning_samrefine.metrics.comparison import SIDES, ComparisonResult
 
 _CLASS_FIGURES = tuple(f"iou_{side}/" for side in SIDES)
@@ -59,8 +60,7 @@ def warn_monitors(trainer: Trainer, prefix: str, results: Sequence[ComparisonRes
 
 def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:
     """Yield the class that monitors a figure, and the figure's name."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    for callback in callbacks:
+    for callback in callbacks_of(trainer, Callback):
         if isinstance(monitor := getattr(callback, "monitor", None), str):
             yield type(callback).__name__, monitor
     for config in trainer.lr_scheduler_configs:

@@ -22,7 +22,6 @@ from lightning_samrefine.callbacks.collective import gather_on_zero, is_distribu
 from lightning_samrefine.callbacks.loader_evaluation import LoaderEvaluation
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.config_files import write_refine
-from lightning_samrefine.fusion_weights import FusionWeights
 from lightning_samrefine.metrics.comparison import ComparisonResult
 from lightning_samrefine.reporting.charts import curve_unit, draw_class_bars, draw_reliability
 from lightning_samrefine.reporting.loggers import rasterize, show_pictures
@@ -107,13 +106,12 @@ class Presenter:
         """
         if config is None or trainer.logger is None or _is_trial(trainer):
             return
-        path = _log_folder(trainer) / self._named("fitted.yaml")
+        path = _log_folder(trainer) / self.named("fitted.yaml")
         if not trainer.is_global_zero:
             return
-        assert isinstance(config.weights, FusionWeights)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_refine(config, path, [config.weights.found])
+            write_refine(config, path)
         except OSError as error:
             rank_zero_warn(f"SAMRefineCallback: {path} could not be written ({error})")
 
@@ -188,7 +186,7 @@ class Presenter:
     def _draw(self, trainer: Trainer, folder: Path, evaluated: Evaluated) -> None:
         stage, result, step = evaluated.stage, evaluated.result, logged_step(trainer)
         epoch = f"_epoch_{trainer.current_epoch:03d}" if stage == "val" else ""
-        stem = self._named(f"{stage}{epoch}{evaluated.suffix.replace('/', '_')}")
+        stem = self.named(f"{stage}{epoch}{evaluated.suffix.replace('/', '_')}")
         path = folder / f"{stem}.png"
         if path in self._drawn and stage == "val":  # several validations an epoch
             path = path.with_stem(f"{stem}_step_{step:06d}")
@@ -209,14 +207,15 @@ class Presenter:
             folder.mkdir(parents=True, exist_ok=True)
             pictures["panels"].save(_free(path))
 
-    def _named(self, file: str) -> str:
+    def named(self, file: str) -> str:
+        """Return a file's name, beginning with that of the callback if it has one."""
         return file if self.name is None else f"{self.name}_{file}"
 
     def _report_path(self, folder: Path) -> Path:
         """Return the report's path: in a log folder always the same file for this callback."""
         if isinstance(self.report, Path):
             return self.report
-        path = folder / self._named(REPORT_NAME)
+        path = folder / self.named(REPORT_NAME)
         if path not in self._report_paths:
             self._report_paths[path] = _free(path)
         return self._report_paths[path]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -20,7 +20,12 @@ from lightning_samrefine.adapters.targets import (
     IgnoreIndex,
     parse_ignore_index,
 )
-from lightning_samrefine.callbacks.arguments import SharedArguments, Thresholds, parse_name
+from lightning_samrefine.callbacks.arguments import (
+    SharedArguments,
+    Thresholds,
+    callbacks_of,
+    parse_name,
+)
 from lightning_samrefine.callbacks.evaluation import Evaluation, EvaluationOptions
 from lightning_samrefine.callbacks.presenter import Presenter
 from lightning_samrefine.callbacks.sam_callback import SAMCallback
@@ -355,8 +360,7 @@ def _check_different(trainer: Trainer) -> None:
     Raises:
         MisconfigurationException: Two of one name, or with one report.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    found = [part for part in callbacks if isinstance(part, SAMRefineCallback)]
+    found = callbacks_of(trainer, SAMRefineCallback)
     # Some file systems treat upper and lower case as equal.
     names = [None if part.name is None else part.name.casefold() for part in found]
     for part, name in zip(found, names, strict=True):
@@ -381,20 +385,16 @@ def fitted_config(trainer: Trainer, config: RefineConfig) -> RefineConfig:
     Raises:
         MisconfigurationException: Several callbacks have fitted weights.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    found = [
-        part for part in callbacks if isinstance(part, SAMRefineCallback) and part.fitted_config
-    ]
-    if len(found) > 1:
-        names = ", ".join(repr(part.name) for part in found)
+    found = [(part.name, part.fitted_config) for part in callbacks_of(trainer, SAMRefineCallback)]
+    fitted = {name: own.weights for name, own in found if own is not None}
+    if len(fitted) > 1:
         raise MisconfigurationException(
             "SAMRefineWriter: refine must be a file such as fitted.yaml if several callbacks have "
-            f"fitted weights, got 'auto' beside those named {names}"
+            f"fitted weights, got 'auto' beside those named {', '.join(map(repr, fitted))}"
         )
-    if not found or found[0].fitted_config is None:
+    if not fitted:
         rank_zero_info(
             "SAMRefineWriter: without fitted weights refine='auto' refines as 'fast' does; weights "
             "come from a validation with SAMRefineCallback, or from refine='fitted.yaml'"
         )
-        return replace(config, weights=None)
-    return replace(config, weights=found[0].fitted_config.weights)
+    return replace(config, weights=next(iter(fitted.values()), None))

@@ -51,7 +51,6 @@ class RunState:
         fitted: Weights that an earlier run fitted, for ``refine="auto"``.
 
     Attributes:
-        auto: The fusion of ``refine="auto"``, known from `bind` on; None for another `refine`.
         refiner: Refines single images, and raises where one fails; `refine` does not.
 
     Raises:
@@ -70,7 +69,6 @@ class RunState:
         fitted: FittedFusion | None = None,
     ) -> None:
         self._owner, self._shared, self._fitted = owner, shared, fitted
-        self.auto: AutoFusion | None = None
         self._auto_refiner: AutoRefiner | None = None
         self._warn_once = _WarnOnce(owner, counted_in)
         sam = shared.sam
@@ -135,9 +133,9 @@ class RunState:
         )
         if self.config.weights == "auto":
             names = self._shared.class_names or map(str, range(num_classes))
-            self.auto = AutoFusion(tuple(names), self._fitted, self.config.classes)
+            auto = AutoFusion(tuple(names), self._fitted, self.config.classes)
             ignored = settle_ignore_index(self._ignore_index, num_classes)
-            self._auto_refiner = AutoRefiner(self.refiner, self.auto, ignored)
+            self._auto_refiner = AutoRefiner(self.refiner, auto, ignored)
             self._safe = SafeRefiner(self._auto_refiner, self.sam.device, self._warn_once)
         masks = "" if accepts_masks(self.sam) else ", which takes no mask prompts,"
         rank_zero_info(
@@ -155,9 +153,13 @@ class RunState:
         Args:
             samples: Whether its images are fitted to at its end.
         """
-        if self.auto is not None and self._auto_refiner is not None:
-            self.auto.start()
-            self._auto_refiner.samples = samples
+        if self._auto_refiner is not None:
+            self._auto_refiner.start(samples)
+
+    @property
+    def auto(self) -> AutoFusion | None:
+        """The fusion of ``refine="auto"``, known from `bind` on; None for another `refine`."""
+        return None if self._auto_refiner is None else self._auto_refiner.auto
 
     def refine(
         self, inputs: RefineInputs, dataloader_idx: int = 0

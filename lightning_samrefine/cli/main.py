@@ -28,7 +28,7 @@ from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.config_files import check_refine_keys, with_refine_files
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 # torch and Lightning are imported where they are needed: `samrefine --help` works without them.
 
@@ -275,35 +275,33 @@ def _execute(
 def _write_curve(trainer: Trainer, path: Path) -> None:
     """Draw raw against refined over the validations of each callback, if more than one."""
     from lightning_samrefine import SAMRefineCallback
+    from lightning_samrefine.callbacks.arguments import callbacks_of
 
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    for callback in callbacks:
-        if not isinstance(callback, SAMRefineCallback):
-            continue
+    for callback in callbacks_of(trainer, SAMRefineCallback):
         epochs = [figures for figures in callback.history if figures["stage"] == "val"]
         first_loader = [figures for figures in epochs if figures["dataloader_idx"] == 0]
         if len(first_loader) > 1:
             from lightning_samrefine.reporting.charts import draw_curve
             from lightning_samrefine.reporting.panels import save_figure
 
-            name = path.name if callback.name is None else f"{callback.name}_{path.name}"
-            save_figure(draw_curve(first_loader), path.with_name(name))
+            save_figure(
+                draw_curve(first_loader), path.with_name(callback.presenter.named(path.name))
+            )
 
 
 def _write_fitted(trainer: Trainer, folder: Path) -> None:
     """Write the weights that ``refine=auto`` fitted, and print what was found."""
     from lightning_samrefine import SAMRefineCallback
+    from lightning_samrefine.callbacks.arguments import callbacks_of
     from lightning_samrefine.config_files import write_refine
     from lightning_samrefine.fusion_weights import FusionWeights
 
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    for callback in callbacks:
-        config = callback.fitted_config if isinstance(callback, SAMRefineCallback) else None
+    for callback in callbacks_of(trainer, SAMRefineCallback):
+        config = callback.fitted_config
         if config is not None and isinstance(config.weights, FusionWeights):
-            name = getattr(callback, "name", None)
-            file = "fitted.yaml" if name is None else f"{name}_fitted.yaml"
-            write_refine(config, folder / file, [config.weights.found])
-            print(f"{config.weights.found} (cross-validated). Weights: {folder / file}")
+            path = folder / callback.presenter.named("fitted.yaml")
+            write_refine(config, path)
+            print(f"{config.weights.found} (cross-validated). Weights: {path}")
 
 
 def _can_test(segmenter: LightningModule, datamodule: LightningDataModule) -> bool:

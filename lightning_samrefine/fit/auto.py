@@ -104,8 +104,9 @@ class AutoFusion:
 
     def control_for(self, key: str) -> FusionWeights:
         """Return weights whose control was fitted without an image; the preset's before a fit."""
-        if self.fitted is not None:
-            return self.fitted.weights_for(key)
+        fitted = self.weights_for(key)
+        if fitted is not None:
+            return fitted
         count = len(self._classes)
         return FusionWeights(
             LogLinear.preset(FEATURES, count), LogLinear.preset(_CONTROL, count), self._classes

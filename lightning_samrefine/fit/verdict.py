@@ -171,7 +171,7 @@ def _certain_losers(
 
 
 def _confusions(images: Sequence[tuple[Tensor, Tensor]], num_classes: int) -> np.ndarray:
-    """Return (N, C, C + 1) int64, of which the last column counts pixels without a class."""
+    """Return (N, C, C + 1) int64; the last column counts pixels without a predicted class."""
     columns = num_classes + 1
     return np.stack(
         [

@@ -33,6 +33,7 @@ from lightning_samrefine.metrics.calibration import (
 from lightning_samrefine.metrics.changes import KINDS, ChangeCounts, ChangedPixels
 from lightning_samrefine.metrics.confusion import (
     BandedConfusion,
+    ConfusionMatrix,
     check_shape,
     class_iou,
     matrix_scores,
@@ -139,7 +140,7 @@ class RefinementComparison(nn.Module):
             {side: BandedConfusion(num_classes, self.widths) for side in SIDES}
         )
         self.borders = nn.ModuleDict({side: BorderCounts(num_classes) for side in SIDES})
-        self.control = BandedConfusion(num_classes, [])
+        self.control = ConfusionMatrix(num_classes, ignore_index)
         self.changes = ChangeCounts(num_classes)
         self.images = ImageTotals(num_classes)
         self.calibration = RegionCalibration()
@@ -197,11 +198,9 @@ class RefinementComparison(nn.Module):
             self._pixels(side).update(counts)
             matrices.append(counts.sum(dim=0))
             self._borders(side).update(Borders(known, *distances), true_borders)
-        counts = torch.zeros_like(self.control.rings)
-        if control is not None:
-            known = KnownLabels(control, valid, self.num_classes)
-            counts = self.control.count(known, true_labels, torch.zeros_like(rings))
-        self.control.update(counts)  # torchmetrics warns of a metric that was never updated
+        # Without a control, too: torchmetrics warns of a metric that was never updated.
+        shown = slice(0) if control is None else slice(None)
+        self.control.update((target if control is None else control)[shown], target[shown])
         self.images.update(*matrices)
         changes = ChangedPixels(raw, refined, target, valid)
         self.changes.update(changes)
@@ -253,7 +252,7 @@ class RefinementComparison(nn.Module):
             totals=self.images.compute(),
             calibration=Calibration.of(**self.calibration.compute()),
             counts=tuple(self.counts.compute().tolist()),
-            control=self.control.compute().cpu()[-1],
+            control=self.control.compute().cpu(),
         )
 
     def compute(self) -> dict[str, float]:

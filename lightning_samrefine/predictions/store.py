@@ -261,7 +261,7 @@ class OutputFolder:
         if ambiguous:
             raise ValueError(
                 f"stem must differ between images, got {len(ambiguous)} names of several images "
-                f"({', '.join(ambiguous[:_SHOWN])}), one of which was kept for each name: set "
+                f"({', '.join(ambiguous[:_SHOWN])}), and only one file was kept for each name: set "
                 "stem_key to where the batch has different ones. There is no manifest"
             )
         met = contents.seen.filter(pc.equal(contents.seen["generation"], generation))["stem"]

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_samrefine.callbacks.arguments import callbacks_of
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.metrics.bootstrap import BootstrapInterval, bootstrap_totals
 from lightning_samrefine.tune.callback import TuneCallback, Visitor
@@ -111,8 +112,7 @@ def tune(
     """
     if fold_count < 2:
         raise ValueError(f"folds must be at least 2, got {fold_count}")
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    callback = next((part for part in callbacks if isinstance(part, TuneCallback)), None)
+    callback = next(iter(callbacks_of(trainer, TuneCallback)), None)
     if callback is None:
         raise MisconfigurationException("trainer must have a TuneCallback, got none")
 

@@ -1,4 +1,4 @@
-"""Which scores count as a step's, and when there is no telling."""
+"""Which scores count as a step's, and which are ambiguous."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def padded(x: Tensor, *pad: int) -> Tensor:
         (nnf.interpolate(IMAGE, (112, 144), mode="nearest"), None),
         (nnf.interpolate(IMAGE, (112, 144), mode="bicubic", align_corners=True), None),
         (list(IMAGE), None),
-        (IMAGE[:1], None),  # of which sample, there is no telling
+        (IMAGE[:1], None),  # the sample is unknown
         (IMAGE * math.nan, None),
         (IMAGE.flip(-1), "flipped left to right"),
         (IMAGE.flip(-2) * 2 - 1, "flipped upside down"),

@@ -225,7 +225,7 @@ def test_a_fitted_image_waits_where_the_table_says(samples):
         auto = AutoRefiner(
             Refiner(simulated_sam(device), config, "32"), AutoFusion(tuple("abcd")), 255
         )
-        auto.samples = samples
+        auto.start(samples)
         for seed in (0, 1):
             image, probs = on(device, *blobs(size=HW, seed=seed))
             labels = probs.argmax(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from kill_trials import contents  # noqa: F401 - for the tests of the writer
 from lightning.pytorch import Trainer
 from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter
 from stub_sams import CountingSam
@@ -41,14 +42,6 @@ def predict(folder, loaders=None, module=None, sam=None, trainer=None, **kwargs)
         return_predictions=False,
     )
     return writer, sam.embedded
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file()
-    }
 
 
 def rows(folder):

@@ -58,6 +58,7 @@ def fuse_soft(predictions: MaskPredictions, config: RefineConfig, sam: Promptabl
         evidence = weigh_by_color(probs, raw.image, config.color_weight, config.stride)
     votes: list[MaskVotes] = []
     pred_iou, masks, accepted = predictions.pred_iou, None, np.zeros(len(regions), dtype=bool)
+    small: Tensor | None = None
     proposals = predictions.mask_proposals
     if proposals is not None and len(proposals) > 0:
         small = on_mask_grid(probs, proposals.mask_hw)
@@ -79,7 +80,8 @@ def fuse_soft(predictions: MaskPredictions, config: RefineConfig, sam: Promptabl
             )
         mask_probs = own.probs()
         masks = mask_probs > 0.5
-        small = on_mask_grid(probs, own.mask_hw)
+        if small is None:
+            small = on_mask_grid(probs, own.mask_hw)
         votes = _with_regions(votes, regions, own, mask_probs, accepted, small)
     table = region_table(regions, raw.image_hw, config.stride, pred_iou, accepted, masks)
     if not votes:
