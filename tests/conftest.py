@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, and a command that a test starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from tiny_random_sam import OfficialSam, build_random_sam
 

@@ -27,15 +27,10 @@ def feature_maps(predictions: MaskPredictions, config: RefineConfig) -> FeatureM
 
     Args:
         predictions: SAM's masks; regions without an accepted mask have no votes.
-        config: Tells if regions were prompted, and which masks are accepted.
-
-    Returns:
-        The features, region votes among them if regions were prompted.
+        config: With ``weights``, and so with region prompts; it decides which masks are accepted.
     """
     probs = predictions.raw.probs
     ratios, bins = color_ratios(probs, predictions.raw.image, config.stride)
-    if not config.prompt_regions:
-        return FeatureMaps(probs, ratios, bins)
     return FeatureMaps(probs, ratios, bins, _region_votes(predictions, config))
 
 
