@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.speed_bars import bars
 from lightning_samrefine import RefineConfig, Refiner, load_sam
-from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.mask_predictions import MaskPredictions
 from lightning_samrefine.refine.results import Refinement
 
 RESULTS, PAGE, NOTES = (

@@ -23,7 +23,7 @@ from benchmarks.camvid.espnet import ESPNetSegmenter
 from lightning_samrefine import RefineConfig, Refiner, load_sam
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
-from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.mask_predictions import MaskPredictions
 from lightning_samrefine.tune.counts import Scoring
 from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.sweep import Sweep

@@ -14,7 +14,7 @@ from lightning_samrefine.adapters.custom_adapter import checked_image, checked_p
 from lightning_samrefine.adapters.denormalize import Denormalize
 from lightning_samrefine.adapters.nested import Samples, describe, leaves
 from lightning_samrefine.adapters.network_scores import QUERIES, query_masks
-from lightning_samrefine.adapters.roles import MissingTargetError, RoleSearch
+from lightning_samrefine.adapters.role_search import MissingTargetError, RoleSearch
 from lightning_samrefine.adapters.scores import (
     SCORES_KINDS,
     BinaryKind,
@@ -22,7 +22,7 @@ from lightning_samrefine.adapters.scores import (
     probs_behind_labels,
     to_probs,
 )
-from lightning_samrefine.adapters.targets import to_labels, whole_numbers
+from lightning_samrefine.adapters.target_values import to_labels, whole_numbers
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lightning_samrefine.adapters.nested import (
     snapshot,
 )
 from lightning_samrefine.adapters.network_scores import QUERIES, network_scores, query_masks
-from lightning_samrefine.adapters.views import images_in
+from lightning_samrefine.adapters.network_view import images_in
 
 Given: TypeAlias = list[list[Samples]]
 
@@ -74,8 +74,8 @@ class ScoresCapture:
 
     Attributes:
         given: After `take`, in the first batches of a loader: the network's input images for the
-            scores, see `lightning_samrefine.adapters.views.difference`. Empty in later batches, and
-            without an input image.
+            scores, see `lightning_samrefine.adapters.network_view.difference`. Empty in later
+            batches, and without an input image.
     """
 
     given: Given

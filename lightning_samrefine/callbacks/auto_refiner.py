@@ -12,7 +12,7 @@ from lightning_samrefine.refine.cache.keys import image_digest
 from lightning_samrefine.refine.class_filter import restore_frozen_classes
 from lightning_samrefine.refine.fusion.features import FeatureMaps
 from lightning_samrefine.refine.fusion.fitted import control_labels, feature_maps, fuse_fitted
-from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.mask_predictions import MaskPredictions
 from lightning_samrefine.refine.refiner import Refiner
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.device import Download

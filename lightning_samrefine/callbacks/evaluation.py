@@ -1,4 +1,7 @@
-"""One pass over the validation or test loaders: from batches to figures, history and pictures."""
+"""One pass over the validation or test loaders: from batches to figures, history and pictures.
+
+The figures that are logged, and their names, come from `ComparisonResult.figures`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.nested import batch_size
 from lightning_samrefine.callbacks.collective import gather_on_zero
 from lightning_samrefine.callbacks.loader_evaluation import LoaderEvaluation
-from lightning_samrefine.callbacks.monitors import warn_monitors, warn_unscored
+from lightning_samrefine.callbacks.monitored_figures import warn_monitors, warn_unscored
 from lightning_samrefine.callbacks.presenter import (
     Evaluated,
     Presenter,
@@ -21,7 +24,7 @@ from lightning_samrefine.callbacks.presenter import (
     logged_step,
     sample_names,
 )
-from lightning_samrefine.callbacks.real_samples import evaluation_dataloaders
+from lightning_samrefine.callbacks.repeated_samples import evaluation_dataloaders
 from lightning_samrefine.callbacks.run_state import RunState
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fit.auto import AutoFusion

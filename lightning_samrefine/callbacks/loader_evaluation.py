@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
-from lightning_samrefine.callbacks.real_samples import RealSamples
+from lightning_samrefine.callbacks.repeated_samples import RealSamples
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.reporting.panels import PanelPicker
-from lightning_samrefine.reporting.report.gallery import Gallery
+from lightning_samrefine.reporting.report.gallery_entries import Gallery
 
 
 class LoaderEvaluation:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_samrefine.adapters.batch_adapter import AdapterFunction
 from lightning_samrefine.adapters.scores import ScoresKind
-from lightning_samrefine.adapters.targets import (
+from lightning_samrefine.adapters.target_values import (
     DEFAULT_IGNORE_INDEX,
     IgnoreIndex,
     parse_ignore_index,
@@ -26,9 +26,9 @@ from lightning_samrefine.callbacks.arguments import (
     callbacks_of,
     parse_name,
 )
+from lightning_samrefine.callbacks.base_callback import SAMCallback
 from lightning_samrefine.callbacks.evaluation import Evaluation, EvaluationOptions
 from lightning_samrefine.callbacks.presenter import Presenter
-from lightning_samrefine.callbacks.sam_callback import SAMCallback
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fit.auto import FittedFusion
 from lightning_samrefine.models import Promptable

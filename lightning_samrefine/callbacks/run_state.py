@@ -18,9 +18,9 @@ from lightning_samrefine.adapters.candidates import Roles
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.nested import describe
 from lightning_samrefine.adapters.reading_summary import summarize
-from lightning_samrefine.adapters.roles import MissingTargetError
+from lightning_samrefine.adapters.role_search import MissingTargetError
 from lightning_samrefine.adapters.scores import BinaryKind
-from lightning_samrefine.adapters.targets import IgnoreIndex, TargetCheck, settle_ignore_index
+from lightning_samrefine.adapters.target_values import IgnoreIndex, TargetCheck, settle_ignore_index
 from lightning_samrefine.callbacks.arguments import SharedArguments, num_classes_of
 from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
 from lightning_samrefine.callbacks.safe_refiner import SafeRefiner, isolated_rng

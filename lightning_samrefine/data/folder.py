@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_samrefine.adapters.sample_names import Stem
-from lightning_samrefine.adapters.targets import IgnoreIndex, settle_ignore_index
+from lightning_samrefine.adapters.target_values import IgnoreIndex, settle_ignore_index
 from lightning_samrefine.data.folder_files import (
     FolderSplit,
     SampleFiles,

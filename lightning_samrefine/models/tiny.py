@@ -8,7 +8,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_samrefine.models.build import build_sam
+from lightning_samrefine.models.sam_around_encoder import build_sam
 
 IMAGE_SIZE = 256
 EMBED_STRIDE = 8

@@ -10,7 +10,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from timm.models.tiny_vit import TinyVit
 from torch import Tensor, nn
 
-from lightning_samrefine.models.build import build_sam
+from lightning_samrefine.models.sam_around_encoder import build_sam
 
 _WIDTHS = (64, 128, 160, 320)
 _EMBED_DIM = 256

@@ -1,4 +1,4 @@
-"""Which classes are refined and which are frozen, and the acceptance threshold of each.
+"""Which classes are refined and which are frozen.
 
 A frozen class keeps its raw map to the pixel, whatever the fusion: none of its regions is prompted,
 no pixel leaves it and none enters it. So its IoU is the raw one.
@@ -64,22 +64,6 @@ def regions_of_refined_classes(regions: RegionSet, classes: Sequence[int] | None
     if classes is None:
         return regions
     return regions.select(np.isin(regions.classes, np.array(classes, dtype=np.int64)))
-
-
-def accepted_regions(config: RefineConfig, classes: np.ndarray, pred_iou: Tensor) -> np.ndarray:
-    """Return which regions are accepted (step 8).
-
-    Args:
-        config: Its ``class_pred_iou_thresh`` replaces ``pred_iou_thresh`` class by class.
-        classes: (N,) int64, the regions' classes.
-        pred_iou: (N,) float32 on the CPU, SAM's predicted IoUs.
-
-    Returns:
-        (N,) bool.
-    """
-    own = config.class_pred_iou_thresh or {}
-    thresholds = [own.get(int(c), config.pred_iou_thresh) for c in classes]
-    return pred_iou.numpy() > np.array(thresholds, dtype=np.float32)
 
 
 def restore_frozen_classes(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models.base import Embedding, JointPromptable, Promptable, Prompts
+from lightning_samrefine.refine.mask_predictions import finite_iou, non_finite_error
 from lightning_samrefine.refine.mask_proposals import MaskProposals, pack_masks
-from lightning_samrefine.refine.predictions import finite_iou, non_finite_error
 from lightning_samrefine.utils.memory import ChunkSize
 from lightning_samrefine.utils.precision import active_autocast, rounded
 

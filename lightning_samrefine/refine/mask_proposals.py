@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.models.base import Embedding, Promptable, Prompts
-from lightning_samrefine.refine.predictions import finite_iou, non_finite_error
+from lightning_samrefine.refine.mask_predictions import finite_iou, non_finite_error
 from lightning_samrefine.utils.device import upload
 from lightning_samrefine.utils.memory import ChunkSize
 from lightning_samrefine.utils.precision import autocast

@@ -31,7 +31,6 @@ from lightning_samrefine.models.base import (
 )
 from lightning_samrefine.refine.cache.cached_sam import CachedSam
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, make_cache
-from lightning_samrefine.refine.checks import RawPrediction, read_predictions
 from lightning_samrefine.refine.class_filter import (
     check_classes,
     regions_of_refined_classes,
@@ -46,9 +45,10 @@ from lightning_samrefine.refine.decode import (
 from lightning_samrefine.refine.fusion.algorithm4 import fuse_by_algorithm4
 from lightning_samrefine.refine.fusion.fitted import fuse_fitted
 from lightning_samrefine.refine.fusion.soft import fuse_soft
+from lightning_samrefine.refine.mask_predictions import MaskPredictions
 from lightning_samrefine.refine.mask_proposals import MaskProposals, propose_masks_of_images
-from lightning_samrefine.refine.predictions import MaskPredictions
 from lightning_samrefine.refine.prompts import build_prompts
+from lightning_samrefine.refine.raw_prediction import RawPrediction, read_predictions
 from lightning_samrefine.refine.regions import PendingSplit, RegionSet, begin_split
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.memory import ChunkSize, images_at_once, prompts_at_once

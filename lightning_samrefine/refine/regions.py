@@ -147,7 +147,7 @@ class PendingSplit:
         if self.max_regions is not None and found > self.max_regions:
             ids = ids[np.lexsort((first[ids], -area[ids]))[: self.max_regions]]
         ids = ids[np.lexsort((first[ids], grid.ravel()[first[ids]]))]
-        positions = _first_largest(np.ascontiguousarray(own_probs).ravel(), runs, count, ids)
+        positions = _click_positions(np.ascontiguousarray(own_probs).ravel(), runs, count, ids)
         y, x = np.divmod(positions, runs.width)
         return RegionSet(
             classes=grid.ravel()[first[ids]].astype(np.int64) - 1,
@@ -243,8 +243,10 @@ class _Runs:
         return np.concatenate([low, high]).T
 
 
-def _first_largest(values: np.ndarray, runs: _Runs, count: int, ids: np.ndarray) -> np.ndarray:
-    """Return (N,) int64 flat positions of each component's largest value, the first of equal ones.
+def _click_positions(values: np.ndarray, runs: _Runs, count: int, ids: np.ndarray) -> np.ndarray:
+    """Return (N,) int64 flat positions of the clicks, one a component (step 3).
+
+    A click lies at the component's largest value, the first of equal ones.
 
     Args:
         values: (h_d · w_d,) finite values in row-major order.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torchvision.models import get_model, list_models, segmentation
 
-from lightning_samrefine.adapters.targets import IgnoreIndex, settle_ignore_index
+from lightning_samrefine.adapters.target_values import IgnoreIndex, settle_ignore_index
 
 # torchvision's segmentation weights were all trained with these.
 IMAGE_MEAN = (0.485, 0.456, 0.406)

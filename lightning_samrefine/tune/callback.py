@@ -13,14 +13,14 @@ from typing_extensions import override
 
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
-from lightning_samrefine.adapters.targets import (
+from lightning_samrefine.adapters.target_values import (
     DEFAULT_IGNORE_INDEX,
     IgnoreIndex,
     parse_ignore_index,
 )
 from lightning_samrefine.callbacks.arguments import SharedArguments
-from lightning_samrefine.callbacks.real_samples import evaluation_dataloaders
-from lightning_samrefine.callbacks.sam_callback import SAMCallback
+from lightning_samrefine.callbacks.base_callback import SAMCallback
+from lightning_samrefine.callbacks.repeated_samples import evaluation_dataloaders
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, make_cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.refine.class_filter import accepted_regions
+from lightning_samrefine.refine.acceptance import accepted_regions
 from lightning_samrefine.refine.refiner import Refiner
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
 from lightning_samrefine.tune.grid import Grid

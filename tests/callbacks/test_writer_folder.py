@@ -32,7 +32,7 @@ from lightning_samrefine.predictions.fingerprints import Fingerprint
 from lightning_samrefine.predictions.folder_lock import FolderLock
 from lightning_samrefine.predictions.run import PredictCounts, PredictionRun
 from lightning_samrefine.predictions.store import OutputFolder
-from lightning_samrefine.refine.checks import first_argmax
+from lightning_samrefine.refine.raw_prediction import first_argmax
 from lightning_samrefine.segmenters import StoredPredictions
 
 

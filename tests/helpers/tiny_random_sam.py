@@ -14,8 +14,8 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
-from lightning_samrefine.models.build import build_sam
 from lightning_samrefine.models.sam import SamPromptable
+from lightning_samrefine.models.sam_around_encoder import build_sam
 
 WEIGHT_GAIN = 2.0
 PRED_IOU_MEAN = 0.5

@@ -18,7 +18,7 @@ from lightning_samrefine.refine.fusion.fitted import (
     fuse_fitted,
 )
 from lightning_samrefine.refine.fusion.mask_votes import mean_probs
-from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.mask_predictions import MaskPredictions
 from lightning_samrefine.refine.results import Refinement
 
 C = 4

@@ -10,9 +10,9 @@ import torch
 from random_predictions import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
-from lightning_samrefine.refine.checks import RawPrediction
+from lightning_samrefine.refine.mask_predictions import MaskPredictions
 from lightning_samrefine.refine.mask_proposals import MaskProposals, pack_masks
-from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.raw_prediction import RawPrediction
 from lightning_samrefine.refine.regions import begin_split
 
 pytestmark = pytest.mark.numerical

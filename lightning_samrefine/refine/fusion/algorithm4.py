@@ -1,4 +1,4 @@
-"""Acceptance and fusion of the published algorithm (docs/algorithm4.md, steps 8 to 12).
+"""The fusion of the published algorithm (docs/algorithm4.md, steps 8 to 12).
 
 Algorithm 4, "Optimized SAM Refinement", is `sam_refinement` of Trident with its prompts in batches:
 Shi et al., "Harnessing Vision Foundation Models for High-Performance, Training-Free Open Vocabulary
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models.base import Promptable
-from lightning_samrefine.refine.class_filter import accepted_regions
-from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.acceptance import accepted_regions
+from lightning_samrefine.refine.mask_predictions import MaskPredictions
 from lightning_samrefine.refine.results import Refinement, region_table
 
 # Pixels of masks brought to full resolution at once, counted in the larger of image and input.

@@ -1,6 +1,7 @@
 """From SAM's masks of one image to the features of the fitted fusion, and from weights to labels.
 
-The votes are those of the soft fusion, of accepted regions alone.
+The votes are those of the soft fusion, of accepted regions alone. Frozen classes, which keep their
+raw pixels, are chosen in `lightning_samrefine.fit.verdict`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from torch import Tensor
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fusion_weights import FusionWeights
 from lightning_samrefine.models.base import Promptable
-from lightning_samrefine.refine.checks import RawPrediction, first_argmax
-from lightning_samrefine.refine.class_filter import accepted_regions, restore_frozen_classes
+from lightning_samrefine.refine.acceptance import accepted_regions
+from lightning_samrefine.refine.class_filter import restore_frozen_classes
 from lightning_samrefine.refine.fusion.color_model import color_ratios
 from lightning_samrefine.refine.fusion.features import FeatureMaps
 from lightning_samrefine.refine.fusion.mask_votes import MaskVotes, mean_probs, on_mask_grid
-from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.mask_predictions import MaskPredictions
+from lightning_samrefine.refine.raw_prediction import RawPrediction, first_argmax
 from lightning_samrefine.refine.results import Refinement, region_table
 from lightning_samrefine.utils.device import upload
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models.base import Promptable
-from lightning_samrefine.refine.checks import first_argmax
-from lightning_samrefine.refine.class_filter import accepted_regions
+from lightning_samrefine.refine.acceptance import accepted_regions
 from lightning_samrefine.refine.fusion.color_model import weigh_by_color
 from lightning_samrefine.refine.fusion.crf import smooth
 from lightning_samrefine.refine.fusion.mask_votes import (
@@ -21,8 +20,9 @@ from lightning_samrefine.refine.fusion.mask_votes import (
     on_mask_grid,
     weigh,
 )
+from lightning_samrefine.refine.mask_predictions import MaskPredictions
 from lightning_samrefine.refine.mask_proposals import MaskProposals
-from lightning_samrefine.refine.predictions import MaskPredictions
+from lightning_samrefine.refine.raw_prediction import first_argmax
 from lightning_samrefine.refine.regions import RegionSet
 from lightning_samrefine.refine.results import Refinement, region_table
 from lightning_samrefine.utils.device import upload

@@ -26,7 +26,7 @@ from lightning_samrefine.reporting.charts import (
     draw_trimaps,
 )
 from lightning_samrefine.reporting.panels import CHANGE_COLORS
-from lightning_samrefine.reporting.report.gallery import MAX_REGIONS, Gallery
+from lightning_samrefine.reporting.report.gallery_entries import MAX_REGIONS, Gallery
 from lightning_samrefine.reporting.report.thumbnails import REGION_COLORS
 from lightning_samrefine.utils.palette import class_colors
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-from lightning_samrefine.callbacks.real_samples import RealSamples
+from lightning_samrefine.callbacks.repeated_samples import RealSamples
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

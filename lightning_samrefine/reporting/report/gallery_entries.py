@@ -1,5 +1,7 @@
 """The images and regions of an evaluation that the report shows, written to disk one by one.
 
+How they look is in `template.html` and `report.js` beside this module.
+
 Every entry is one JSON object, pictures included, written to a temporary file at once: a process
 keeps only a few numbers per image. At the end the other processes' entries
 are gathered on rank zero, which writes the report; no folder need be shared.

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from lightning_samrefine import SAMRefineCallback
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.nested import Samples
-from lightning_samrefine.adapters.views import difference, images_in
+from lightning_samrefine.adapters.network_view import difference, images_in
 
 
 class Step(Segmenter):

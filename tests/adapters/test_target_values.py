@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightning_samrefine import SAMRefineCallback, SAMRefineWriter
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs
-from lightning_samrefine.adapters.targets import TargetCheck, mend, to_labels
+from lightning_samrefine.adapters.target_values import TargetCheck, mend, to_labels
 from lightning_samrefine.data import FolderDataModule
 from lightning_samrefine.segmenters import StoredPredictions, TorchvisionSegmenter
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_samrefine.models.base import Promptable
-from lightning_samrefine.refine.checks import RawPrediction
+from lightning_samrefine.refine.raw_prediction import RawPrediction
 from lightning_samrefine.refine.regions import RegionSet
 from lightning_samrefine.utils.precision import active_autocast
 

@@ -38,10 +38,10 @@ from lightning_samrefine.adapters.nested import (
     leaves,
     named,
 )
+from lightning_samrefine.adapters.network_view import difference
 from lightning_samrefine.adapters.score_agreement import ScoresAgreement
 from lightning_samrefine.adapters.score_search import ScoresSearch
 from lightning_samrefine.adapters.scores import ScoresKind
-from lightning_samrefine.adapters.views import difference
 from lightning_samrefine.utils.validation import WrongValuesError
 
 # Positions of a tuple after (image, target) that may hold the target instead.

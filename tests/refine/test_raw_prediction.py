@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_samrefine.refine.checks import first_argmax
+from lightning_samrefine.refine.raw_prediction import first_argmax
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 11, 256, 257, 400])

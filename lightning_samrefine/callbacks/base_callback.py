@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter
-from lightning_samrefine.adapters.targets import IgnoreIndex
+from lightning_samrefine.adapters.target_values import IgnoreIndex
 from lightning_samrefine.callbacks.arguments import SharedArguments, check_trainer
 from lightning_samrefine.callbacks.run_state import RunState
 from lightning_samrefine.config import RefineConfig
