@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from lightning_samrefine.fusion_weights import FusionWeights
+from lightning_samrefine.utils.validation import check_count
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,16 @@ class RefineConfig:
         _check_float(
             "pred_iou_thresh", self.pred_iou_thresh, 0 <= _num(self.pred_iou_thresh) <= 1, "[0, 1]"
         )
-        _check_count("stride", self.stride)
-        _check_count("min_region_area", self.min_region_area)
-        if self.max_regions is not None:
-            _check_count("max_regions", self.max_regions, "or None")
-        if self.max_prompts_per_batch is not None:
-            _check_count("max_prompts_per_batch", self.max_prompts_per_batch, "or None")
+        for name in ("stride", "min_region_area"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        for name in ("max_regions", "max_prompts_per_batch"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_count(name, value, alternative="or None"))
         for name in ("prompt_regions", "mask_prompts"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        _check_count("points_per_side", self.points_per_side, least=0)
+        points = check_count("points_per_side", self.points_per_side, least=0)
+        object.__setattr__(self, "points_per_side", points)
         _check_float(
             "unsupported_weight",
             self.unsupported_weight,
@@ -269,11 +270,3 @@ def _checked_thresholds(thresholds: Any) -> dict[int, float] | None:
     for c, value in thresholds.items():
         _check_float(f"{name}[{c}]", value, 0 <= _num(value) <= 1, "[0, 1]")
     return {c: thresholds[c] for c in classes or ()}
-
-
-def _check_count(name: str, value: Any, alternative: str = "", least: int = 1) -> None:
-    accepted = f"an integer of at least {least} {alternative}".strip()
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be {accepted}, got {value!r} of type {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be {accepted}, got {value!r}")

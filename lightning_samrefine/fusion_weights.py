@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from lightning_samrefine.utils.validation import check_count
+
 FEATURES = ("raw", "color", "presence", "region_votes")
 SAM_FEATURES = ("region_votes",)
 PRESET_WEIGHTS: Mapping[str, float] = MappingProxyType(
@@ -105,9 +107,9 @@ class FusionWeights:
             raise ValueError(f"control.features must be without SAM's, got {', '.join(of_sam)}")
         if not isinstance(self.refine, bool):
             raise TypeError(f"refine must be true or false, got {self.refine!r}")
-        _check_count("images", self.images)
+        check_count("images", self.images, least=0)
         for c in self.frozen_classes:
-            if _check_count("frozen_classes", c) >= num_classes:
+            if check_count("frozen_classes", c, least=0) >= num_classes:
                 raise ValueError(f"frozen_classes must be below {num_classes}, got {c}")
         if list(self.frozen_classes) != sorted(set(self.frozen_classes)):
             raise ValueError(
@@ -191,14 +193,6 @@ def _check_keys(name: str, values: Mapping[Any, Any], keys: tuple[str, ...] | li
         raise ValueError(
             f"{name} must be {', '.join(keys)}, got {', '.join(map(str, values)) or 'none'}"
         )
-
-
-def _check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-    return value
 
 
 def _number(name: str, value: Any) -> float:

@@ -29,7 +29,6 @@ from lightning_samrefine.models.base import (
     Promptable,
     Prompts,
     accepts_masks,
-    check_promptable_members,
     has_multimask_output,
 )
 from lightning_samrefine.utils.precision import autocast
@@ -59,13 +58,8 @@ def check_promptable(sam: Promptable) -> None:
 
 def check_members(sam: Promptable) -> None:
     """It has the protocol's members, with values of the right type."""
-    try:
-        check_promptable_members(sam)
-    except TypeError as error:
-        missing = [name for name in _MEMBERS if not hasattr(sam, name)]
-        raise AssertionError(
-            "; ".join([str(error), *(f"lacks {name}" for name in missing)])
-        ) from None
+    missing = [name for name in _MEMBERS if not hasattr(sam, name)]
+    _require(not missing, f"{type(sam).__name__} lacks {', '.join(missing)}")
     _require(
         isinstance(sam.name, str) and sam.name != "",
         f"name must be a non-empty string, got {sam.name!r}",

@@ -90,8 +90,13 @@ def damaged(key: str, value: object) -> dict:
         ("frozen_classes", ["sky", "sky"], ValueError, "frozen_classes must be different"),
         ("frozen_classes", "sky", TypeError, "frozen_classes must be a list"),
         ("refine", "yes", TypeError, "refine must be true or false, got 'yes'"),
-        ("images", 2.5, TypeError, "images must be an integer, got 2.5"),
-        ("images", -1, ValueError, "images must be at least 0, got -1"),
+        (
+            "images",
+            2.5,
+            TypeError,
+            "images must be an integer of at least 0, got 2.5 of type float",
+        ),
+        ("images", -1, ValueError, "images must be an integer of at least 0, got -1"),
         ("found", 7, TypeError, "found must be a string, got 7"),
     ],
 )

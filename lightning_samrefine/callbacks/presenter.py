@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -27,10 +24,10 @@ from lightning_samrefine.reporting.charts import curve_unit, draw_class_bars, dr
 from lightning_samrefine.reporting.loggers import rasterize, show_pictures
 from lightning_samrefine.reporting.panels import draw_panels
 from lightning_samrefine.reporting.report import Gallery, ReportSection, write_report
+from lightning_samrefine.utils.machine import describe_versions
 from lightning_samrefine.utils.validation import check_count
 
 REPORT_NAME = "report.html"
-_PACKAGES = ("lightning-samrefine", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,7 @@ class Presenter:
                     "Command": {"": _command()},
                     "Thresholds": {key: str(value) for key, value in vars(thresholds).items()},
                     "Set-up": dict(about),
-                    "Versions": _versions(),
+                    "Versions": describe_versions(),
                 }
                 # By stage: the test set first.
                 write_report(path, [part for _, part in sorted(self._sections.items())], facts)
@@ -314,15 +311,3 @@ def _command() -> str:
     elif program.endswith(".py"):
         program = f"python {shlex.quote(sys.argv[0])}"
     return " ".join([program, *map(shlex.quote, sys.argv[1:])])
-
-
-def _versions() -> dict[str, str]:
-    versions = {"Python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # a source tree on the path
-            continue
-    if torch.cuda.is_available():
-        versions["CUDA"] = str(torch.version.cuda)
-    return versions

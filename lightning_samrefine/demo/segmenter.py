@@ -56,13 +56,8 @@ class SmallSegmenter(lit.LightningModule):
         """Return the logits for the callback."""
         return {"logits": self(batch["image"])}
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Return the logits for the callback."""
-        return {"logits": self(batch["image"])}
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Return the logits for the writer."""
-        return {"logits": self(batch["image"])}
+    test_step = validation_step
+    predict_step = validation_step
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a one-cycle schedule over all steps of the run."""

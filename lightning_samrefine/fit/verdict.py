@@ -60,7 +60,6 @@ class Verdict:
         gain: mIoU of the refinement minus that of the raw prediction. Pixels of
             ``frozen_classes`` count with their raw classes.
         control: mIoU of the refinement without SAM minus that of the raw prediction.
-        over_control: mIoU of the refinement minus that of the refinement without SAM.
         frozen_classes: Classes that certainly lose, which keep their raw pixels; none if nothing
             is refined.
         refine: Whether the gain's interval lies above 0, and the fit uses the raw prediction.
@@ -69,7 +68,6 @@ class Verdict:
 
     gain: BootstrapInterval
     control: BootstrapInterval
-    over_control: BootstrapInterval
     frozen_classes: tuple[int, ...]
     refine: bool
     unrelated: bool = False
@@ -147,7 +145,6 @@ def judge(
     return Verdict(
         gain=gain,
         control=paired_bootstrap(raw, control, seed=seed),
-        over_control=paired_bootstrap(control, refined, seed=seed),
         frozen_classes=tuple(sorted(frozen)),
         refine=gain.low > 0 and not unrelated,
         unrelated=unrelated,

@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_samrefine.metrics.confusion import count_values, unscored
+from lightning_samrefine.metrics.counts import Counts
 from lightning_samrefine.metrics.trimap import KnownLabels, window_reduce
 
 # Cheng et al., Boundary IoU, CVPR 2021, section 5; Csurka et al., BMVC 2013, section 2.
@@ -75,7 +75,7 @@ class Borders:
         return self.edge_labels.masked_fill(found == 0, self._no_class)
 
 
-class BorderCounts(Metric):
+class BorderCounts(Counts):
     """Counts the pixels that Boundary IoU and boundary F1 are computed from, class by class.
 
     Where the target is ignored a prediction counts as ignored too: such pixels are in no band and
@@ -91,16 +91,9 @@ class BorderCounts(Metric):
             reach; of the prediction's edge, those of them that the target has within reach.
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
-    counts: Tensor
-
     def __init__(self, num_classes: int) -> None:
-        super().__init__()
+        super().__init__(7, num_classes)
         self.num_classes = num_classes
-        empty = torch.zeros(7, num_classes, dtype=torch.int64)
-        self.add_state("counts", empty, dist_reduce_fx="sum")
 
     def update(self, prediction: Borders, target: Borders) -> None:
         """Add one image.
@@ -121,10 +114,6 @@ class BorderCounts(Metric):
         ):
             counts = count_values(labels, self.num_classes + 1)
             self.counts[row] += counts[: self.num_classes]
-
-    def compute(self) -> Tensor:
-        """Return the (7, C) int64 counts, summed over all processes."""
-        return self.counts
 
 
 def border_distances(height: int, width: int) -> tuple[int, int]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_samrefine.metrics.confusion import count_values
+from lightning_samrefine.metrics.counts import Counts
 from lightning_samrefine.utils.device import Download
 
 # A changed pixel was wrong and is right, was right and is wrong, or is wrong in another way.
@@ -77,7 +77,7 @@ class ChangedPixels:
         return counts
 
 
-class ChangeCounts(Metric):
+class ChangeCounts(Counts):
     """Counts changed pixels by kind and true class.
 
     Args:
@@ -87,21 +87,10 @@ class ChangeCounts(Metric):
         counts: (3, C) int64, rows as in `KINDS`.
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
-    counts: Tensor
-
     def __init__(self, num_classes: int) -> None:
-        super().__init__()
+        super().__init__(len(KINDS), num_classes)
         self.num_classes = num_classes
-        empty = torch.zeros(len(KINDS), num_classes, dtype=torch.int64)
-        self.add_state("counts", empty, dist_reduce_fx="sum")
 
     def update(self, changes: ChangedPixels) -> None:
         """Add one image."""
         self.counts += changes.by_class(self.num_classes)
-
-    def compute(self) -> Tensor:
-        """Return the (3, C) int64 counts, summed over all processes."""
-        return self.counts

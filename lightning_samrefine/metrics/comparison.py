@@ -38,6 +38,7 @@ from lightning_samrefine.metrics.confusion import (
     class_iou,
     matrix_scores,
 )
+from lightning_samrefine.metrics.counts import Counts
 from lightning_samrefine.metrics.per_image import ImageTotals
 from lightning_samrefine.metrics.trimap import KnownLabels, valid_pixels
 from lightning_samrefine.refine.results import Regions
@@ -49,7 +50,7 @@ TRIMAP_WIDTHS = (1, 3, 5, 10)
 _SCALARS = ("mdice", "pixel_acc", "class_acc", "fwiou")
 
 
-class RefinementCounts(Metric):
+class RefinementCounts(Counts):
     """Counts what the refinement did: integers, so that no order of addition changes them.
 
     Attributes:
@@ -57,14 +58,8 @@ class RefinementCounts(Metric):
             microseconds spent refining.
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
-    counts: Tensor
-
     def __init__(self) -> None:
-        super().__init__()
-        self.add_state("counts", torch.zeros(5, dtype=torch.int64), dist_reduce_fx="sum")
+        super().__init__(5)
 
     def update(
         self,
@@ -77,10 +72,6 @@ class RefinementCounts(Metric):
         """Add the figures of some images."""
         new = [images, failed, regions, accepted, round(seconds * 1e6)]
         self.counts += upload(torch.tensor(new), self.counts.device)
-
-    def compute(self) -> Tensor:
-        """Return the (5,) int64 counts, summed over all processes."""
-        return self.counts
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_samrefine.metrics.counts import Counts
 from lightning_samrefine.metrics.trimap import KnownLabels, valid_pixels
 
 # Of `count_values` on a GPU, for all values together.
 _COUNTERS = 2**16
 
 
-class ConfusionMatrix(Metric):
+class ConfusionMatrix(Counts):
     """Counts pixels by true class and predicted class, with a column for "no class predicted".
 
     Args:
@@ -24,22 +24,15 @@ class ConfusionMatrix(Metric):
             other target outside [0, C) is not counted either.
 
     Attributes:
-        matrix: (C, C + 1) int64, rows the target's class, columns the predicted one. A prediction
+        counts: (C, C + 1) int64, rows the target's class, columns the predicted one. A prediction
             outside [0, C) is in column C: wrong for the target's class, and no other class's
             false positive.
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
-    matrix: Tensor
-
     def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
-        super().__init__()
+        super().__init__(num_classes, num_classes + 1)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        empty = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
-        self.add_state("matrix", empty, dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor, where: Tensor | None = None) -> None:
         """Add pixels.
@@ -61,14 +54,10 @@ class ConfusionMatrix(Metric):
         # int32 halves the memory traffic, which is all that this costs.
         column = prediction.to(torch.int32).masked_fill(outside, self.num_classes)
         cell = target.to(torch.int32) * columns + column
-        self.matrix += count_cells(cell, counted, self.matrix.numel()).view_as(self.matrix)
-
-    def compute(self) -> Tensor:
-        """Return the (C, C + 1) int64 matrix, summed over all processes."""
-        return self.matrix
+        self.counts += count_cells(cell, counted, self.counts.numel()).view_as(self.counts)
 
 
-class BandedConfusion(Metric):
+class BandedConfusion(Counts):
     """Confusion matrices of the whole image and of bands around its borders, counted together.
 
     Bands of growing width lie inside one another. A pixel belongs to one ring: that of the
@@ -79,20 +68,13 @@ class BandedConfusion(Metric):
         widths: W widths of bands in pixels, ascending, see `KnownLabels.rings`.
 
     Attributes:
-        rings: (W + 1, C, C + 1) int64, see `ConfusionMatrix`; the last ring is the rest.
+        counts: (W + 1, C, C + 1) int64, see `ConfusionMatrix`; the last ring is the rest.
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
-    rings: Tensor
-
     def __init__(self, num_classes: int, widths: Sequence[int]) -> None:
-        super().__init__()
+        super().__init__(len(widths) + 1, num_classes, num_classes + 1)
         self.num_classes = num_classes
         self.widths = list(widths)
-        empty = torch.zeros(len(self.widths) + 1, num_classes, num_classes + 1, dtype=torch.int64)
-        self.add_state("rings", empty, dist_reduce_fx="sum")
 
     def count(self, prediction: KnownLabels, target: KnownLabels, rings: Tensor) -> Tensor:
         """Count one image.
@@ -107,11 +89,11 @@ class BandedConfusion(Metric):
         """
         cell = rings.to(torch.int32) * self.num_classes + target.labels
         cell = cell * (self.num_classes + 1) + prediction.labels
-        return count_cells(cell, target.known, self.rings.numel()).view_as(self.rings)
+        return count_cells(cell, target.known, self.counts.numel()).view_as(self.counts)
 
     def update(self, counts: Tensor) -> None:
         """Add what `count` returned."""
-        self.rings += counts
+        self.counts += counts
 
     def compute(self) -> Tensor:
         """Return the matrices of every band and of the whole image, over all processes.
@@ -119,7 +101,7 @@ class BandedConfusion(Metric):
         Returns:
             (W + 1, C, C + 1) int64, in the order of the widths, the whole image last.
         """
-        return self.rings.cumsum(dim=0)
+        return self.counts.cumsum(dim=0)
 
 
 def check_shape(name: str, prediction: Tensor, target: Tensor) -> None:

@@ -53,20 +53,6 @@ class Prompts:
         return Prompts(part(self.boxes), part(self.points), self.masks, part(self.mask_index))
 
 
-def join(prompts: Sequence[Prompts]) -> Prompts:
-    """Return boxes and points of several images' prompts as those of one; masks are left out.
-
-    Args:
-        prompts: All with boxes or all without, and the same of points.
-    """
-
-    def joined(name: str) -> Tensor | None:
-        parts = [getattr(own, name) for own in prompts]
-        return None if parts[0] is None else torch.cat(parts)
-
-    return Prompts(joined("boxes"), joined("points"))
-
-
 # What the backend of a model returns for an image; only that backend reads it.
 Embedding: TypeAlias = Any
 
@@ -167,38 +153,6 @@ class JointPromptable(Promptable, Protocol):
             What `predict_masks` returns for each, one after the other: (Σ N_k, m, m) and (Σ N_k,).
         """
         ...
-
-
-# Members of the protocol by their names before version 0.1.0.
-_RENAMED = {
-    "embed": "encode_images",
-    "decode": "predict_masks",
-    "decode_multimask": "predict_masks(..., multimask_output=True)",
-    "decode_images": "predict_masks_jointly",
-    "upscale": "postprocess_masks",
-}
-
-
-def check_promptable_members(sam: object) -> None:
-    """Refuse what is no `Promptable`, and a model with methods of the protocol's former names.
-
-    A method under a former name is never called, so a subclass that overrides one would go
-    unnoticed.
-
-    Raises:
-        TypeError: As described.
-    """
-    former = {name: new for name, new in _RENAMED.items() if callable(getattr(sam, name, None))}
-    if former:
-        names = ", ".join(f"{name} is now {new}" for name, new in former.items())
-        raise TypeError(
-            f"sam must implement the methods of Promptable by their present names, got "
-            f"{type(sam).__name__} with {', '.join(former)}: {names}"
-        )
-    if not isinstance(sam, Promptable):
-        raise TypeError(
-            f"sam must be a Promptable such as load_sam returns, got {type(sam).__name__}"
-        )
 
 
 def accepts_masks(sam: Promptable) -> bool:

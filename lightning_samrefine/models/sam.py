@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_samrefine.models.base import Prompts
 from lightning_samrefine.models.fast.decoder import FastMaskDecoder, supports
 from lightning_samrefine.models.fast.encoder import FastImageEncoder
-from lightning_samrefine.models.fast.multimask_decoder import FastMultimaskDecoder
 from lightning_samrefine.models.fast.point_encoding import exact_coordinates
 from lightning_samrefine.models.transforms import get_preprocess_shape, resize
 
@@ -37,7 +36,6 @@ class SamPromptable:
         self.image_size = int(module.image_encoder.img_size)
         self.mask_size = int(module.prompt_encoder.mask_input_size[0])
         self._fast_decoder = FastMaskDecoder(module)
-        self._fast_multimask_decoder = FastMultimaskDecoder(module)
 
     @property
     def device(self) -> torch.device:
@@ -46,9 +44,8 @@ class SamPromptable:
 
     def drop_derived(self) -> None:
         """Drop the copies and products of the weights that are kept between calls."""
-        for part in (self._encode, self._fast_decoder, self._fast_multimask_decoder):
-            if isinstance(part, FastImageEncoder | FastMaskDecoder):
-                part.drop_derived()
+        self._encode.drop_derived()
+        self._fast_decoder.drop_derived()
 
     def input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Return (h_in, w_in): the long side becomes the model's input size (step 6)."""
@@ -76,20 +73,15 @@ class SamPromptable:
     ) -> tuple[Tensor, Tensor]:
         """Predict the masks of N ≥ 1 prompts on one image (step 7).
 
-        Segment-anything's own parts are computed by `FastMaskDecoder` and `FastMultimaskDecoder`;
-        other parts, parts with hooks and an embedding that requires a gradient by the module's
-        forward pass.
+        Segment-anything's own parts are computed by `FastMaskDecoder`; other parts, parts with
+        hooks and an embedding that requires a gradient by the module's forward pass.
 
         Returns:
             Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32; with
             ``multimask_output`` (N, 3, m, m) and (N, 3).
         """
-        fast = self._can_be_fast(embedding)
-        boxes_and_points = prompts.boxes is not None and prompts.points is not None
-        if fast and boxes_and_points and prompts.masks is not None and not multimask_output:
-            return self._fast_decoder(embedding, prompts)
-        if fast and prompts.masks is None:
-            logits, pred_iou = self._fast_multimask_decoder(embedding, prompts, multimask_output)
+        if self._can_be_fast(embedding):
+            logits, pred_iou = self._fast_decoder([embedding], [prompts], multimask_output)
         else:
             logits, pred_iou = self._predict_by_module(embedding, prompts, multimask_output)
         return (logits, pred_iou) if multimask_output else (logits[:, 0], pred_iou[:, 0])
@@ -102,15 +94,11 @@ class SamPromptable:
         Returns:
             Logits (Σ N_k, m, m) float32 and predicted IoU (Σ N_k,) float32, image by image.
         """
-        first = prompts[0]
         # A subclass that overrides `predict_masks` is to have its effect here too.
         own = type(self).predict_masks is SamPromptable.predict_masks
         if own and all(self._can_be_fast(embedding) for embedding in embeddings):
-            if first.masks is None:
-                logits, pred_iou = self._fast_multimask_decoder.predict_jointly(embeddings, prompts)
-                return logits[:, 0], pred_iou[:, 0]
-            if first.boxes is not None and first.points is not None:
-                return self._fast_decoder.predict_jointly(embeddings, prompts)
+            logits, pred_iou = self._fast_decoder(embeddings, prompts)
+            return logits[:, 0], pred_iou[:, 0]
         results = [self.predict_masks(*pair) for pair in zip(embeddings, prompts, strict=True)]
         logits_of_images, ious_of_images = zip(*results, strict=True)
         return torch.cat(logits_of_images), torch.cat(ious_of_images)

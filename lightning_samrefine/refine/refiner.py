@@ -25,7 +25,6 @@ from lightning_samrefine.models.base import (
     Embedding,
     Promptable,
     accepts_points,
-    check_promptable_members,
     drop_derived,
     has_multimask_output,
 )
@@ -106,7 +105,10 @@ class Refiner:
         cache: Literal["memory", "disk"] | EmbeddingCache | None = None,
         cache_gb: float | None = None,
     ) -> None:
-        check_promptable_members(sam)
+        if not isinstance(sam, Promptable):
+            raise TypeError(
+                f"sam must be a Promptable such as load_sam returns, got {type(sam).__name__}"
+            )
         if config is not None and not isinstance(config, RefineConfig):
             raise TypeError(f"config must be a RefineConfig, got {type(config).__name__}")
         autocast_dtype(precision, sam.device)  # raises for an unknown precision

@@ -26,22 +26,6 @@ class StoredPredictions(LightningModule):
         Raises:
             MisconfigurationException: The batch has no predictions.
         """
-        return self._stored(batch)
-
-    def test_step(
-        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, Tensor]:
-        """Same as `validation_step`."""
-        return self._stored(batch)
-
-    def predict_step(
-        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, Tensor]:
-        """Same as `validation_step`."""
-        return self._stored(batch)
-
-    @staticmethod
-    def _stored(batch: dict[str, Any]) -> dict[str, Tensor]:
         found = {key: batch[key] for key in STORED_KEYS if key in batch}
         if not found:
             raise MisconfigurationException(
@@ -49,3 +33,6 @@ class StoredPredictions(LightningModule):
                 f"{', '.join(batch)}; set the folder of predictions, such as data.val.predictions"
             )
         return found
+
+    test_step = validation_step
+    predict_step = validation_step

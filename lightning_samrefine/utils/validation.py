@@ -5,10 +5,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 
 class WrongValuesError(ValueError):
     """Values which show that earlier batches of the same loader were read wrongly as well."""
@@ -26,9 +22,8 @@ def check_range(low: float, high: float) -> None:
 
 def as_integer(value: Any) -> int | None:
     """Return an integer of Python, NumPy or torch (also in a 0-D array), else None."""
-    if isinstance(value, bool | np.bool_) or getattr(value, "ndim", 0) != 0:
-        return None
-    if isinstance(value, Tensor) and (value.dtype == torch.bool or value.is_floating_point()):
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if is_bool or getattr(value, "ndim", 0) != 0:
         return None
     try:
         return operator.index(value)
@@ -36,14 +31,14 @@ def as_integer(value: Any) -> int | None:
         return None
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """Return an integer of at least ``least``.
+def check_count(name: str, value: Any, least: int = 1, alternative: str = "") -> int:
+    """Return an integer of at least ``least``; the error also names the ``alternative``.
 
     Raises:
         TypeError: Not an integer.
         ValueError: Too small.
     """
-    required = f"{name} must be an integer of at least {least}"
+    required = f"{name} must be an integer of at least {least} {alternative}".rstrip()
     number = as_integer(value)
     if number is None:
         raise TypeError(f"{required}, got {value!r} of type {type(value).__name__}")

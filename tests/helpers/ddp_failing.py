@@ -10,26 +10,13 @@ import sys
 import torch
 from lightning.pytorch import Trainer
 from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Segmenter, loader
-from tiny_random_sam import build_random_sam
+from stub_sams import FailingSam
 
 from lightning_samrefine import SAMRefineCallback
-from lightning_samrefine.models.sam import SamPromptable
-
-
-class FailingSam(SamPromptable):
-    """Fails at every image of one process."""
-
-    failing: str
-
-    def encode_images(self, images):
-        if str(torch.distributed.get_rank()) == self.failing:
-            raise RuntimeError("this process fails")
-        return super().encode_images(images)
 
 
 def run(failing: str) -> None:
-    sam = FailingSam(build_random_sam(), "failing")
-    sam.failing = failing
+    sam = FailingSam(lambda images: str(torch.distributed.get_rank()) == failing)
     callback = SAMRefineCallback(sam, num_classes=NUM_CLASSES, refine=REFINE)
     trainer = Trainer(**SILENT, strategy="ddp", devices=2, callbacks=[callback])
     trainer.validate(Segmenter("logits"), loader(8), verbose=False)

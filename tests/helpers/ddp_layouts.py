@@ -24,6 +24,7 @@ from kill_trials import Named, contents, start
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_stubs import NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter
+from stub_sams import FailingSam
 from tiny_random_sam import build_random_sam
 from torch.utils.data import DataLoader
 
@@ -33,14 +34,6 @@ from lightning_samrefine.models.sam import SamPromptable
 # Images without a region, and that SAM fails at, wherever they are; never the first of a process.
 UNREGIONED, FAILING = 1, 4
 SECONDS = 120
-
-
-class FailingSam(SamPromptable):
-    def encode_images(self, images):
-        failing = Blobs(8).images[FAILING]
-        if any(torch.equal(image, failing) for image in images):
-            raise RuntimeError("this image fails")
-        return super().encode_images(images)
 
 
 class Step(Segmenter):
@@ -111,7 +104,8 @@ def trainer_of(layout: Layout, single: bool, callback: Callback) -> Trainer:
 
 def evaluate(layout: Layout, single: bool, path: Path) -> None:
     """Run one process of a layout, and leave what it logged."""
-    sam = FailingSam(build_random_sam(), "failing")
+    failing = Blobs(8).images[FAILING]
+    sam = FailingSam(lambda images: any(torch.equal(image, failing) for image in images))
     callback = SAMRefineCallback(
         sam,
         num_classes=NUM_CLASSES,

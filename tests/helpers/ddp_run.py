@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning_stubs import NUM_CLASSES, REFINE, Blobs, Segmenter, loader
+from stub_sams import FailingSam
 from tiny_random_sam import build_random_sam
 from torch.utils.data import DataLoader
 
@@ -22,16 +23,6 @@ from lightning_samrefine import SAMRefineCallback
 from lightning_samrefine.models.sam import SamPromptable
 
 FAILING_IMAGE = 3
-
-
-class FailingSam(SamPromptable):
-    """Fails at one image, which only one rank has."""
-
-    def encode_images(self, images):
-        failing = Blobs(5).images[FAILING_IMAGE]
-        if any(torch.equal(image, failing) for image in images):
-            raise RuntimeError("this image fails")
-        return super().encode_images(images)
 
 
 class Frozen(Segmenter):
@@ -82,7 +73,8 @@ def run(strategy: str, devices: int, folder: Path) -> None:
     callback = SAMRefineCallback(sam, **arguments, **shown)
     trainer(callback, default_root_dir=folder).validate(Frozen(), loaders, verbose=False)
 
-    failing = FailingSam(build_random_sam(), "random")
+    lost = Blobs(5).images[FAILING_IMAGE]
+    failing = FailingSam(lambda images: any(torch.equal(image, lost) for image in images))
     trainer(SAMRefineCallback(failing, **arguments)).validate(
         Frozen("none"), loader(5, batch_size=3), verbose=False
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import cc3d
 import numpy as np
@@ -162,4 +162,21 @@ class CountingSam(SamPromptable):
     def encode_images(self, images):
         self.calls.append(len(images))
         self.embedded += len(images)
+        return super().encode_images(images)
+
+
+class FailingSam(SamPromptable):
+    """A random SAM that cannot encode some images.
+
+    Args:
+        fails: Whether it fails at these images.
+    """
+
+    def __init__(self, fails: Callable[[Sequence[Tensor]], bool]) -> None:
+        super().__init__(build_random_sam(), "random")
+        self._fails = fails
+
+    def encode_images(self, images):
+        if self._fails(images):
+            raise RuntimeError("this image fails")
         return super().encode_images(images)

@@ -52,6 +52,9 @@ class OfficialSam(SamPromptable):
         super().__init__(module, name)
         self._encode = module.image_encoder
 
+    def drop_derived(self) -> None:
+        self._fast_decoder.drop_derived()
+
     def _can_be_fast(self, embedding: Tensor) -> bool:
         return False
 

@@ -28,6 +28,12 @@ def assert_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor])
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
+def decoded(decode: FastMaskDecoder, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Single masks of one image."""
+    logits, pred_iou = decode([embedding], [prompts])
+    return logits[:, 0], pred_iou[:, 0]
+
+
 BUILDERS = {"random": build_random_sam, "tiny": build_tiny_sam, "vit_t": build_sam_vit_t}
 
 
@@ -50,7 +56,23 @@ def test_it_equals_the_official_decoder(sam):
     assert 1 < expected[0].std() < 50
     assert (expected[0] > 0).any()
     assert (expected[0] < 0).any()
-    assert_equal(FastMaskDecoder(sam)(embedding, prompts), expected)
+    assert_equal(decoded(FastMaskDecoder(sam), embedding, prompts), expected)
+
+
+@pytest.mark.parametrize("multimask", [False, True], ids=["single", "multimask"])
+@pytest.mark.parametrize("kind", ["all", "box, mask", "point, mask", "box, point", "box", "point"])
+def test_any_prompts_and_either_output_equal_the_modules(small, kind, multimask):
+    embedding, drawn = draw_embedding(small), draw_prompts(small, 5, 3)
+    with_masks = kind == "all" or "mask" in kind
+    prompts = Prompts(
+        drawn.boxes if kind == "all" or "box" in kind else None,
+        drawn.points if kind == "all" or "point" in kind else None,
+        drawn.masks if with_masks else None,
+        drawn.mask_index if with_masks else None,
+    )
+    expected = SamPromptable(small, "small")._predict_by_module(embedding, prompts, multimask)
+    assert expected[0].shape[1] == (3 if multimask else 1)
+    assert_equal(FastMaskDecoder(small)([embedding], [prompts], multimask), expected)
 
 
 def test_the_same_image_in_chunks(small):
@@ -59,7 +81,9 @@ def test_the_same_image_in_chunks(small):
     decode = FastMaskDecoder(small)
     for size in (1, 2, 7, 33):
         chunks = [prompts.chunk(k, k + size) for k in range(0, 33, size)]
-        logits, pred_iou = zip(*(decode(embedding, chunk) for chunk in chunks), strict=True)
+        logits, pred_iou = zip(
+            *(decoded(decode, embedding, chunk) for chunk in chunks), strict=True
+        )
         assert_equal((torch.cat(logits), torch.cat(pred_iou)), expected)
 
 
@@ -69,13 +93,13 @@ def test_another_image_or_other_masks_are_never_confused(small):
         # The first two share the image, the last two the mask prompts.
         embedding = draw_embedding(small, max(seed, 1))
         prompts = draw_prompts(small, 3, 2, min(seed, 2))
-        assert_equal(decode(embedding, prompts), official(small, embedding, prompts))
+        assert_equal(decoded(decode, embedding, prompts), official(small, embedding, prompts))
     first = official(small, embedding, prompts)
     embedding.mul_(-1)
-    assert_equal(decode(embedding, prompts), official(small, embedding, prompts))
+    assert_equal(decoded(decode, embedding, prompts), official(small, embedding, prompts))
     prompts.masks.mul_(-3)
     expected = official(small, embedding, prompts)
-    assert_equal(decode(embedding, prompts), expected)
+    assert_equal(decoded(decode, embedding, prompts), expected)
     assert (expected[0] - first[0]).abs().max() > 0.1
 
 
@@ -83,7 +107,7 @@ def test_another_image_or_other_masks_are_never_confused(small):
 def test_changed_weights_are_noticed(small, change):
     embedding, prompts = draw_embedding(small), draw_prompts(small, 3, 2)
     decode = FastMaskDecoder(small)
-    before, _ = decode(embedding, prompts)
+    before, _ = decoded(decode, embedding, prompts)
     attention = small.mask_decoder.transformer.layers[1].cross_attn_image_to_token
     if change == "write":
         attention.q_proj.weight.mul_(-1)
@@ -102,7 +126,7 @@ def test_changed_weights_are_noticed(small, change):
         small.mask_decoder.output_upscaling[0].weight.mul_(-1)
     expected = official(small, embedding, prompts)
     assert (expected[0] - before).abs().max() > 0.1
-    assert_equal(decode(embedding, prompts), expected)
+    assert_equal(decoded(decode, embedding, prompts), expected)
 
 
 def test_inference_mode_and_no_grad_mix(small):
@@ -110,9 +134,9 @@ def test_inference_mode_and_no_grad_mix(small):
     expected = official(small, embedding, prompts)
     decode = FastMaskDecoder(small)
     with torch.inference_mode():
-        assert_equal(decode(embedding, prompts), expected)
-        assert_equal(decode(embedding.clone(), prompts), expected)
-    assert_equal(decode(embedding, prompts), expected)
+        assert_equal(decoded(decode, embedding, prompts), expected)
+        assert_equal(decoded(decode, embedding.clone(), prompts), expected)
+    assert_equal(decoded(decode, embedding, prompts), expected)
 
 
 def test_it_survives_pickling(small):
@@ -130,13 +154,13 @@ def test_bf16_masks_agree():
     exact, exact_iou = official(sam, embedding, prompts)
     decode = FastMaskDecoder(sam)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed, mixed_iou = decode(embedding, prompts)
+        mixed, mixed_iou = decoded(decode, embedding, prompts)
     assert mixed.dtype == mixed_iou.dtype == torch.float32
     assert not torch.equal(mixed, exact)
     union = ((mixed > 0) | (exact > 0)).sum()
     assert ((mixed > 0) & (exact > 0)).sum() / union > 0.95
     # Constants kept from autocast must not serve a call without it.
-    assert_equal(decode(embedding, prompts), (exact, exact_iou))
+    assert_equal(decoded(decode, embedding, prompts), (exact, exact_iou))
 
 
 def test_prompts_are_encoded_in_float32_under_autocast(small):

@@ -8,7 +8,6 @@ from random_predictions import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.config import PRESETS
-from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine import refiner as refiner_module
 from lightning_samrefine.refine import regions
 from lightning_samrefine.utils.device import Download
@@ -79,13 +78,6 @@ def test_wrong_construction_is_refused(random_sam):
         TypeError, match="sam must be a Promptable such as load_sam returns, got Sam"
     ):
         Refiner(random_sam.module)
-
-    class Former(SamPromptable):
-        def decode(self, embedding, prompts):
-            raise AssertionError("is never called")
-
-    with pytest.raises(TypeError, match=r"got Former with decode: decode is now predict_masks$"):
-        Refiner(Former(random_sam.module, "former"))
     with pytest.raises(TypeError, match="config must be a RefineConfig, got dict"):
         Refiner(random_sam, {"stride": 2})
     with pytest.raises(ValueError, match=r"precision must be one of 'auto', '32', .*, got 'bf16'"):

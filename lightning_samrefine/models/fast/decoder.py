@@ -7,8 +7,8 @@ direction. Each projection is thereby applied to 8 tokens instead of 4096. Per r
 of X with 8 tokens × heads remain.
 
 In the first layer X = E + M W + b, with E the image's embedding and M the 16 channels of the
-class's mask prompt. The projections of E are computed once per image, and each region needs 16
-channels instead of 256.
+region's mask prompt, if it has one. The projections of E are computed once per image, and a region
+needs 16 channels instead of 256, or none.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor, nn
 
-from lightning_samrefine.models.base import Prompts, join
+from lightning_samrefine.models.base import Prompts
 from lightning_samrefine.models.fast.decoder_state import ImageSide, Memo, ModelSide, beside, cast
 from lightning_samrefine.models.fast.folded_attention import (
     attend_to_image,
+    fold,
     folded_scores,
     per_head,
     project,
@@ -39,20 +40,20 @@ from lightning_samrefine.models.fast.folded_attention import (
 )
 from lightning_samrefine.models.fast.point_encoding import dense_encoding, prompt_tokens
 from lightning_samrefine.models.fingerprint import Identity, all_weights, stamp
-from lightning_samrefine.utils.precision import autocast
+from lightning_samrefine.utils.precision import active_autocast, autocast
 
 # Image tokens upscaled at once on a CPU: their 16 mask pixels × 32 channels stay in its cache.
 _CPU_TILE = 512
+_SINGLE, _MULTI = slice(0, 1), slice(1, 4)  # of SAM's four mask tokens
 
 
 class FastMaskDecoder:
-    """Decodes box, point and mask prompts like segment-anything, with single-mask output.
+    """Decodes prompts like segment-anything's prompt encoder and mask decoder.
 
     The weights are those of the module: tensors derived from them are computed at the first call,
     and again after the weights have changed or moved. Tensors of an image are kept for calls with
-    the same embedding tensor, and those of its mask prompts for calls with the same ``masks`` (as
-    from `Prompts.chunk`). In inference mode torch does not count in-place changes, so a caller must
-    not write into either between calls.
+    the same embedding tensor. In inference mode torch does not count in-place changes, so a caller
+    must not write into an embedding between calls.
 
     Args:
         sam: The model. `supports` must hold for it whenever the decoder is called.
@@ -78,88 +79,79 @@ class FastMaskDecoder:
         self._memo = None
 
     @torch.no_grad()
-    def __call__(self, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Decode N ≥ 1 prompts on one image.
+    def __call__(
+        self, embeddings: Sequence[Tensor], prompts: Sequence[Prompts], multimask: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Decode prompts on one or several images in one batch.
 
         Matrix products follow an enclosing autocast; the prompts are encoded in float32.
 
         Args:
-            embedding: (1, C, h, w) float32.
-            prompts: On the embedding's device.
-
-        Returns:
-            Low-resolution logits (N, 4h, 4w) float32 and predicted IoU (N,) float32.
-        """
-        memo, masks = self._recall_masks(embedding, prompts)
-        height, width = embedding.shape[-2:]
-        return self._forward(memo.model, memo.image, masks, prompts, height, width)
-
-    def predict_jointly(
-        self, embeddings: Sequence[Tensor], prompts: Sequence[Prompts]
-    ) -> tuple[Tensor, Tensor]:
-        """Decode prompts on several images in one batch.
-
-        Args:
             embeddings: K × (1, C, h, w) float32.
-            prompts: As many; N_k ≥ 1 each.
+            prompts: K of them, N_k ≥ 1 each, on the embeddings' device; either all have masks or
+                none has, and the same of boxes and points.
+            multimask: SAM's three masks for ambiguous prompts; otherwise the single one.
 
         Returns:
-            The outputs of a call for each image, one after the other.
+            Low-resolution logits (Σ N_k, M, 4h, 4w) float32 and predicted IoU (Σ N_k, M) float32,
+            M = 3 or 1.
         """
-        recalled = [self._recall_masks(*pair) for pair in zip(embeddings, prompts, strict=True)]
-        memos, masks = zip(*recalled, strict=True)
-        image, joined = beside(memos, prompts), join(prompts)
-        height, width = embeddings[0].shape[-2:]
-        return self._forward(memos[-1].model, image, torch.cat(masks), joined, height, width)
+        with_masks = prompts[0].masks is not None
+        memos = [self._recall(embedding, with_masks) for embedding in embeddings]
+        model = memos[-1].model
+        image = memos[0].image if len(memos) == 1 else beside(memos, prompts)
+        masks = self._mask_channels(prompts) if with_masks else None
+        tokens = torch.cat([self._tokens(own) for own in prompts])
 
-    def _forward(
-        self,
-        model: ModelSide,
-        image: ImageSide,
-        masks: Tensor,
-        prompts: Prompts,
-        height: int,
-        width: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Decode N prompts with masks (N, 16, T) on images of h × w tokens."""
         decoder = self._mask_decoder
-        tokens = self._tokens(prompts)
-        layers = decoder.transformer.layers
-
-        queries, keys = self._first_layer(layers[0], tokens, image, masks)
+        transformer = decoder.transformer
+        queries, keys = self._first_layer(transformer.layers[0], tokens, image, masks)
         for layer, pe_keys, pe_queries in zip(
-            layers[1:], model.pe_keys[:-1], model.pe_queries, strict=True
+            transformer.layers[1:], model.pe_keys[:-1], model.pe_queries, strict=True
         ):
             queries, keys = _later_layer(layer, queries, tokens, keys, pe_keys, pe_queries)
 
-        # Only the final tokens of IoU and of the single mask are used.
-        queries = queries[:, :2]
-        attention = decoder.transformer.final_attn_token_to_image
+        chosen = _MULTI if multimask else _SINGLE
+        outputs = 1 + chosen.stop  # the other final tokens are not used
+        queries = queries[:, :outputs]
+        attention = transformer.final_attn_token_to_image
         queries = queries + attend_to_image(
-            attention, queries + tokens[:, :2], keys, model.pe_keys[-1]
+            attention, queries + tokens[:, :outputs], keys, model.pe_keys[-1]
         )
-        queries = decoder.transformer.norm_final_attn(queries)
-        pred_iou = decoder.iou_prediction_head(queries[:, 0])[:, 0]
-        mixing = decoder.output_hypernetworks_mlps[0](queries[:, 1])  # (N, C/8)
-        return self._upscale(keys, mixing, model, height, width).float(), pred_iou.float()
+        queries = transformer.norm_final_attn(queries)
+        pred_iou = decoder.iou_prediction_head(queries[:, 0])[:, chosen]
+        networks = list(decoder.output_hypernetworks_mlps)[chosen]
+        mixing = torch.stack(
+            [network(queries[:, 1 + chosen.start + i]) for i, network in enumerate(networks)],
+            dim=-1,
+        )  # (N, C/8, M)
+        logits = self._upscale(keys, mixing, model, *embeddings[0].shape[-2:])
+        return logits.float(), pred_iou.float()
 
     def _tokens(self, prompts: Prompts) -> Tensor:
-        """Return (N, P, C): the output tokens, the point, the box's corners."""
+        """Return (N, P, C): the output tokens, then those of points and boxes."""
         decoder = self._mask_decoder
         sparse = prompt_tokens(self._prompt_encoder, prompts.points, prompts.boxes)
         output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         return torch.cat([output.expand(len(prompts), -1, -1), sparse], dim=1)
 
+    def _mask_channels(self, prompts: Sequence[Prompts]) -> Tensor:
+        """Return (N, 16, T), the mask prompts before their last 1×1 convolution."""
+        masks = torch.cat([own.masks[own.mask_index] for own in prompts if own.masks is not None])
+        dtype = active_autocast(masks.device) or torch.float32
+        with autocast(None, masks.device):
+            return self._prompt_encoder.mask_downscaling[:-1](masks[:, None]).flatten(2).to(dtype)
+
     def _first_layer(
-        self, layer: TwoWayAttentionBlock, tokens: Tensor, image: ImageSide, masks: Tensor
+        self, layer: TwoWayAttentionBlock, tokens: Tensor, image: ImageSide, masks: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Run the first layer, whose image tokens are the embedding plus a class's mask prompt.
+        """Run the first layer, whose image tokens are the embedding plus the mask prompt.
 
         Args:
             layer: The layer; its self attention has no positional encoding.
             tokens: (N, P, C).
             image: Products of the embedding.
-            masks: (N, 16, T), the mask prompts before their last 1×1 convolution.
+            masks: (N, 16, T), or None.
 
         Returns:
             Tokens (N, P, C) and image tokens (N, T, C).
@@ -169,91 +161,82 @@ class FastMaskDecoder:
 
         attention = layer.cross_attn_token_to_image
         q = project(attention.q_proj, queries + tokens, attention) * query_scale(attention)
-        scores = folded_scores(q, image.keys, attention.k_proj.weight @ last, masks)
+        scores = per_head(q, image.keys)
+        if masks is not None:
+            of_masks = fold(q, attention.k_proj.weight @ last)
+            scores = torch.baddbmm(scores.flatten(1, 2), of_masks, masks).view_as(scores)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
-        heads = weights.unflatten(1, (attention.num_heads, -1))
-        from_embedding = per_head(heads, image.values)
-        from_masks = (weights @ masks.mT).unflatten(1, (attention.num_heads, -1))
-        value = unfold(from_masks, attention.v_proj.weight @ last) + from_embedding
+        value = per_head(weights, image.values)
+        if masks is not None:
+            from_masks = (weights.flatten(1, 2) @ masks.mT).unflatten(1, weights.shape[1:3])
+            value = unfold(from_masks, attention.v_proj.weight @ last) + value
         queries = layer.norm2(queries + attention.out_proj(value.transpose(1, 2).flatten(2)))
         queries = layer.norm3(queries + layer.mlp(queries))
 
         attention = layer.cross_attn_image_to_token
         k = project(attention.k_proj, queries + tokens, attention) * query_scale(attention)
-        scores = folded_scores(k, image.queries, attention.q_proj.weight @ last, masks)
+        scores = per_head(k, image.queries).flatten(1, 2)
+        if masks is not None:
+            scores = torch.baddbmm(scores, fold(k, attention.q_proj.weight @ last), masks)
         weights = softmax_over_tokens(scores, attention)
-        # The mask prompt's part of X is appended as 16 more rows.
-        weights = torch.cat([weights, masks], dim=1)
-        outputs = token_outputs(attention, queries)
-        outputs = torch.cat([outputs, last.T.to(outputs.dtype).expand(len(outputs), -1, -1)], dim=1)
-        keys = torch.baddbmm(image.tokens, weights.mT, outputs)
+        outputs = token_outputs(attention, queries).to(weights.dtype)
+        if masks is not None:
+            # The mask prompt's part of X is appended as 16 more rows.
+            weights = torch.cat([weights, masks], dim=1)
+            rows = last.T.to(outputs.dtype).expand(len(outputs), -1, -1)
+            outputs = torch.cat([outputs, rows], dim=1)
+        keys = torch.baddbmm(image.tokens.expand(len(outputs), -1, -1), weights.mT, outputs)
         return queries, layer.norm4(keys)
 
     def _upscale(
         self, keys: Tensor, mixing: Tensor, model: ModelSide, height: int, width: int
     ) -> Tensor:
-        """Upscale image tokens fourfold and mix their channels into one mask.
+        """Upscale image tokens fourfold, once for all M masks of a prompt.
 
         A transposed convolution with a stride equal to its kernel's size is one matrix product per
         token.
 
         Args:
             keys: (N, T, C) image tokens.
-            mixing: (N, C/8) weights of the mask.
+            mixing: (N, C/8, M) weights of the masks.
             model: The convolutions as matrices.
             height: h.
             width: w, T = h · w.
 
         Returns:
-            (N, 4h, 4w) logits.
+            (N, M, 4h, 4w) logits.
         """
         _, norm, first_act, _, second_act = self._mask_decoder.output_upscaling
-        count = len(keys)
-        rows = _CPU_TILE if keys.device.type == "cpu" else height * width
-        masks = []
-        for n in range(count) if keys.device.type == "cpu" else (slice(None),):
+        count, _, masks = mixing.shape
+        on_cpu = keys.device.type == "cpu"
+        rows = _CPU_TILE if on_cpu else height * width
+        parts = []
+        for n in range(count) if on_cpu else (slice(None),):
             for tile in keys[n].split(rows, dim=-2):
                 x = F.linear(tile, model.up1, model.up1_bias).unflatten(-1, (4, -1))
                 x = first_act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
                 x = second_act(F.linear(x, model.up2, model.up2_bias))
+                # (..., 16 · tile, C/8): each token has 2×2 pixels, and each of these 2×2 again.
                 x = x.unflatten(-1, (4, -1)).flatten(-4, -2)
-                masks.append(x @ mixing[n].unsqueeze(-1).to(x.dtype))
-        # Each token has 2×2 pixels, and each of these 2×2 again.
-        mask = torch.cat([m.flatten() for m in masks]).view(count, height, width, 2, 2, 2, 2)
-        return mask.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, 4 * height, 4 * width)
+                parts.append((x @ mixing[n].to(x.dtype)).flatten())
+        logits = torch.cat(parts).view(count, height, width, 2, 2, 2, 2, masks)
+        logits = logits.permute(0, 7, 1, 3, 5, 2, 4, 6)
+        return logits.reshape(count, masks, 4 * height, 4 * width)
 
-    def _recall_masks(self, embedding: Tensor, prompts: Prompts) -> tuple[Memo, Tensor]:
-        """Return the constant parts of a call with masks, and its masks' channels, (N, 16, T)."""
-        if prompts.masks is None or prompts.mask_index is None:
-            raise ValueError("prompts must have masks, got None")
-        memo = self._recall(embedding, prompts.masks)
-        return memo, memo.mask_channels[prompts.mask_index]
-
-    def _recall(self, embedding: Tensor, masks: Tensor) -> Memo:
+    def _recall(self, embedding: Tensor, with_masks: bool) -> Memo:
         """Return the constant parts of this call, recomputed if an input has changed."""
-        device = embedding.device
-        dtype = torch.float32
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        state = (dtype, stamp(all_weights(self._prompt_encoder, self._mask_decoder)))
-        old = self._memo
-        if old is not None and old.state != state:
-            old = None
-        own, own_masks = Identity(embedding), Identity(masks)
-        with autocast(None, device):
-            model = cast(self._model_side(), dtype) if old is None else old.model
-            if old is not None and old.embedding == own:
-                image = old.image
-            else:
-                image = cast(self._image_side(embedding), dtype)
-            if old is not None and old.masks == own_masks:
-                mask_channels = old.mask_channels
-            else:
-                channels = self._prompt_encoder.mask_downscaling[:-1](masks[:, None])
-                mask_channels = channels.flatten(2).to(dtype)
-        # A new memo instead of a changed one: another thread may be reading the old one.
-        self._memo = Memo(state, model, own, image, own_masks, mask_channels)
-        return self._memo
+        dtype = active_autocast(embedding.device) or torch.float32
+        weights = stamp(all_weights(self._prompt_encoder, self._mask_decoder))
+        state = (dtype, with_masks, weights)
+        old = self._memo if self._memo is not None and self._memo.state == state else None
+        own = Identity(embedding)
+        if old is None or old.embedding != own:
+            with autocast(None, embedding.device):
+                model = cast(self._model_side(), dtype) if old is None else old.model
+                image = cast(self._image_side(embedding, with_masks), dtype)
+            # A new memo instead of a changed one: another thread may be reading the old one.
+            old = self._memo = Memo(state, model, own, image)
+        return old
 
     def _model_side(self) -> ModelSide:
         transformer = self._mask_decoder.transformer
@@ -277,16 +260,13 @@ class FastMaskDecoder:
             up2_bias=up2.bias.repeat(4),
         )
 
-    def _dense_bias(self) -> Tensor:
-        """Return (C,), the dense prompt's bias, which is added to every image token."""
-        return self._prompt_encoder.mask_downscaling[-1].bias
-
-    def _image_side(self, embedding: Tensor) -> ImageSide:
-        layer = self._mask_decoder.transformer.layers[0]
+    def _image_side(self, embedding: Tensor, with_masks: bool) -> ImageSide:
+        encoder, layer = self._prompt_encoder, self._mask_decoder.transformer.layers[0]
         to_image, from_image = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-        bias = self._dense_bias()
+        # The dense prompt, or its bias, is added to every image token.
+        bias = encoder.mask_downscaling[-1].bias if with_masks else encoder.no_mask_embed.weight[0]
         x = embedding[0].flatten(1).float() + bias[:, None]  # (C, T)
-        with_pe = x + dense_encoding(self._prompt_encoder)[0].flatten(1)
+        with_pe = x + dense_encoding(encoder)[0].flatten(1)
         heads = (to_image.num_heads, -1)
         v = F.linear(x.T, to_image.v_proj.weight, to_image.v_proj.bias)
         q = from_image.q_proj.weight @ with_pe + from_image.q_proj.bias[:, None]

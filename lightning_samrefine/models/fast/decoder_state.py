@@ -1,4 +1,4 @@
-"""Parts of SAM's mask decoder computed once for its weights, an image and its mask prompts."""
+"""Parts of SAM's mask decoder computed once for its weights and for an image."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ModelSide:
 
 @dataclass(frozen=True)
 class ImageSide:
-    """Products of an image; all include the bias of the mask prompt's last layer.
+    """Products of an image; all include the dense prompt, or its bias with a mask prompt.
 
     For prompts on several images there are N of each, see `beside`.
 
@@ -66,8 +66,6 @@ class Memo:
     model: ModelSide
     embedding: Identity
     image: ImageSide
-    masks: Identity
-    mask_channels: Tensor
 
 
 def beside(memos: Sequence[Memo], prompts: Sequence[Prompts]) -> ImageSide:
