@@ -65,7 +65,7 @@ def _edgetam() -> Any:
     backbone = {
         "model_type": "timm_wrapper",
         "architecture": "repvit_m1",
-        "num_classes": 2,  # of no use here, but asked for
+        "num_classes": 2,  # not used here, but required
         "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
     }
     return EdgeTamModel(EdgeTamConfig(vision_config={"backbone_config": backbone}))

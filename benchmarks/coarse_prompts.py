@@ -18,7 +18,7 @@ CLASSES = len(CLASS_NAMES)
 GRID = IMAGE_SIZE // 2
 MASK_PROMPT_SCALE = 8.0
 MIN_REGION_AREA = 16
-# A scrap of a region says nothing about the large component it happens to lie in.
+# A scrap of a region is no evidence of the large component it happens to lie in.
 MIN_MATCH_IOU = 0.1
 
 

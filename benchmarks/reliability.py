@@ -183,7 +183,7 @@ def memory_mib() -> tuple[float, float]:
     """Return this process's resident memory in MiB, and the private part of it.
 
     The rest are pages of files, libraries' code for the most part. A machine that is short of
-    memory takes them away and gives them back, which says nothing of this process.
+    memory takes them away and gives them back, which has nothing to do with this process.
     """
     _, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
     mib = os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -309,7 +309,7 @@ def script(name: str, *arguments: str) -> Any:
 
 
 def run(command: list[str]) -> str:
-    """Run a command on one thread; show what it said where it fails."""
+    """Run a command on one thread; show its output if it fails."""
     root = str(HERE.parent)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)

@@ -296,7 +296,7 @@ def _shares(peaks: Mapping[str, list[float]]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Measure what the command line asks for."""
+    """Measure what the command line selects."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--models", nargs="+", default=["vit_b", "vit_t"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])

@@ -16,7 +16,7 @@ def now(device: torch.device) -> float:
     """Return the time once pending work on the device is done.
 
     One core's time is that which the processor spent on this process: on a machine that others use
-    too, it says more than the time on the wall.
+    too, it is more telling than the time on the wall.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -45,12 +45,12 @@ def page(results: Mapping[str, Any]) -> str:
     machines = list(dict.fromkeys(figure["machine"] for figure in figures))
     head = (
         "# What a refinement costs\n\n"
-        "Ratios only: 1.00 is one forward of segment-anything's own float32 encoder, timed beside "
-        "each image on as many cores. One core is timed by what the processor spent on the "
-        "process, two and a GPU by the clock on the wall. The literal algorithm is "
-        "`benchmarks/literal_algorithm4.py`: SamPredictor, float32, class by class. The second "
-        "epoch finds its embedding in a cache on disk. Made by "
-        "`python -m benchmarks.speed --write`.\n\n"
+        "All figures are ratios to one forward pass of segment-anything's float32 encoder, timed "
+        "beside each image on the same number of cores. On one core the processor time of the "
+        "process is measured, on two cores and on a GPU the wall-clock time. The reference is "
+        "`benchmarks/literal_algorithm4.py`: Algorithm 4 over SamPredictor, in float32, class by "
+        "class. In the second epoch embeddings come from a cache on disk. "
+        "`python -m benchmarks.speed --write` writes this page.\n\n"
         f"Machine: {'; '.join(machines)}.\n"
     )
     parts = [head, bars(results), *map(section, figures), _bf16(results.get("bf16"))]
@@ -65,26 +65,35 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def section(figures: Mapping[str, Any]) -> str:
-    """Format what was measured of one model on so many cores."""
+    """Format what was measured of one model on a number of cores."""
     errors, weights = figures["errors"], "" if figures["trained"] else ", random weights"
     return "\n".join(
         [
             f"## {figures['model']}{weights}, {figures['where']}\n",
             "Encoder alone:\n",
-            table(["encoder", "ratio"], [[k, f"{v:.2f}"] for k, v in figures["encoders"].items()]),
-            f"Relative error of our embeddings: {errors[0]:.1e} in bf16, {errors[1]:.1e} in "
-            "float32.\n",
+            table(
+                ["encoder", "ratio"],
+                [[_named(k), f"{v:.2f}"] for k, v in figures["encoders"].items()],
+            ),
+            f"Relative error of this package's embeddings: {errors[0]:.1e} in bf16, "
+            f"{errors[1]:.1e} in float32.\n",
             "Whole refinements:\n",
             _whole(figures["refinements"]),
-            "Where ours spends it (first epoch), and the decoder per region:\n",
+            "Time of each step in the first epoch, and of the decoder per region:\n",
             _waterfall(figures["refinements"]),
             "Peak memory beyond the weights, 40 regions:\n",
             table(
-                ["what", "share of the first of its kind"],
-                [[name, f"{share:.2f}"] for name, share in figures["peaks"].items()],
+                ["what", "ratio to the first of its kind"],
+                [[_named(name), f"{share:.2f}"] for name, share in figures["peaks"].items()],
             ),
         ]
     )
+
+
+def _named(key: str) -> str:
+    """Return a stored key as the page prints it."""
+    named = key.replace("ours", "this package").replace("literal", "reference")
+    return named.replace("floor: its matrix products alone", "lower bound: matrix products alone")
 
 
 def _name(case: Mapping[str, Any]) -> str:
@@ -98,13 +107,13 @@ def _whole(cases: list[Mapping[str, Any]]) -> str:
         literal = costs["literal encoder"] + costs["literal rest"]
         if "SAMRefiner" in costs:
             rows.append([_name(case), "SAMRefiner", f"{costs['SAMRefiner']:.2f}", "", "", ""])
-        rows.append([_name(case), "literal", f"{literal:.2f}", "1.0x", "", ""])
+        rows.append([_name(case), "reference", f"{literal:.2f}", "1.0x", "", ""])
         for precision in ("32", "bf16-mixed"):
             first = costs[f"{precision} first total"]
             second = costs[f"{precision} second total"]
             ratios = [f"{first:.2f}", f"{literal / first:.1f}x"]
             ratios += [f"{second:.3f}", f"{literal / second:.1f}x"]
-            rows.append([_name(case), f"ours, {precision}", *ratios])
+            rows.append([_name(case), f"this package, {precision}", *ratios])
     return table(["image", "method", "first epoch", "faster", "second epoch", "faster"], rows)
 
 
@@ -125,7 +134,7 @@ def _waterfall(cases: list[Mapping[str, Any]]) -> str:
                     f"{costs['official decoder'] / (spent['decoder'] + spent['prompts']):.1f}x",
                 ]
             )
-    head = ["image", "precision", *STEPS, "neither encoder nor decoder", "decoder a region"]
+    head = ["image", "precision", *STEPS, "all but encoder and decoder", "decoder per region"]
     return table([*head, "faster than segment-anything's"], rows)
 
 

@@ -70,9 +70,9 @@ OFFSETS = ((0, 1), (1, 0), (0, 4), (4, 0), (0, 12), (12, 0), (8, 8), (8, -8))
 class AffinityHead(nn.Module):
     """Auxiliary head, dropped on export: foreground and affinities read off the embedding.
 
-    It says for every mask pixel whether it belongs to an object and to the same object as each of
+    It holds for every mask pixel whether it belongs to an object and to the same object as each of
     its neighbors in `OFFSETS`. That grounds the encoder in borders from the first step on, while
-    prompts alone reach it through the whole decoder. No class is told.
+    prompts alone reach it through the whole decoder. No class is given.
     """
 
     def __init__(self) -> None:
@@ -336,7 +336,7 @@ def load(path: Path) -> Sam:
 
 
 def train(args: argparse.Namespace) -> Sam:
-    """Train as the command line says and return the averaged model best on validation scenes."""
+    """Train and return the averaged model that is best on validation scenes."""
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     sam, head = build_tiny_sam(), AffinityHead()

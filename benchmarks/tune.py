@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--images", type=int, default=5, help="so many val frames")
+    parser.add_argument("--images", type=int, default=5, help="number of val frames")
     options = parser.parse_args()
     root = data_root()
     if not (root / SAM_WEIGHTS).exists():
@@ -69,8 +69,8 @@ def main() -> None:
         decodes.append((before + after) / 2)
         encoders.append(encoder)
         ratios.append(sweeps[-1] / decodes[-1])
-        (answers,) = decode(refiner, inputs)
-        regions.append(len(answers.regions))
+        (predictions,) = decode(refiner, inputs)
+        regions.append(len(predictions.regions))
     print(
         f"{len(samples)} frames of 480x360, {statistics.mean(regions):.0f} regions each, "
         f"{len(GRID.pairs)} decodings and {len(GRID.cells)} cells an image\n"

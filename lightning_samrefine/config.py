@@ -202,7 +202,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def _num(value: Any) -> float:
-    """Return value as a float, NaN where it is not a real number (bool included)."""
+    """Return value as a float, NaN if it is not a real number (bool included)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:

@@ -77,15 +77,10 @@ def refine_from_mapping(fields: Mapping[Any, Any]) -> RefineConfig:
 
 
 def with_refine_files(arguments: Sequence[str]) -> list[str]:
-    """Turn ``refine=PATH.yaml`` into an option of Hydra's group ``refine``.
+    """Turn ``refine=PATH.yaml`` of a command line into an option of Hydra's group ``refine``.
 
-    Several files, as in ``-m refine=a.yaml,b.yaml``, are several options.
-
-    Args:
-        arguments: Of the command line.
-
-    Returns:
-        The arguments, each file's path replaced by its option's name, ``file/<stem>``.
+    The option's name is ``file/<stem>``. Several files, as in ``-m refine=a.yaml,b.yaml``, are
+    several options.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: As `read_refine`.
@@ -100,9 +95,6 @@ def with_refine_files(arguments: Sequence[str]) -> list[str]:
 
 def check_refine_keys(arguments: Sequence[str]) -> None:
     """Refuse a threshold that does not exist; Hydra's own message would suggest appending it.
-
-    Args:
-        arguments: Of the command line.
 
     Raises:
         TypeError: An override of ``refine`` is not a field of `RefineConfig`.

@@ -145,7 +145,7 @@ def check(
 
     Raises:
         ValueError: An unknown name or precision, a checkpoint without a model, or a device that
-            torch does not know or have.
+            torch cannot use.
         FileNotFoundError: ``checkpoint`` does not exist.
         TypeError: An argument of a wrong type.
     """

@@ -231,7 +231,7 @@ class ESPNetSegmenter(LightningModule):
             antialiased bilinear), and enlarges the logits bilinearly: coarser borders from the
             same network.
         drop_void: leave the last output out. C counts the real classes alone then, and every
-            pixel gets one of them; otherwise the network may answer "void".
+            pixel gets one of them; otherwise the network may predict "void".
 
     Raises:
         FileNotFoundError: no file at `checkpoint`.

@@ -60,7 +60,7 @@ def refine_test(
         root: the data folder.
         output: logs, metrics and the resolved config go to a folder a resolution under it.
         verifications: the check of the raw prediction, for the page.
-        limit: refine so many test frames; None takes all.
+        limit: maximum number of test frames; None takes all.
         overrides: more of Hydra's overrides, such as ``refine.pred_iou_thresh=0.7``.
 
     Returns:
@@ -94,7 +94,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.camvid.run", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--verify", action="store_true", help="check the raw prediction and stop")
-    parser.add_argument("--limit", type=int, help="so many test frames instead of all")
+    parser.add_argument("--limit", type=int, help="maximum number of test frames")
     parser.add_argument(
         "--output", type=Path, default=REPOSITORY / "outputs" / "camvid", help="folder of the logs"
     )

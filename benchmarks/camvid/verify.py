@@ -62,7 +62,7 @@ def verify(root: Path, resolution: str, max_frames: int | None = None) -> Verifi
     Args:
         root: the data folder.
         resolution: ``"full"`` or ``"half"``.
-        max_frames: stop after so many; None takes all.
+        max_frames: maximum number; None takes all.
     """
     data = camvid(root, stored_predictions=resolution)
     data.setup("test")

@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     text = page(counts, {pair: class_names(root, pair) for pair in counts}, options.split)
     if AUTO in next(iter(counts.values())):
         found = [f"- {pair}: {fitted.found(pair)}" for pair in counts]
-        text += "\n".join(["", "## What `auto` said after the validation split", "", *found, ""])
+        text += "\n".join(
+            ["", "## What the fit of `auto` found on the validation split", "", *found, ""]
+        )
     text += "\n" + TRIED.read_text(encoding="utf-8")
     whole = not (options.limit or options.pairs) and options.split == "test_shared"
     path = PAGE if whole else options.output / "QUALITY.md"

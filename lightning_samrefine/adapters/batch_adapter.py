@@ -29,7 +29,7 @@ from lightning_samrefine.adapters.target_values import to_labels, whole_numbers
 class RefineInputs:
     """B samples in the formats that the refiner expects, all on one device.
 
-    Each field is a batched tensor, or a list of B tensors without the batch dimension where
+    Each field is a batched tensor, or a list of B tensors without the batch dimension if
     images differ in size.
 
     Attributes:

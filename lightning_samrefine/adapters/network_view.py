@@ -32,7 +32,7 @@ _SYMMETRIC = 1e-3
 _UNCHANGED, _RESIZED = 1e-4, 1e-3
 # Standard deviation, as a share of the largest value, below which an image has no orientation.
 _FLAT = 0.02
-_SIDE = 128  # pixels compared along a side where sizes differ
+_SIDE = 128  # pixels compared along a side if sizes differ
 
 _UNLIKE = "cropped, or of other content"
 

@@ -165,7 +165,7 @@ def to_probs(
     Returns:
         Probabilities (B, C, H, W) float32 in [0, 1]; labels (B, H, W) int64, their argmax. A
         label map gives 0.999 to its class and the rest to the others in equal parts, and 1/C to
-        all where its value is outside [0, C), which the labels keep.
+        all if its value is outside [0, C), which the labels keep.
 
     Raises:
         ValueError: Another shape, a size that is not the image's over an integer stride,

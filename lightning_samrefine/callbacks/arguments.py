@@ -28,7 +28,7 @@ AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 @dataclass(frozen=True)
 class SharedArguments:
-    """What every callback needs to know of SAM, the classes, and a user's batches.
+    """SAM, the classes, and how a user's batches are read: arguments of every callback.
 
     Attributes:
         sam: A name for `load_sam`, or a `Promptable`.
@@ -183,7 +183,7 @@ def parse_class_names(class_names: Sequence[str] | None) -> list[str] | None:
 
     Raises:
         TypeError: Not a sequence of strings.
-        ValueError: Two equal names: their figures could not be told apart.
+        ValueError: Two equal names: their figures could not be distinguished.
     """
     if class_names is None:
         return None

@@ -48,8 +48,8 @@ class AutoRefiner:
     @torch.no_grad()
     def __call__(self, inputs: RefineInputs) -> list[Refinement]:
         """Refine B samples; each has the control's labels as well."""
-        # On their way while SAM predicts. What an image holds tells it from others in any run,
-        # whatever it is called.
+        # On their way while SAM predicts. Their hashes identify images in any run, whatever their
+        # names.
         images = Download(*inputs.images)
         predicted = list(self._refiner.predict(inputs.images, inputs.probs, inputs.labels))
         keys = [image_digest(image) for image in images.wait()]

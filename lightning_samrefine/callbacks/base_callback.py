@@ -83,13 +83,7 @@ class SAMCallback(Callback):
         ignore_index: IgnoreIndex = None,
         fitted: FittedFusion | None = None,
     ) -> None:
-        """Load SAM on the Trainer's device.
-
-        Args:
-            trainer: The Trainer that called ``setup``.
-            cache: Keeps SAM's embeddings, None for none.
-            ignore_index: Target value that is not counted.
-            fitted: Weights of an earlier run, for ``refine="auto"``.
+        """Load SAM on the Trainer's device; see `RunState` for the arguments.
 
         Raises:
             MisconfigurationException: A Trainer of pytorch_lightning.

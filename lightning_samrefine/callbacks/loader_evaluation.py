@@ -71,7 +71,7 @@ class LoaderEvaluation:
 
         Args:
             inputs: B samples with targets.
-            refinements: B refinements, None where refining failed: the raw prediction stands.
+            refinements: B refinements, None if refining failed: the raw prediction stands.
             seconds: Time that refining took.
             names: At least B names of the samples in panels and report.
         """

@@ -33,7 +33,7 @@ def warn_unscored(result: ComparisonResult, where: str) -> None:
 def warn_monitors(trainer: Trainer, prefix: str, results: Sequence[ComparisonResult]) -> None:
     """Warn, in the sanity check, of monitored figures that may never be logged.
 
-    A `ModelCheckpoint` ends the run where its figure is absent, and does so after the first epoch.
+    A `ModelCheckpoint` ends the run if its figure is absent, and does so after the first epoch.
 
     Args:
         trainer: With the callbacks and schedulers that monitor.

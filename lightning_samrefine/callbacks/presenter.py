@@ -61,7 +61,7 @@ class Presenter:
         panels_width: Their width in pixels.
         report: Where the report goes: a path, True for ``report.html`` in the Trainer's log folder,
             False for none.
-        name: Part of the names of pictures and files, where a Trainer has several callbacks.
+        name: Part of the names of pictures and files, if a Trainer has several callbacks.
 
     Raises:
         TypeError: An argument of a wrong type.
@@ -283,7 +283,7 @@ def _log_folder(trainer: Trainer) -> Path:
     shared = not isinstance(logger, CSVLogger | TensorBoardLogger)
     if logger is None or logger.save_dir is None or not shared:
         return folder
-    # All runs of other loggers share their folder; ModelCheckpoint tells them apart like this.
+    # All runs of other loggers share their folder; ModelCheckpoint distinguishes them like this.
     name, version = logger.name, logger.version
     version = version if version is None or isinstance(version, str) else f"version_{version}"
     parts = [str(part).strip("/") for part in (name, version) if part is not None]

@@ -65,12 +65,12 @@ class SAMRefineCallback(SAMCallback):
         num_classes: C ≥ 2; a one-channel binary model has 2. None takes it from ``class_names``,
             ``pl_module.num_classes`` or ``pl_module.hparams.num_classes`` (where 1 means binary).
         ignore_index: Target value that is not counted, or None. ``"auto"`` is 255, and refused
-            where 255 is a class. Any other target outside [0, C) is an error.
-        class_names: C names for ``iou_raw/<class>``; "0", "1", … where None.
+            if 255 is a class. Any other target outside [0, C) is an error.
+        class_names: C names for ``iou_raw/<class>``; "0", "1", … if None.
         refine: ``"auto"`` fits the fusion to your labels: the first validation is refined by the
             preset ``"fast"`` and samples pixels; at its end weights are fitted and cross-validated.
             From then on images are refined with weights that were not fitted to them, and nothing
-            is refined, or not in some classes, where no gain is certain. The weights are used in
+            is refined, or not in some classes, if no gain is certain. The weights are used in
             test and by `SAMRefineWriter`, and are written to ``fitted.yaml`` in the log folder.
             Else a preset's name, a `RefineConfig`, the path of a YAML file such as ``fitted.yaml``,
             or a mapping of fields that replace those of ``"auto"`` (or of the preset under the key
@@ -108,7 +108,7 @@ class SAMRefineCallback(SAMCallback):
         adapter: A callable ``(batch, outputs, captured)`` that replaces the search and returns
             `lightning_samrefine.adapters.batch_adapter.RefineInputs`, or a mapping with ``image``,
             ``target`` and one of ``logits``, ``probs`` and ``labels``.
-        name: Tells the callbacks of one Trainer apart, such as ``"fast"`` beside one with the
+        name: Distinguishes the callbacks of one Trainer, such as ``"fast"`` beside one with the
             preset ``"default"``: figures are ``val/fast/miou_refined``, panels and the report of
             the log folder begin with ``fast_``. Letters, digits, ``_``, ``-`` and ``.``.
 

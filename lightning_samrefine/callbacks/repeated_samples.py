@@ -22,7 +22,7 @@ def evaluation_dataloaders(trainer: Trainer) -> list[Any]:
         loop = trainer.fit_loop.epoch_loop.val_loop
     else:
         loop = trainer.validate_loop
-    # trainer.val_dataloaders may be those of an earlier fit, and does not tell the mode.
+    # trainer.val_dataloaders may be those of an earlier fit, and does not show the mode.
     combined = loop._combined_loader
     if combined is None:
         return []
@@ -32,7 +32,7 @@ def evaluation_dataloaders(trainer: Trainer) -> list[Any]:
 class RealSamples:
     """Counts the samples of one dataloader on one process, without a sampler's repeats.
 
-    Rank r of R yields entries r, r + R, r + 2R, … of a list that repeats its own beginning where
+    Rank r of R yields entries r, r + R, r + 2R, … of a list that repeats its own beginning if
     the data set's N samples do not divide by R. So only the last samples of a rank can be
     repeats: those past its first ⌈(N − r) / R⌉, shuffled or not.
 

@@ -47,11 +47,11 @@ class RunState:
         shared: SAM, thresholds, classes, and how batches are read.
         device: SAM's device during the run.
         cache: Keeps embeddings, None for none.
-        ignore_index: Target value that is not counted; unused where no targets are read.
+        ignore_index: Target value that is not counted; unused if no targets are read.
         fitted: Weights that an earlier run fitted, for ``refine="auto"``.
 
     Attributes:
-        refiner: Refines single images, and raises where one fails; `refine` does not.
+        refiner: Refines single images, and raises if one fails; `refine` does not.
 
     Raises:
         ValueError: As `load_sam` and `Refiner` raise it.
@@ -144,7 +144,7 @@ class RunState:
         )
 
     def recheck_weights(self) -> None:
-        """Drop what the cache holds of other weights, where SAM's have changed."""
+        """Drop what was computed with other weights, if SAM's have changed."""
         self.refiner.recheck_weights()
 
     def start_fit(self, samples: bool) -> None:

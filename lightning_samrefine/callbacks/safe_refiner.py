@@ -57,7 +57,7 @@ class SafeRefiner:
     def __call__(
         self, inputs: RefineInputs, dataloader_idx: int = 0
     ) -> tuple[list[Refinement | None], float]:
-        """Refine a batch, image by image where the batch as a whole fails.
+        """Refine a batch, image by image if the batch as a whole fails.
 
         Args:
             inputs: B ≥ 1 samples on SAM's device.
@@ -68,7 +68,7 @@ class SafeRefiner:
             raised; and the seconds that it took, the device's pending work included.
 
         Raises:
-            Exception: The first image's error where every image of a loader's first batch fails:
+            Exception: The first image's error if every image of a loader's first batch fails:
                 the set-up is wrong, and "no gain" would be a wrong result.
         """
         outcomes: list[Refinement | Exception] = [

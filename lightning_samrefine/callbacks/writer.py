@@ -52,8 +52,8 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
     """Refines the predictions of ``Trainer.predict`` with SAM and writes them to a folder.
 
     For each image a label map ``labels/<stem>.png`` (palette indices up to 255 classes, 16-bit
-    above; 255 or 65,535 where the prediction is none of the classes), ``probs/<stem>.safetensors``
-    where wanted, and a row of ``manifest.parquet``: stem, size, regions, SAM's predicted IoUs,
+    above; 255 or 65,535 if the prediction is none of the classes), ``probs/<stem>.safetensors``
+    if wanted, and a row of ``manifest.parquet``: stem, size, regions, SAM's predicted IoUs,
     checksums of the files, hashes of thresholds and weights. ``run.json`` holds the settings.
 
     The run may be killed at any moment. Started again, with any number of processes, it keeps

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
     from lightning_samrefine.tune.settings import TuneSettings
 
-# Taken from the data module where the config has null.
+# Taken from the data module if the config has null.
 INHERITED = ("num_classes", "class_names", "ignore_index", "image_mean", "image_std", "image_range")
 
 # Arguments of `SAMRefineCallback` that `TuneCallback` does not have.

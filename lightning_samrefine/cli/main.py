@@ -64,8 +64,8 @@ def run(cfg: DictConfig) -> float | None:
     """Build the run that a composed config describes, run it and report it.
 
     Writes ``metrics.json`` and ``config.yaml``, resolved but for the output folder, to
-    ``cfg.output_dir``, ``curve.png`` too where more than one epoch was validated and
-    ``fitted.yaml`` where ``refine=auto`` fitted weights, and prints the table. ``task=predict``
+    ``cfg.output_dir``, ``curve.png`` too if more than one epoch was validated and
+    ``fitted.yaml`` if ``refine=auto`` fitted weights, and prints the table. ``task=predict``
     writes predictions instead, see `SAMRefineWriter`.
 
     Args:
@@ -74,8 +74,8 @@ def run(cfg: DictConfig) -> float | None:
 
     Returns:
         Refined mIoU in [0, 1], for sweepers: that of the validation set, or of the test set with
-        ``task=test``. ``None`` where refinement was skipped, and with ``task=predict`` and
-        ``task=check``, which exits with status 1 where `lightning_samrefine.check` fails. With
+        ``task=test``. ``None`` if refinement was skipped, and with ``task=predict`` and
+        ``task=check``, which exits with status 1 if `lightning_samrefine.check` fails. With
         ``task=tune`` what was written, see `lightning_samrefine.tune`, and the refined mIoU of the
         validation set with it.
 
@@ -171,7 +171,7 @@ def _check_config(cfg: DictConfig) -> None:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         example = f"{missing[0]}=VALUE"
-        raise SetupError(f"No value for {', '.join(missing)}; give it as in: samrefine {example}")
+        raise SetupError(f"{', '.join(missing)} must be set, as in: samrefine {example}; got none")
     if cfg.task not in TASKS:
         raise SetupError(f"task must be one of {', '.join(TASKS)}, got {cfg.task!r}")
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
@@ -180,12 +180,12 @@ def _check_config(cfg: DictConfig) -> None:
 
 
 def _original_cwd() -> Path:
-    """Return where the command was started: ``hydra.job.chdir`` may have left it."""
+    """Return the folder in which the command was started: ``hydra.job.chdir`` may have left it."""
     return Path(HydraConfig.get().runtime.cwd if HydraConfig.initialized() else Path.cwd())
 
 
 def _use_original_cwd(cfg: DictConfig) -> None:
-    """Make relative paths absolute where ``hydra.job.chdir`` has left the folder of their start."""
+    """Make relative paths absolute if ``hydra.job.chdir`` has left the folder of their start."""
     if not HydraConfig.initialized() or not HydraConfig.get().job.chdir:
         return
     start = _original_cwd()
@@ -214,7 +214,7 @@ def _check_segmenter(cfg: DictConfig, datamodule: LightningDataModule) -> None:
         given = [key for key in keys if OmegaConf.select(cfg, key) is not None]
         if given:
             raise SetupError(
-                f"segmenter must be stored where predictions are given ({', '.join(given)}), got "
+                f"segmenter must be stored if predictions are given ({', '.join(given)}), got "
                 "torchvision, which predicts itself: leave out one of the two"
             )
 
@@ -232,7 +232,7 @@ def _save_config(cfg: DictConfig, path: Path) -> None:
 
 
 def _check_machine(cfg: DictConfig, refine: RefineConfig) -> None:
-    """Print what `lightning_samrefine.check` finds, and exit with status 1 where it fails."""
+    """Print what `lightning_samrefine.check` finds, and exit with status 1 if it fails."""
     import torch
 
     from lightning_samrefine import check

@@ -147,9 +147,10 @@ class FolderDataset(Dataset[Sample]):
         ]
         if undecided:
             raise ValueError(
-                f"{self.split.images}: {some_of(undecided)} carry an EXIF orientation, and their "
-                "label maps or predictions fit them turned or not; save these images upright "
-                "without it (PIL.ImageOps.exif_transpose), the way their label maps lie"
+                f"{self.split.images} must hold images whose label maps or predictions fit one "
+                f"orientation, got {some_of(undecided)}, whose EXIF orientation fits as well as "
+                "none; save these upright without it (PIL.ImageOps.exif_transpose), the way their "
+                "label maps lie"
             )
 
 
@@ -237,8 +238,8 @@ class FolderDataModule(LightningDataModule):
         if names and not self.has_split(names[0]):
             needed = "images" if stage == "predict" else "images and labels"
             raise MisconfigurationException(
-                f"data.{names[0]}: not set, though this run needs its {needed} "
-                f"(set are: {', '.join(filter(self.has_split, SPLITS)) or 'none'})"
+                f"data.{names[0]} must be set, because this run needs its {needed}, got "
+                f"{', '.join(filter(self.has_split, SPLITS)) or 'no split'}"
             )
         for name in names:
             split = self._splits[name]

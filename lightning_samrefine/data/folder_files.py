@@ -71,8 +71,8 @@ class FolderSplit:
         missing = [key for key in needed if key not in given]
         if missing:
             raise ValueError(
-                f"{name}: {' and '.join(missing)} not set, though {', '.join(sorted(given))} is; "
-                f"this split needs {' and '.join(needed)}"
+                f"{name} must have {' and '.join(needed)}, got {' and '.join(sorted(given))} "
+                f"without {' and '.join(missing)}"
             )
         return value
 
@@ -114,7 +114,8 @@ def pair_files(split: FolderSplit) -> list[SampleFiles]:
         missing = [stem for stem in stems if found is not None and stem not in found]
         if missing:
             raise FileNotFoundError(
-                f"{folder}: no {what} for {some_of(missing)} ({len(missing)} of {len(stems)} stems)"
+                f"{folder} must hold one {what} for each of {len(stems)} stems, got none for "
+                f"{len(missing)}: {some_of(missing)}"
             )
     return [
         SampleFiles(
@@ -130,7 +131,9 @@ def pair_files(split: FolderSplit) -> list[SampleFiles]:
 def _by_stem(folder: Path, key: str, suffixes: Sequence[str]) -> dict[str, Path]:
     """Return files by stem: those in the folder, or else those in its sub-folders."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{key}: no folder {folder.absolute()}")
+        raise FileNotFoundError(
+            f"{key} must be a folder, got {folder.absolute()}, where there is none"
+        )
     found: dict[str, Path] = {}
     for paths in (folder.iterdir(), folder.rglob("*")):
         for path in sorted(paths):
@@ -140,12 +143,16 @@ def _by_stem(folder: Path, key: str, suffixes: Sequence[str]) -> dict[str, Path]
             stem = name.with_suffix("").as_posix()
             if stem in found:
                 raise ValueError(
-                    f"{folder}: two files for one stem, {found[stem].name} and {path.name}"
+                    f"{folder} must hold one file for each stem, got {found[stem].name} and "
+                    f"{path.name}"
                 )
             found[stem] = path
         if found:
             return found
-    raise FileNotFoundError(f"{key}: no file ending in {', '.join(suffixes)} in {folder}")
+    raise FileNotFoundError(
+        f"{key} must be a folder with files ending in {', '.join(suffixes)}, got {folder}, which "
+        "has none"
+    )
 
 
 def _warn_of_nested(images: Sequence[Path], split: FolderSplit) -> None:
@@ -170,7 +177,7 @@ def _warn_of_nested(images: Sequence[Path], split: FolderSplit) -> None:
 
 def _read_stems(path: Path) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"stems: no file {path.absolute()}")
+        raise FileNotFoundError(f"stems must be a file, got {path.absolute()}, where there is none")
     stems = [line.strip() for line in _read_text(path).splitlines()]
     stems = [stem for stem in stems if stem]
     if not stems or len(set(stems)) < len(stems):

@@ -37,7 +37,9 @@ def opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except READ_ERRORS as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        raise ValueError(
+            f"{path} must be a readable image, got {type(error).__name__}: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -74,13 +74,7 @@ def label_map_to_tensor(image: Image.Image, name: str) -> Tensor:
 
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None, name: str) -> None:
-    """Check that a ground-truth map holds only classes and the ignored value.
-
-    Args:
-        labels: (H, W) int64.
-        num_classes: C.
-        ignore_index: The value that metrics ignore, or ``None``.
-        name: The map's name in the error.
+    """Check that an (H, W) int64 target, called ``name``, holds only classes and the ignored value.
 
     Raises:
         ValueError: Another value, which a metric would count as a class or crash on.
@@ -92,14 +86,10 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None, nam
 
 
 def check_prediction(labels: Tensor, num_classes: int, ignore_index: int | None, name: str) -> None:
-    """Check that a stored prediction holds only classes and values for "unknown".
+    """Check that an (H, W) int64 prediction holds only classes and values for "unknown".
 
-    Args:
-        labels: (H, W) int64.
-        num_classes: C.
-        ignore_index: A value for "unknown", or ``None``; 255 and 65,535, written by
-            `lightning_samrefine.SAMRefineWriter`, mean "unknown" as well unless they are classes.
-        name: The map's name in the error.
+    These are the ignored value, and unless they are classes 255 and 65,535, which
+    `lightning_samrefine.SAMRefineWriter` writes.
 
     Raises:
         ValueError: Another value.
@@ -152,7 +142,9 @@ def stored_array(path: Path) -> tuple[str, tuple[int, ...]]:
             with archive.open(f"{found[0]}.npy") as header:
                 return found[0], _array_shape(header, path)
     except _ARCHIVE_ERRORS as error:
-        raise ValueError(f"{path}: not a readable npz file ({error})") from error
+        raise ValueError(
+            f"{path} must be a readable npz file, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def _array_shape(header: Any, path: Path) -> tuple[int, ...]:
@@ -165,7 +157,9 @@ def _array_shape(header: Any, path: Path) -> tuple[int, ...]:
         )
         return read(header)[0]
     except ValueError as error:
-        raise ValueError(f"{path}: not a readable npz file ({error})") from error
+        raise ValueError(
+            f"{path} must be a readable npz file, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def read_probs(path: Path) -> Tensor:
@@ -188,7 +182,9 @@ def read_probs(path: Path) -> Tensor:
         with np.load(path) as archive:
             array = archive[key]
     except (*_ARCHIVE_ERRORS, ValueError) as error:
-        raise ValueError(f"{path}: not a readable npz file ({error})") from error
+        raise ValueError(
+            f"{path} must be a readable npz file, got {type(error).__name__}: {error}"
+        ) from error
     is_uint8 = key == "probs" and array.dtype == np.uint8
     if array.dtype.kind != "f" and not is_uint8:
         raise ValueError(f"{path}: {key!r} must be floats, or uint8 for 'probs', got {array.dtype}")
@@ -233,12 +229,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 def check_equal_sizes(
     batch_size: int, names: Sequence[str], sizes: Sequence[tuple[int, int]]
 ) -> None:
-    """Check that all images have one size if the batch size is above 1.
-
-    Args:
-        batch_size: Samples per batch.
-        names: Names of the images in the error.
-        sizes: (H, W) of each.
+    """Check that all images have one size (H, W) if the batch size is above 1.
 
     Raises:
         ValueError: Different sizes, with the names of two images.

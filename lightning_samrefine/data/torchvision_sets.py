@@ -162,8 +162,8 @@ class TorchvisionDataModule(LightningDataModule):
         except (RuntimeError, FileNotFoundError) as error:
             folder = "VOCdevkit" if self.dataset == "voc" else "oxford-iiit-pet"
             raise FileNotFoundError(
-                f"root: no complete {self.dataset} data set ({split}) in {self.root}, which should "
-                f"hold the folder {folder}; data.download=true fetches it"
+                f"root must hold a complete {self.dataset} data set ({split}) in the folder "
+                f"{folder}, got {self.root}, which does not; data.download=true fetches it"
             ) from error
 
     def _dataset(self, split: str) -> Dataset[Sample]:
@@ -206,7 +206,9 @@ class _Samples(Dataset[Sample]):
         try:
             image, labels = self._source[index]
         except READ_ERRORS as error:
-            raise ValueError(f"{name}: not a readable image ({error})") from error
+            raise ValueError(
+                f"{name} must be a readable image, got {type(error).__name__}: {error}"
+            ) from error
         mask = label_map_to_tensor(labels, name)
         if self._lookup is not None:
             check_labels(mask, len(self._lookup), None, name)

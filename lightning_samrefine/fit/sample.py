@@ -102,7 +102,7 @@ class PixelSample:
         return (self._images[key] for key in sorted(self._images, key=priority))
 
     def wants(self, key: str) -> bool:
-        """Tell if an image would be kept, before its features are computed."""
+        """Return whether an image would be kept, before its features are computed."""
         if key in self._images or len(self._images) < self.max_images:
             return key not in self._images
         return priority(key) < max(map(priority, self._images))

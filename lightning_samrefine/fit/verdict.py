@@ -82,8 +82,8 @@ class Verdict:
         control = _points(self.control.gain)
         if self.unrelated:
             return (
-                "The raw prediction hardly tells the targets, which may belong to other images; "
-                "every class keeps the raw prediction"
+                "The raw prediction is hardly related to the targets, which may belong to other "
+                "images; every class keeps the raw prediction"
             )
         if not self.refine:
             worse = self.gain.high < 0
@@ -111,7 +111,7 @@ def judge(
 
     Classes whose IoU certainly falls are frozen one at a time, the most certain first, because
     each of them changes the gains of the others. The choice is made on the images that it is then
-    reported for: with many classes and few images the gain is told slightly too high.
+    reported for: with many classes and few images the reported gain is slightly too high.
 
     Args:
         images: At least one image.

@@ -29,7 +29,7 @@ class BootstrapInterval:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the interval holds 0: these images do not tell a gain from a loss."""
+        """Whether the interval holds 0, so that neither gain nor loss is certain."""
         return self.low <= 0 <= self.high
 
 
@@ -55,7 +55,7 @@ def paired_bootstrap(
         resamples: How many times N images are drawn with replacement.
         confidence: Share of resamples inside the interval, in (0, 1).
         seed: Of the draws; the same arrays and seed give the same interval.
-        ignore_index: A class that is not scored, where it is in [0, C).
+        ignore_index: A class that is not scored, if it is in [0, C).
 
     Raises:
         ValueError: Shapes that differ or are no confusion matrices, sides that did not see the

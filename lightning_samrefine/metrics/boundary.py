@@ -32,7 +32,7 @@ class Borders:
         labels: (H, W) integer in [0, C].
         band: (H, W) bool, see `KnownLabels.inner_band`.
         edge: (K,) int64, flat positions of the pixels next to one (of eight) with another label.
-            None on a GPU, where the CPU would have to wait for their number: all pixels, then.
+            None, for all pixels, on a GPU: the CPU would have to wait for their number.
         edge_labels: (K,) int64, their labels; C for a pixel that is no edge.
         reach: The classes whose edge is within ``f1_distance``, bit sets (H, W) int64: class c is
             bit c mod 62 of number ⌊c / 62⌋.
@@ -78,9 +78,9 @@ class Borders:
 class BorderCounts(Counts):
     """Counts the pixels that Boundary IoU and boundary F1 are computed from, class by class.
 
-    Where the target is ignored a prediction counts as ignored too: such pixels are in no band and
-    make no border, so that a prediction without a wrong pixel scores 1. Counts are summed over the
-    data set, as those of mIoU are, and not averaged over images.
+    A prediction counts as ignored at the pixels of the target that are ignored: they are in no
+    band and make no border, so that a prediction without a wrong pixel scores 1. Counts are summed
+    over the data set, as those of mIoU are, and not averaged over images.
 
     Args:
         num_classes: C.
@@ -137,7 +137,7 @@ def boundary_iou(counts: Tensor, ignore_index: int | None = None) -> Tensor:
 
     Args:
         counts: (7, C) int64 of `BorderCounts`.
-        ignore_index: A class that is not scored, where it is in [0, C).
+        ignore_index: A class that is not scored, if it is in [0, C).
 
     Returns:
         (C,) float64 in [0, 1], NaN for a class without a band on either side.
@@ -151,15 +151,15 @@ def boundary_f1(counts: Tensor, ignore_index: int | None = None) -> Tensor:
     """Return the harmonic mean of the precision and the recall of every class's edge.
 
     Csurka et al., *What is a good evaluation measure for semantic segmentation?*, BMVC 2013: an
-    edge pixel is right where the other side has one of the same class within the distance. Two
+    edge pixel is right if the other side has one of the same class within the distance. Two
     differences: counts are summed over the data set, and distances are chessboard distances.
 
     Args:
         counts: (7, C) int64 of `BorderCounts`.
-        ignore_index: A class that is not scored, where it is in [0, C).
+        ignore_index: A class that is not scored, if it is in [0, C).
 
     Returns:
-        (C,) float64 in [0, 1]; 0 where only one side has an edge, NaN where neither has.
+        (C,) float64 in [0, 1]; 0 if only one side has an edge, NaN if neither has.
     """
     precision = counts[_EDGE_RIGHT].double() / counts[_EDGE].clamp(min=1)
     recall = counts[_TRUE_FOUND].double() / counts[_TRUE_EDGE].clamp(min=1)

@@ -1,7 +1,7 @@
 """Predicted against true IoU of every region: is SAM's predicted IoU a good threshold?
 
 Not torchmetrics' calibration error and AUROC: these keep every region, in floats whose sums depend
-on batches and processes, where whole numbers take constant memory and add up exactly.
+on batches and processes; whole numbers take constant memory and add up exactly.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Calibration:
         bin_true_iou: (10,) float64, their mean true IoU.
         ece: Expected calibration error: mean distance of the two, weighted by regions.
         auroc: Probability that a region that got better has a larger predicted IoU than one that
-            did not: 0.5 is chance, NaN where all or none got better.
+            did not: 0.5 is chance, NaN if all or none got better.
     """
 
     regions: int

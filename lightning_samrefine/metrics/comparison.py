@@ -82,7 +82,7 @@ class ImageComparison:
         matrices: (C, C + 1) int64 confusion matrices, raw and refined.
         changes: The changed pixels.
         valid: (H, W) bool, the pixels that are scored.
-        scores: The regions' IoUs, None where regions were not given or have no masks.
+        scores: The regions' IoUs, None if regions were not given or have no masks.
         region_changes: (N, 3) int64, see `ChangedPixels.by_region`, None as above.
     """
 
@@ -99,7 +99,7 @@ class RefinementComparison(nn.Module):
     Args:
         num_classes: C.
         ignore_index: Target value that is not counted, or None.
-        class_names: C names for the per-class figures; "0", "1", … where None.
+        class_names: C names for the per-class figures; "0", "1", … if None.
         trimap_width: Half-width in pixels of the band around borders that ``trimap_miou_*`` means,
             see `trimap_band`. Bands of 1, 3, 5 and 10 px are counted beside it.
 
@@ -299,7 +299,7 @@ class ComparisonResult:
         return bootstrap_totals(self.totals, ignore_index=self.ignore_index)
 
     def trimap_miou(self, side: str, width: int) -> float:
-        """Return the mIoU inside the band of a width; NaN where no pixel is in it."""
+        """Return the mIoU inside the band of a width; NaN if no pixel is in it."""
         matrix = self.matrices[side][self.widths.index(width)]
         return class_iou(matrix, self.ignore_index).nanmean().item()
 
@@ -314,7 +314,7 @@ class ComparisonResult:
             ``miou_without_sam`` of a control, if there is one.
             ``refine_fixed_px``, ``refine_broken_px`` and ``refine_fixed_broken_ratio`` (over at
             least one broken pixel); ``refine_accept_rate`` (accepted of the prompted regions, 0
-            where none was), ``refine_regions_per_image`` (over the images that were refined),
+            if none was), ``refine_regions_per_image`` (over the images that were refined),
             ``refine_ms_per_image``, ``refine_failed_images``; ``refine_iou_ece`` and
             ``refine_iou_auroc``, see `Calibration`.
             Means are over the classes present; absent classes, and means over none, are left out.

@@ -77,15 +77,10 @@ class BandedConfusion(Counts):
         self.widths = list(widths)
 
     def count(self, prediction: KnownLabels, target: KnownLabels, rings: Tensor) -> Tensor:
-        """Count one image.
+        """Return the matrix of each ring, (W + 1, C, C + 1) int64, of one (H, W) image.
 
-        Args:
-            prediction: (H, W), known at the same pixels as the target.
-            target: (H, W).
-            rings: (H, W) uint8, the target's `KnownLabels.rings` for the same widths.
-
-        Returns:
-            (W + 1, C, C + 1) int64, one matrix a ring.
+        The prediction is known at the same pixels as the target, whose `KnownLabels.rings` for the
+        same widths are given.
         """
         cell = rings.to(torch.int32) * self.num_classes + target.labels
         cell = cell * (self.num_classes + 1) + prediction.labels
@@ -152,7 +147,7 @@ def class_iou(matrix: Tensor, ignore_index: int | None = None) -> Tensor:
 
     Args:
         matrix: (C, C + 1) int64, see `ConfusionMatrix`.
-        ignore_index: A class that is not scored, where it is in [0, C).
+        ignore_index: A class that is not scored, if it is in [0, C).
 
     Returns:
         (C,) float64 in [0, 1], NaN for a class that is neither in the target nor predicted.
@@ -167,11 +162,11 @@ def matrix_scores(matrix: Tensor, ignore_index: int | None = None) -> dict[str, 
 
     Args:
         matrix: (C, C + 1) int64, see `ConfusionMatrix`.
-        ignore_index: A class that is not scored, where it is in [0, C).
+        ignore_index: A class that is not scored, if it is in [0, C).
 
     Returns:
-        float64 in [0, 1]. Of shape (C,), NaN where a class does not occur: ``iou``, ``dice`` (the
-        F1 score) and ``recall`` (a class's accuracy; NaN for a class that is not in the target).
+        float64 in [0, 1]. Of shape (C,), NaN for a class that does not occur: ``iou``, ``dice``
+        (the F1 score) and ``recall`` (a class's accuracy; NaN if it is not in the target).
         Scalars, NaN without a pixel: ``miou``, ``mdice``, ``class_acc`` (means over the classes
         that occur), ``pixel_acc`` (share of the pixels that are right) and ``fwiou`` (IoU weighted
         by a class's share of the target).

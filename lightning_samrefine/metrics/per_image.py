@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 from lightning_samrefine.metrics.confusion import class_totals
 
-# A row: 1 where a new image starts, the class, and five totals, all int32.
+# A row: 1 if a new image starts with it, the class, and five totals, all int32.
 _COLUMNS = 7
 _MERGE_EVERY = 256
 

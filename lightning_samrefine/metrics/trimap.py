@@ -1,6 +1,6 @@
 """Bands around the borders of label maps, for all classes at once.
 
-A window of a label map holds a border exactly where its largest and its smallest label differ.
+A window of a label map holds a border exactly if its largest and its smallest label differ.
 Distances are chessboard distances, those of the 3×3 erosions of the Boundary IoU paper's code, so
 that windows are squares and fall apart into rows and columns.
 """
@@ -37,12 +37,12 @@ class KnownLabels:
 
     Args:
         labels: (…, H, W) integer.
-        known: (…, H, W) bool; where False a pixel has no label: it is in no band and makes no
+        known: (…, H, W) bool; a pixel that is not known has no label, is in no band and makes no
             border.
         num_classes: C. Known labels outside [0, C) are all one further class.
 
     Attributes:
-        labels: (…, H, W) uint8 or int32 in [0, C], C where outside.
+        labels: (…, H, W) uint8 or int32 in [0, C], C for any other value.
         known: As given.
     """
 
@@ -107,7 +107,7 @@ def trimap_band(
 ) -> Tensor:
     """Return the pixels near a border between classes.
 
-    A pixel is in the band where its target is valid and another valid pixel within chessboard
+    A pixel is in the band if its target is valid and another valid pixel within chessboard
     distance ``width`` has another label (Krähenbühl and Koltun, NIPS 2011, measured around label
     borders; ignored pixels are in no band and make none).
 

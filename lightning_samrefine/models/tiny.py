@@ -74,7 +74,7 @@ class TinyImageEncoder(nn.Module):
             raise ValueError(f"img_size must be a positive multiple of 32, got {img_size}")
         if len(widths) != 5 or len(depths) != 5:
             raise ValueError(
-                f"widths and depths need one entry for each of 5 strides, got {len(widths)} "
+                f"widths and depths must have one entry for each of 5 strides, got {len(widths)} "
                 f"and {len(depths)}"
             )
         self.img_size = img_size

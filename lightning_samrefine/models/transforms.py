@@ -11,7 +11,7 @@ differently:
 
 S is `image_size`: 1024, and 1008 in SAM 3. m is `mask_size`, four for each patch of the encoder:
 256, and 288 in SAM 3. The refiner uses `input_hw`, `mask_hw` and `postprocess_masks` of a model and
-knows of no other difference.
+needs no other difference.
 """
 
 from __future__ import annotations

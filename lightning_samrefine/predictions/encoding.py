@@ -30,7 +30,7 @@ def storable_labels(labels: Tensor, num_classes: int) -> Tensor:
         num_classes: C, at most 65,535.
 
     Returns:
-        (H, W) uint8 where C ≤ 255, int32 otherwise. Values outside [0, C) become 255 or 65,535.
+        (H, W) uint8 if C ≤ 255, int32 otherwise. Values outside [0, C) become 255 or 65,535.
     """
     is_small = num_classes <= _PALETTED_CLASSES
     unknown = _PALETTED_CLASSES if is_small else MAX_CLASSES

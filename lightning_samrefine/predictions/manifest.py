@@ -5,7 +5,7 @@ whose files are complete. At the end the journals become ``manifest.parquet``, w
 depend on the number of processes, nor on how often they were killed.
 
 Journals, and not one Parquet file a process, because a Parquet file is unreadable before its footer
-is written: a kill would lose every row of its process, where a journal loses the line it tore.
+is written: a kill would lose every row of its process; a journal loses the line it tore.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Provenance:
     Attributes:
         refine: The thresholds that change the result, by name.
         sam: Name of SAM, fingerprint of its weights, and the dtype it computes in.
-        segmenter: Class and fingerprint of the segmenter's weights, which is None where they
+        segmenter: Class and fingerprint of the segmenter's weights, which is None if they
             could not be read.
         inputs: How images and scores are read, and what is written.
     """
@@ -83,13 +83,13 @@ class Provenance:
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"no JSON ({error})") from error
+            raise ValueError(f"text must be JSON, got {error}") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             got = found.get("format") if isinstance(found, dict) else type(found).__name__
             raise ValueError(f"format must be {FORMAT}, got {got!r}")
         parts = {key: found.get(key) for key in ("refine", "sam", "segmenter", "inputs")}
         if not all(isinstance(part, dict) for part in parts.values()):
-            raise ValueError("not all of refine, sam, segmenter and inputs are objects")
+            raise ValueError("refine, sam, segmenter and inputs must be objects, got others")
         return cls(**parts)  # type: ignore[arg-type]
 
     def dumps(self) -> str:
@@ -133,7 +133,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fingerprint(segmenter: nn.Module) -> str | None:
-    """Hash a segmenter's weights, None where they cannot be read as plain tensors."""
+    """Hash a segmenter's weights, None if they cannot be read as plain tensors."""
     try:
         return weights_fingerprint((name, _whole(tensor)) for name, tensor in _tensors(segmenter))
     except Exception as error:  # quantized, sparse, lazy, flattened by a strategy …

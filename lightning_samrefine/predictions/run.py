@@ -119,7 +119,7 @@ class PredictionRun:
             found: Of the image and its raw prediction.
             inputs: Samples with raw labels and probabilities.
             index: The image's place among them.
-            refinement: None where refining failed, and the raw prediction is written.
+            refinement: None if refining failed, and the raw prediction is written.
 
         Raises:
             Exception: What writing an earlier image raised.

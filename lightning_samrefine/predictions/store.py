@@ -1,7 +1,7 @@
 """A folder of predictions that is valid at any moment, and that a later run may complete.
 
 labels/STEM.png           label maps
-probs/STEM.safetensors    probabilities, where they are wanted
+probs/STEM.safetensors    probabilities, if they are wanted
 manifest.parquet          what is there, after a complete run
 run.json                  what it was made with
 .journal/, .partial/      while a run writes: what is complete, and what is not
@@ -57,7 +57,7 @@ class Finished:
 
 
 class Spellings:
-    """Refuses names that differ only in case where the file system keeps one of such files.
+    """Refuses names that differ only in case if the file system keeps one of such files.
 
     Args:
         files: The folder that they are for.
@@ -101,11 +101,11 @@ class OutputFolder:
         self.locks = path / ".locks"
 
     def labels(self, stem: str) -> Path:
-        """Return where an image's label map lies."""
+        """Return the path of an image's label map."""
         return self.path / "labels" / f"{stem}.png"
 
     def probs(self, stem: str) -> Path:
-        """Return where an image's probabilities lie."""
+        """Return the path of an image's probabilities."""
         return self.path / "probs" / f"{stem}.safetensors"
 
     def check(self) -> None:
@@ -223,15 +223,7 @@ class OutputFolder:
             raise
 
     def write_prediction(self, row: Row, labels: bytes, probs: bytes | None) -> Row:
-        """Write an image's files.
-
-        Args:
-            row: Its row of the manifest without the columns of files.
-            labels: The label map's PNG.
-            probs: The probabilities' safetensors, None where none are written.
-
-        Returns:
-            The complete row.
+        """Write an image's PNG and, if given, safetensors; return its row with their columns.
 
         Raises:
             OSError: A file could not be written.

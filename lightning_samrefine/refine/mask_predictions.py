@@ -44,15 +44,8 @@ class MaskPredictions:
 def finite_iou(pred_iou: Tensor, logits: Tensor) -> Tensor:
     """Return predicted IoUs, NaN for a mask with a logit of NaN or infinity.
 
-    Such a mask covers nothing, or everything, and looks like any other. Marked in its IoU, it costs
-    the CPU no further wait for the GPU.
-
-    Args:
-        pred_iou: (..., N) float32.
-        logits: (..., N, h, w) float32.
-
-    Returns:
-        (..., N) float32.
+    Such a mask covers nothing, or everything, and looks like any other. Marked in its IoU, (..., N)
+    for logits (..., N, h, w), it costs the CPU no further wait for the GPU.
     """
     # The sum is finite if all logits are: they are no larger than thousands.
     return pred_iou + 0 * logits.sum(dim=(-2, -1))

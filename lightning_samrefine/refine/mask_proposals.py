@@ -109,13 +109,7 @@ def propose_masks_of_images(
 ) -> list[MaskProposals]:
     """Return the mask proposals of B images, by the model itself if it is a `MaskProposer`.
 
-    Args:
-        sam: The model.
-        embeddings: B of them.
-        image_hws: B × (H, W).
-        points_per_side: See `propose_masks`.
-        prompts_per_batch: The same.
-        at_once: The same.
+    See `propose_masks` for the arguments.
     """
     if isinstance(sam, MaskProposer):
         return sam.propose_masks(embeddings, image_hws, points_per_side, prompts_per_batch, at_once)

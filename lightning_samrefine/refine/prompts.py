@@ -58,17 +58,10 @@ def mask_prompts(
     score_thresh: float,
     mask_prompt_scale: float,
 ) -> Tensor:
-    """Turn probability maps of classes into mask-prompt logits (step 5).
+    """Turn probabilities of classes, (K, h_d, w_d), into mask-prompt logits, (K, m, m) (step 5).
 
-    Args:
-        class_probs: (K, h_d, w_d) float32 in [0, 1].
-        mask_hw: (h_n, w_n), the part of the prompt that the image fills.
-        mask_size: m.
-        score_thresh: τ_c.
-        mask_prompt_scale: τ_m.
-
-    Returns:
-        (K, m, m) float32: L · τ_m · 1{L > τ_c}, 0 right of and below the image.
+    They are L · τ_m · 1{L > τ_c}, and 0 right of and below the part (h_n, w_n) that the image
+    fills.
     """
     resized = F.interpolate(class_probs[None], mask_hw, mode="bilinear", align_corners=False)[0]
     padded = F.pad(resized, (0, mask_size - mask_hw[1], 0, mask_size - mask_hw[0]))

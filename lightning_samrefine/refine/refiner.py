@@ -155,15 +155,7 @@ class Refiner:
         probs: Sequence[Tensor] | Tensor,
         labels: Sequence[Tensor] | Tensor | None = None,
     ) -> list[Refinement]:
-        """Refine several images, each of its own size.
-
-        Args:
-            images: B × (3, H, W) uint8 RGB, a sequence or one tensor.
-            probs: B × (C, H, W) float in [0, 1].
-            labels: B × (H, W) integer, or None.
-
-        Returns:
-            B refinements in order.
+        """Refine B images, each of its own size, in order; arguments as for one image.
 
         Raises:
             TypeError: A wrong type or dtype.

@@ -44,23 +44,12 @@ class RegionSet:
         return len(self.classes)
 
     def select(self, selected: np.ndarray) -> RegionSet:
-        """Keep the selected regions in their order.
-
-        Args:
-            selected: (N,) bool.
-        """
+        """Keep the (N,) bool selected regions in their order."""
         rows = ("classes", "boxes", "points", "scores", "component_ids")
         return replace(self, **{name: getattr(self, name)[selected] for name in rows})
 
     def mask_of(self, selected: np.ndarray) -> Tensor:
-        """Return the union of the selected regions on the grid.
-
-        Args:
-            selected: (N,) bool.
-
-        Returns:
-            (h_d, w_d) bool on the device of ``probs``.
-        """
+        """Return the union of the (N,) bool selected regions, (h_d, w_d) bool on SAM's device."""
         table = np.zeros(int(self.components.max()) + 1, dtype=bool)
         table[self.component_ids[selected]] = True
         return upload(table[self.components], self.probs.device)

@@ -35,7 +35,7 @@ class Panel:
 
     Attributes:
         name: The image's name, such as ``"batch 3, image 0"``.
-        gain: Share of the labelled pixels that refinement turned right less those it turned
+        gain: Share of the labeled pixels that refinement turned right less those it turned
             wrong, in [-1, 1].
         image: (3, H, W) uint8 RGB.
         raw: (H, W) int64 labels.
@@ -118,17 +118,7 @@ class PanelPicker:
 
 
 def change_kinds(raw: Tensor, refined: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Return 1 + the index in `CHANGE_COLORS` of changed scored pixels, 0 elsewhere.
-
-    Args:
-        raw: (H, W) integer.
-        refined: (H, W) integer.
-        target: (H, W) integer.
-        valid: (H, W) bool.
-
-    Returns:
-        (H, W) uint8.
-    """
+    """Return (H, W) uint8, 1 + the index in `CHANGE_COLORS` of changed scored pixels, else 0."""
     kinds = ((raw != refined) & valid).to(torch.uint8) * 3
     kinds.masked_fill_((refined == target) & (kinds > 0), 1)
     return kinds.masked_fill_((raw == target) & (kinds > 0), 2)

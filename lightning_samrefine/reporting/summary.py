@@ -55,7 +55,7 @@ def refinement_table(metrics: Mapping[str, float], stage: str, loader: str = "")
         metrics: As logged, fractions in [0, 1].
         stage: The first part of the names: ``"val"``, ``"test"``, or ``"val/fast"`` for a callback
             named ``"fast"``.
-        loader: The last part of the names, ``"/dataloader_idx_0"``, where loaders are several.
+        loader: The last part of the names, ``"/dataloader_idx_0"``, if there are several loaders.
 
     Returns:
         A row a class, then the means.

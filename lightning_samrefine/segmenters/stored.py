@@ -29,8 +29,8 @@ class StoredPredictions(LightningModule):
         found = {key: batch[key] for key in STORED_KEYS if key in batch}
         if not found:
             raise MisconfigurationException(
-                "StoredPredictions: the batch holds no stored prediction, only "
-                f"{', '.join(batch)}; set the folder of predictions, such as data.val.predictions"
+                f"batch must hold {' or '.join(STORED_KEYS)}, got {', '.join(batch)}; set the "
+                "folder of predictions, such as data.val.predictions"
             )
         return found
 

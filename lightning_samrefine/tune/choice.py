@@ -101,15 +101,7 @@ def class_ious(totals: np.ndarray) -> np.ndarray:
 
 
 def folds(images: int, count: int) -> list[np.ndarray]:
-    """Split images into runs of neighbors, so that frames of one video stay together.
-
-    Args:
-        images: N.
-        count: Number of folds, at most N.
-
-    Returns:
-        Arrays of image indices that together are 0 … N − 1.
-    """
+    """Split indices 0 … N − 1 into runs of neighbors, so that frames of one video stay together."""
     return np.array_split(np.arange(images), min(count, images))
 
 

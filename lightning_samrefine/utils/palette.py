@@ -24,7 +24,7 @@ def class_colors(num_classes: int) -> np.ndarray:
 
 
 def colorize(labels: Tensor, num_classes: int, valid: Tensor | None = None) -> np.ndarray:
-    """Return (H, W, 3) uint8 RGB of a label map; black where unknown or not ``valid``."""
+    """Return (H, W, 3) uint8 RGB of a label map; black if unknown or not ``valid``."""
     table = np.concatenate([class_colors(num_classes), np.zeros((1, 3), np.uint8)])
     index = labels.numpy()
     unknown = (index < 0) | (index >= num_classes)

@@ -12,30 +12,22 @@ PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Choose the autocast type for a device.
-
-    ``"auto"`` is bf16 on hardware with bf16 arithmetic, fp16 on other CUDA devices, and float32
-    elsewhere: a CPU without bf16 instructions emulates them, 5 to 100 times slower than float32.
-
-    Args:
-        precision: One of ``"auto"``, ``"32"``, ``"bf16-mixed"``, ``"16-mixed"``.
-        device: The device SAM runs on.
-
-    Returns:
-        The autocast type, or None for no autocast.
-
-    Raises:
-        ValueError: An unknown precision.
-    """
+    """Return the type of `choose_precision`, None for no autocast."""
     return choose_precision(precision, device)[0]
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype | None, str]:
     """Choose the autocast type for a device, and give the reason in words.
 
+    ``"auto"`` is bf16 on hardware with bf16 arithmetic, fp16 on other CUDA devices, and float32
+    elsewhere: a CPU without bf16 instructions emulates them, 5 to 100 times slower than float32.
+
     Args:
-        precision: As for `autocast_dtype`.
-        device: As for `autocast_dtype`.
+        precision: One of `PRECISIONS`.
+        device: The device SAM runs on.
+
+    Returns:
+        The autocast type, None for no autocast; and the reason.
 
     Raises:
         ValueError: An unknown precision.

@@ -264,7 +264,9 @@ class TestRefusals:
 
     def test_a_damaged_run_json_is_refused(self, copy):
         (copy / "run.json").write_text("{")
-        with pytest.raises(MisconfigurationException, match=r"run\.json cannot be read: no JSON"):
+        with pytest.raises(
+            MisconfigurationException, match=r"run\.json cannot be read: text must be JSON"
+        ):
             predict(copy, probs="uint8")
         assert predict(copy, probs="uint8", overwrite=True)[1] == 5
 

@@ -228,6 +228,6 @@ def test_relative_paths_hold_where_hydra_changes_the_folder(folder, here, monkey
 
 def test_a_missing_folder_is_named_by_its_whole_path(here, folder, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=f"images: no folder {re.escape(str(here))}/nowhere"
+        FileNotFoundError, match=f"images must be a folder, got {re.escape(str(here))}/nowhere"
     ):
         run(composed(tmp_path, *folder_overrides(folder, "data.val.images=nowhere")))

@@ -111,9 +111,11 @@ def test_predict_writes_what_the_refiner_gives_and_goes_on(folder, tmp_path):
 
 
 def test_predict_needs_images(folder, tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"data\.predict: not set"):
+    with pytest.raises(MisconfigurationException, match=r"data\.predict must be set"):
         run(composed(tmp_path, *overrides(folder, "task=predict")))
-    with pytest.raises(SetupError, match=r"predict: images not set, though predictions is"):
+    with pytest.raises(
+        SetupError, match=r"predict must have images, got predictions without images"
+    ):
         run(composed(tmp_path, *overrides(folder, "data.predict.predictions=x")))
 
 
@@ -205,8 +207,8 @@ def test_fit_without_a_test_set_reports_the_validation(folder, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (["sam=hf"], r"^No value for sam\.model; give it as in: samrefine sam\.model="),
-        (["sam=hf", "segmenter=custom"], r"No value for sam\.model, segmenter\._target_"),
+        (["sam=hf"], r"^sam\.model must be set, as in: samrefine sam\.model="),
+        (["sam=hf", "segmenter=custom"], r"sam\.model, segmenter\._target_ must be set"),
         (
             ["sam=hf", "sam.model=/no/folder"],
             r"^checkpoint must .*got '/no/folder', which is",
@@ -224,9 +226,12 @@ def test_fit_without_a_test_set_reports_the_validation(folder, tmp_path, capsys)
         (["data._target_=nowhere.Data"], r"^data: Error .*'nowhere\.Data'.*No module named"),
         (["+segmenter.depth=3"], r"^segmenter: .*unexpected keyword argument 'depth'"),
         (["callback.max_batches=0"], r"^callback: max_batches must be an integer .*got 0"),
-        (["data.val.predictions=null"], r"holds no stored prediction, only image, name, mask; set"),
-        (["data.val.labels=/no/labels"], r"^labels: no folder /no/labels"),
-        (["task=test"], r"^data\.test: not set, though this run needs .*set are: val\)"),
+        (
+            ["data.val.predictions=null"],
+            r"must hold prediction or probs, got image, name, mask; set",
+        ),
+        (["data.val.labels=/no/labels"], r"^labels must be a folder, got /no/labels"),
+        (["task=test"], r"^data\.test must be set, because this run needs .*, got val$"),
         (["task=fit"], r"^No `training_step\(\)` method defined"),
         (
             ["sam=vit_t", "sam.checkpoint=/no/sam.pt"],
@@ -336,10 +341,13 @@ def test_the_command_end_to_end(folder, tmp_path):
 def test_the_job_refuses_in_one_sentence_or_shows_where(folder, tmp_path, monkeypatch):
     cfg = composed(tmp_path, *overrides(folder, "data.val.images=/no/images"))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    with pytest.raises(SystemExit, match=r"^samrefine: images: no folder /no/images\n\(HYDRA_FULL"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^samrefine: images must be a folder, got /no/images, .*\n\(HYDRA_FULL",
+    ):
         _job(cfg)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(FileNotFoundError, match="images: no folder /no/images"):
+    with pytest.raises(FileNotFoundError, match="images must be a folder, got /no/images"):
         _job(cfg)
 
 
@@ -366,7 +374,7 @@ def test_the_command_refuses_typos_and_helps_without_torch(tmp_path):
     assert "Key 'nom_classes' is not in struct" in other.stderr
     missing = command(tmp_path, "sam=hf")
     assert missing.returncode == 1
-    assert missing.stderr.startswith("samrefine: No value for sam.model;")
+    assert missing.stderr.startswith("samrefine: sam.model must be set,")
     shown = command(tmp_path, "--help")
     assert shown.returncode == 0
     assert "refine: algorithm4, auto, default, fast" in shown.stdout

@@ -114,7 +114,7 @@ def test_a_gain_by_the_frequencies_of_classes_alone_refines_nothing():
     verdict = judge(found, C, unrelated)
     assert verdict.gain.low > 0
     assert not verdict.refine
-    assert verdict.sentence().startswith("The raw prediction hardly tells the targets")
+    assert verdict.sentence().startswith("The raw prediction is hardly related to the targets")
     assert judge(found, C, LogLinear(("raw", "color"), (0.4, 1.0), (0.0,) * C)).refine
 
 

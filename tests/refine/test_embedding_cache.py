@@ -422,7 +422,7 @@ def test_embeddings_of_an_unknown_type_are_passed_on(cache, sam):
         return [{"features": image} for image in batch]
 
     batch = images(2)
-    with pytest.warns(RuntimeWarning, match="type dict cannot be kept") as record:
+    with pytest.warns(RuntimeWarning, match="a tuple of tensors, got dict") as record:
         found = embed(cache, sam, batch, None, compute)
     assert len(record) == 1
     assert [entry["features"] is image for entry, image in zip(found, batch, strict=True)] == [

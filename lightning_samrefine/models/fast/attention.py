@@ -25,13 +25,8 @@ Bias = Callable[[Tensor, int, int], Tensor | None]
 def relative_positions(query: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, Tensor]:
     """Return the decomposed relative positions' terms of the scores (arXiv 2112.01526, eq. 4).
 
-    Args:
-        query: (N, heads, h, w, d), not scaled.
-        rel_h: (≥ h, K_h, d), the embedding between a query's row and a key's.
-        rel_w: (≥ w, K_w, d).
-
-    Returns:
-        (N, heads, h, w, K_h) and (N, heads, h, w, K_w).
+    They are (N, heads, h, w, K_h) and (N, heads, h, w, K_w), for queries (N, heads, h, w, d) that
+    are not scaled and embeddings of rows (≥ h, K_h, d) and columns (≥ w, K_w, d).
     """
     height, width = query.shape[2:4]
     by_row = torch.einsum("nshwd,hkd->nshwk", query, rel_h[:height])
@@ -151,11 +146,7 @@ def _by_products(query: Tensor) -> bool:
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     """Return softmax(q·kᵀ / √d + bias)·v, (N, heads, Q, d).
 
-    Args:
-        query: (N, heads, Q, d).
-        key: (N, heads, K, d).
-        value: (N, heads, K, d).
-        bias: (N or 1, heads, Q, K), which may be overwritten, or None.
+    The bias, (N or 1, heads, Q, K) or None, may be overwritten.
     """
     if bias is None or not _by_products(query):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)

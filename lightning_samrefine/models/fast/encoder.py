@@ -145,12 +145,8 @@ def _vit_attention(block: Block, x: Tensor) -> Tensor:
 def _relative_embeddings(side: int, table: Tensor) -> Tensor:
     """Return (side, side, d), the embedding of each query's position relative to each key's.
 
-    segment-anything's `get_rel_pos` indexes with a CPU tensor, which synchronizes with the GPU
-    twice per block.
-
-    Args:
-        side: Number of queries and of keys along one axis.
-        table: (L, d), resized to 2 · side - 1 rows if L differs.
+    The table (L, d) is resized to 2 · side - 1 rows if L differs. segment-anything's `get_rel_pos`
+    indexes with a CPU tensor, which synchronizes with the GPU twice per block.
     """
     rows = 2 * side - 1
     if len(table) != rows:

@@ -14,19 +14,11 @@ from torch import Tensor, nn
 
 
 def attend_to_image(attention: Attention, q: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
-    """Attend from tokens to image tokens.
+    """Attend from tokens q (N, P, C), with positional encoding, to image tokens (N, T, C) without.
 
-    The bias of the keys adds the same value to all scores of a query, so softmax cancels it; that
-    of the values is added once, because softmax sums to 1.
-
-    Args:
-        attention: The weights.
-        q: (N, P, C) tokens with positional encoding.
-        keys: (N, T, C) image tokens without.
-        pe_keys: (H, d, T), their positional encoding as keys.
-
-    Returns:
-        (N, P, C).
+    ``pe_keys`` (H, d, T) is the image tokens' encoding as keys. The bias of the keys adds the same
+    value to all scores of a query, so softmax cancels it; that of the values is added once, because
+    softmax sums to 1.
     """
     q = project(attention.q_proj, q, attention) * query_scale(attention)
     scores = folded_scores(q, pe_keys, attention.k_proj.weight, keys.mT)
@@ -39,12 +31,8 @@ def attend_to_image(attention: Attention, q: Tensor, keys: Tensor, pe_keys: Tens
 def folded_scores(x: Tensor, constant: Tensor, weight: Tensor, channels: Tensor) -> Tensor:
     """Return (N, H · P, T) scores of tokens against the image: x·constant + (x·weight)·channels.
 
-    Args:
-        x: (N, H, P, d), the projected tokens, scaled.
-        constant: (H, d, T), the part of the image tokens shared by the prompts; (N, H, d, T) for
-            prompts on several images.
-        weight: (H · d, K), projection of the part that is not shared.
-        channels: (N, K, T), the part that is not shared.
+    The tokens x (N, H, P, d) are projected and scaled. Prompts share the ``constant`` (H, d, T);
+    each has ``channels`` (N, K, T) of its own, with the projection ``weight`` (H · d, K).
     """
     return torch.baddbmm(per_head(x, constant).flatten(1, 2), fold(x, weight), channels)
 

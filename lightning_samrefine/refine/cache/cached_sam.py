@@ -159,12 +159,7 @@ class CachedSam:
     ) -> list[MaskProposals]:
         """Return the mask proposals of B images; those not in the cache are made and kept.
 
-        Args:
-            embeddings: B `LazyEmbedding`.
-            image_hws: B × (H, W).
-            points_per_side: See `lightning_samrefine.refine.mask_proposals.propose_masks`.
-            prompts_per_batch: The same.
-            at_once: The same.
+        See `lightning_samrefine.refine.mask_proposals.propose_masks` for the arguments.
         """
 
         def compute(missing: list[int]) -> list[Embedding]:

@@ -199,7 +199,7 @@ class EmbeddingCache:
         that they do not fit. The cache then warns once and keeps no more.
 
         Args:
-            stage: Tells evaluations of different images apart, such as ``"val"``.
+            stage: Distinguishes evaluations of different images, such as ``"val"``.
         """
         epoch, self._epoch = self._epoch, _Epoch(evictions=self._store.evictions)
         if stage in self._wrote and epoch.misses and not epoch.hits and self._writing:
@@ -313,7 +313,7 @@ def make_cache(
 
 @dataclass
 class _Fingerprint:
-    """The hash of a model's weights, and how to tell whether it is still true.
+    """The hash of a model's weights, and how to check whether it still holds.
 
     Attributes:
         state: As `weights_state` returned it; None if the contents have to be compared.
@@ -350,7 +350,9 @@ def _tensors(value: Any) -> tuple[Tensor, ...]:
     tensors = (value,) if isinstance(value, Tensor) else value
     # A named tuple would come back without its names.
     if type(tensors) is not tuple or not all(isinstance(t, Tensor) for t in tensors):
-        raise TypeError(f"embeddings of type {type(value).__name__} cannot be kept")
+        raise TypeError(
+            f"embedding must be a tensor or a tuple of tensors, got {type(value).__name__}"
+        )
     return tensors
 
 

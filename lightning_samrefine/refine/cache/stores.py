@@ -1,4 +1,4 @@
-"""Where cached tensors lie: in memory, or in a folder that processes share.
+"""Stores of cached tensors: in memory, or in a folder that processes share.
 
 Both stores forget what was used longest ago once they hold more bytes than their limit.
 """
@@ -52,7 +52,7 @@ class Store(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, as far as this process knows."""
+        """Bytes held, as last seen by this process."""
         ...
 
     @property

@@ -1,9 +1,9 @@
 """The probability of each class given a pixel's color, estimated from the image itself.
 
 Most of a prediction is right, so the pixels predicted as sky show the colors of sky in this image.
-Masks follow outlines; colors tell the sky between the branches from the tree around it. Each class
-has a histogram of the colors in it, as in Boykov and Jolly, "Interactive Graph Cuts for Optimal
-Boundary and Region Segmentation of Objects in N-D Images" (ICCV 2001), here of soft labels.
+Masks follow outlines; colors separate the sky between the branches from the tree around it. Each
+class has a histogram of the colors in it, as in Boykov and Jolly, "Interactive Graph Cuts for
+Optimal Boundary and Region Segmentation of Objects in N-D Images" (ICCV 2001), of soft labels here.
 """
 
 from __future__ import annotations
@@ -48,10 +48,7 @@ def weigh_by_color(probs: Tensor, image: Tensor, weight: float, stride: int) -> 
 def color_ratios(probs: Tensor, image: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Return how usual each color is in each class, and each pixel's color.
 
-    Args:
-        probs: (C, H, W) float32 in [0, 1].
-        image: (3, H, W) uint8 RGB.
-        stride: Only pixels of every ``stride``-th row and column are counted.
+    Only every ``stride``-th row and column is counted.
 
     Returns:
         (C, B) float32, p(class | color) / p(class) for each color bin; (H, W) int32 in [0, B), the

@@ -53,7 +53,7 @@ class FeatureMaps:
             raise ValueError(f"probs must be of shape (C, H, W), got {tuple(self.probs.shape)}")
         num_classes, *image_hw = self.probs.shape
         if (self.color_ratios is None) != (self.color_bins is None):
-            raise ValueError("color_ratios and color_bins must be both tensors or both None")
+            raise ValueError("color_ratios and color_bins must be given together, got one of them")
         if self.color_bins is not None and list(self.color_bins.shape) != image_hw:
             raise ValueError(
                 f"color_bins must be of shape {tuple(image_hw)}, that of the image, got "

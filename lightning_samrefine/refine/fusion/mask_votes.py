@@ -1,7 +1,7 @@
 """Mask votes: how much SAM's masks support each class at each pixel, and the weighing by them.
 
-Algorithm 4 keeps a class where a mask covers it and drops it elsewhere. Here a class loses
-probability where no mask supports it, but never all of it, so that thin things without a mask
+Algorithm 4 keeps a class under its masks and drops it elsewhere. Here a class loses
+probability at pixels without a mask of it, but never all of it, so that thin things without a mask
 survive, and masks may come from any prompt.
 """
 
@@ -47,11 +47,7 @@ class MaskVotes:
     ) -> MaskVotes:
         """Collect the masks of accepted regions: the largest weight · σ over a class's regions.
 
-        Args:
-            mask_probs: (N, h_n, w_n) float32, σ of the logits.
-            weight: (N,) float32 in [0, 1].
-            classes: (N,) int64.
-            num_classes: C.
+        There are N σ (N, h_n, w_n) of logits, weights in [0, 1], and classes.
         """
         support = mask_probs.new_zeros(num_classes, *mask_probs.shape[1:])
         _raise_to(support, mask_probs, weight, classes)
@@ -94,13 +90,8 @@ class MaskVotes:
     ) -> MaskVotes:
         """Add the masks of accepted regions to mask proposals, with 0.3 of their weight.
 
-        A region's mask supports the region's class, weighted as in `of_image`.
-
-        Args:
-            mask_probs: (N, h_n, w_n) float32, σ of the logits.
-            pred_iou: (N,) float32.
-            purity: (N,) float32 in [0, 1], the probability of the region's class in its mask.
-            classes: (N,) int64.
+        A region's mask supports the region's class, weighted as in `of_image`; purity is the
+        probability of that class in the mask.
         """
         weight = _OF_REGIONS * pred_iou * purity**_PURITY_POWER
         support = self.classes.clone()

@@ -95,7 +95,7 @@ def fuse_soft(predictions: MaskPredictions, config: RefineConfig, sam: Promptabl
         torch.where(reached, refined[part], probs[part], out=refined[part])
     best = first_argmax(refined)
     unknown = (labels < 0) | (labels >= len(probs))
-    # Labels that are not the probabilities' argmax stay where the refinement changes nothing.
+    # Labels that are not the probabilities' argmax stay if the refinement changes nothing.
     raw_best = labels if raw.labels_are_argmax else first_argmax(probs)
     changed = torch.where(unknown, covered, best != raw_best)
     return Refinement.of(table, torch.where(changed, best, labels), refined, covered)

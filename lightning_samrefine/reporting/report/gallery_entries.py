@@ -49,7 +49,7 @@ class Gallery:
         num_classes: C.
         ignore_index: Target value that is not scored, or None.
         folder: Where the temporary file goes, which has no name and vanishes with the process;
-            the system's folder where that cannot be written.
+            the system's folder if that cannot be written.
         max_images: Maximum number of images shown, the most changed first.
     """
 
@@ -88,7 +88,7 @@ class Gallery:
             raw: (H, W) integer.
             refined: (H, W) integer.
             target: (H, W) integer.
-            regions: N prompted regions, with masks where N > 0.
+            regions: N prompted regions, with masks if N > 0.
             found: The comparison's counts of the image.
         """
         self.images_seen += 1

@@ -174,9 +174,9 @@ def _verdict(result: ComparisonResult) -> str:
     images = len(result.totals)
     interval = result.interval
     if interval is None or math.isnan(interval.low):
-        return "One image alone does not tell a gain from luck."
+        return "One image alone cannot show whether a gain is luck."
     if interval.is_noise:
-        return f"These {images} images do not tell this from no difference at all."
+        return f"With these {images} images the true difference may be zero."
     word = "better" if refined > raw else "worse"
     return f"SAM makes these masks {word}, by more than the choice of {images} images explains."
 
