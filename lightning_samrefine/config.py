@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
@@ -82,17 +82,9 @@ class RefineConfig:
     weights: FusionWeights | Literal["auto"] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        _check_float("score_thresh", self.score_thresh, 0 <= _num(self.score_thresh) < 1, "[0, 1)")
-        scale = _num(self.mask_prompt_scale)
-        _check_float(
-            "mask_prompt_scale",
-            self.mask_prompt_scale,
-            0 < scale < math.inf,
-            "(0, inf)",
-        )
-        _check_float(
-            "pred_iou_thresh", self.pred_iou_thresh, 0 <= _num(self.pred_iou_thresh) <= 1, "[0, 1]"
-        )
+        for name, (in_range, accepted) in _FLOATS.items():
+            value = getattr(self, name)
+            _check_float(name, value, in_range(_num(value)), accepted)
         for name in ("stride", "min_region_area"):
             object.__setattr__(self, name, check_count(name, getattr(self, name)))
         for name in ("max_regions", "max_prompts_per_batch"):
@@ -103,17 +95,6 @@ class RefineConfig:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         points = check_count("points_per_side", self.points_per_side, least=0)
         object.__setattr__(self, "points_per_side", points)
-        _check_float(
-            "unsupported_weight",
-            self.unsupported_weight,
-            0 <= _num(self.unsupported_weight) < 1,
-            "[0, 1)",
-        )
-        # Beyond it the product of a float32 probability and its factor may overflow.
-        _check_float("color_weight", self.color_weight, 0 <= _num(self.color_weight) <= 8, "[0, 8]")
-        _check_float(
-            "crf_weight", self.crf_weight, 0 <= _num(self.crf_weight) < math.inf, "[0, inf)"
-        )
         for name in ("points_per_side", "color_weight", "crf_weight", "weights"):
             if getattr(self, name) and not self.unsupported_weight:
                 raise ValueError(
@@ -199,6 +180,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "fast": _FAST,
     }
 )
+
+_FLOATS: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "score_thresh": (lambda value: 0 <= value < 1, "[0, 1)"),
+    "mask_prompt_scale": (lambda value: 0 < value < math.inf, "(0, inf)"),
+    "pred_iou_thresh": (lambda value: 0 <= value <= 1, "[0, 1]"),
+    "unsupported_weight": (lambda value: 0 <= value < 1, "[0, 1)"),
+    # Beyond it the product of a float32 probability and its factor may overflow.
+    "color_weight": (lambda value: 0 <= value <= 8, "[0, 8]"),
+    "crf_weight": (lambda value: 0 <= value < math.inf, "[0, inf)"),
+}
 
 
 def _num(value: Any) -> float:

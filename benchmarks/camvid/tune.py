@@ -36,11 +36,12 @@ from lightning_samrefine.config_files import read_refine
 from lightning_samrefine.data import FolderDataModule
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
+from lightning_samrefine.reporting.summary import print_whole
 from lightning_samrefine.tune.callback import TuneCallback
 from lightning_samrefine.tune.choice import class_ious, gain
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
 from lightning_samrefine.tune.grid import Grid
-from lightning_samrefine.tune.report import print_tuning, write_tuning
+from lightning_samrefine.tune.report import tuning_summary, write_tuning
 from lightning_samrefine.tune.settings import Rule
 from lightning_samrefine.tune.task import tune
 
@@ -79,7 +80,7 @@ def main() -> None:
                 data = every_nth_val_frame(root, options.every, Path(temporary))
                 tuning = tune(trainer, model, data, grid, rule, options.folds)
             write_tuning(tuning, folder)
-            print_tuning(tuning, folder)
+            print_whole(tuning_summary(tuning, folder))
         configs = {
             options.preset: base,
             "best cell": read_refine(folder / "best_cell.yaml"),

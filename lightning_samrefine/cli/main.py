@@ -93,7 +93,12 @@ def run(cfg: DictConfig) -> float | None:
 
     from lightning.pytorch import seed_everything
 
-    from lightning_samrefine.reporting.summary import print_summary, refined_miou, write_metrics
+    from lightning_samrefine.reporting.summary import (
+        print_whole,
+        refined_miou,
+        summary,
+        write_metrics,
+    )
 
     _log_lightning_once()
     if cfg.seed is not None:
@@ -123,7 +128,7 @@ def run(cfg: DictConfig) -> float | None:
         write_metrics(metrics, folder / "metrics.json")
         _write_curve(trainer, folder / "curve.png")
         _write_fitted(trainer, folder)
-        print_summary(metrics, folder)
+        print_whole(summary(metrics, folder))
     stage = "test" if cfg.task == "test" else "val"
     name = cfg.callback.get("name")
     return refined_miou(metrics, stage if name is None else f"{stage}/{name}")

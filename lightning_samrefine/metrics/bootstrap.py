@@ -132,9 +132,9 @@ def bootstrap_class_gains(
     gains = []
     for start in range(0, resamples, chunk):
         sums = _draw(rng, min(chunk, resamples - start), images) @ flat
-        true, raw_hits, raw_called, hits, called = np.split(sums, 5, axis=1)
-        before = raw_hits / np.maximum(true + raw_called - raw_hits, 1)
-        gains.append(hits / np.maximum(true + called - hits, 1) - before)
+        true, raw_hits, raw_predicted, hits, predicted = np.split(sums, 5, axis=1)
+        before = raw_hits / np.maximum(true + raw_predicted - raw_hits, 1)
+        gains.append(hits / np.maximum(true + predicted - hits, 1) - before)
     tail = (1 - confidence) / 2
     low, high = np.quantile(np.concatenate(gains), [tail, 1 - tail], axis=0)
     return low, high
@@ -186,12 +186,12 @@ def _draw(rng: np.random.Generator, resamples: int, images: int) -> np.ndarray:
 
 def _gain(sums: np.ndarray) -> np.ndarray:
     """Return refined − raw mIoU of (R, 5·C) summed totals."""
-    true, raw_hits, raw_called, refined_hits, refined_called = np.split(sums, 5, axis=1)
-    return _miou(true, refined_hits, refined_called) - _miou(true, raw_hits, raw_called)
+    true, raw_hits, raw_predicted, refined_hits, refined_predicted = np.split(sums, 5, axis=1)
+    return _miou(true, refined_hits, refined_predicted) - _miou(true, raw_hits, raw_predicted)
 
 
-def _miou(true: np.ndarray, hits: np.ndarray, called: np.ndarray) -> np.ndarray:
-    union = true + called - hits
+def _miou(true: np.ndarray, hits: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    union = true + predicted - hits
     present = union > 0
     iou = np.divide(hits, union, out=np.zeros(union.shape), where=present)
     classes = present.sum(axis=-1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,11 +25,7 @@ def _conv(cin: int, cout: int, kernel: int = 3, stride: int = 1) -> nn.Sequentia
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions around an identity: (B, width, H, W) to the same shape.
-
-    Args:
-        width: number of channels.
-    """
+    """Two 3×3 convolutions around an identity: (B, width, H, W) to the same shape."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -49,62 +43,33 @@ class TinyImageEncoder(nn.Module):
     The finer levels enter by space-to-depth instead of pooling: the decoder must draw 4×4 mask
     pixels from each embedding vector, so where exactly a border crosses the cell has to survive.
 
-    Args:
-        img_size: side of the square, padded input in pixels, a multiple of 32.
-        embed_dim: channels of the embedding.
-        widths: channels at strides 2, 4, 8, 16 and 32.
-        depths: residual blocks at the same strides.
-
     Attributes:
-        img_size: as given; segment-anything reads it.
-
-    Raises:
-        ValueError: if an argument is not one of those.
+        img_size: Side of the square, padded input in pixels; segment-anything reads it.
     """
 
-    def __init__(
-        self,
-        img_size: int = IMAGE_SIZE,
-        embed_dim: int = EMBED_DIM,
-        widths: Sequence[int] = WIDTHS,
-        depths: Sequence[int] = DEPTHS,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        if img_size <= 0 or img_size % 32:
-            raise ValueError(f"img_size must be a positive multiple of 32, got {img_size}")
-        if len(widths) != 5 or len(depths) != 5:
-            raise ValueError(
-                f"widths and depths must have one entry for each of 5 strides, got {len(widths)} "
-                f"and {len(depths)}"
-            )
-        self.img_size = img_size
-        inputs = (3, *widths[:-1])
+        self.img_size = IMAGE_SIZE
+        inputs = (3, *WIDTHS[:-1])
         self.stages = nn.ModuleList(
             nn.Sequential(
                 _conv(cin, cout, stride=2),
                 nn.ReLU(),
                 *(ResidualBlock(cout) for _ in range(depth)),
             )
-            for cin, cout, depth in zip(inputs, widths, depths, strict=True)
+            for cin, cout, depth in zip(inputs, WIDTHS, DEPTHS, strict=True)
         )
         cells = (4, 2, 1, 1, 1)
         self.unshuffles = nn.ModuleList(nn.PixelUnshuffle(cell) for cell in cells)
         self.laterals = nn.ModuleList(
-            _conv(width * cell * cell, embed_dim, kernel=1)
-            for width, cell in zip(widths, cells, strict=True)
+            _conv(width * cell * cell, EMBED_DIM, kernel=1)
+            for width, cell in zip(WIDTHS, cells, strict=True)
         )
-        self.fuse = nn.Sequential(nn.ReLU(), ResidualBlock(embed_dim), ResidualBlock(embed_dim))
-        self.neck = nn.Conv2d(embed_dim, embed_dim, 1)
+        self.fuse = nn.Sequential(nn.ReLU(), ResidualBlock(EMBED_DIM), ResidualBlock(EMBED_DIM))
+        self.neck = nn.Conv2d(EMBED_DIM, EMBED_DIM, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed images.
-
-        Args:
-            x: (B, 3, img_size, img_size) float, normalized and padded by `Sam.preprocess`.
-
-        Returns:
-            (B, embed_dim, img_size / 8, img_size / 8) embedding.
-        """
+        """Embed (B, 3, 256, 256) float, normalized and padded, as (B, 96, 32, 32)."""
         levels = []
         for stage in self.stages:
             x = stage(x)
@@ -119,14 +84,10 @@ class TinyImageEncoder(nn.Module):
 
 
 def build_tiny_sam() -> Sam:
-    """Build the tiny SAM with fresh random weights.
+    """Build the tiny SAM with fresh random weights, in training mode.
 
     Input side 256, embedding 96×32×32, mask prompts and low-resolution logits 128×128. Images are
     RGB in 0 to 255. Everything but the image encoder is segment-anything's own code.
-
-    Returns:
-        The model, in training mode as every new module is: call `.eval()` before predicting,
-        because the encoder has batch normalization.
     """
     return build_sam(
         TinyImageEncoder(),

@@ -56,12 +56,11 @@ def draw_class_bars(result: ComparisonResult, title: str = "IoU by class") -> Fi
     return figure
 
 
-def draw_reliability(calibration: Calibration, title: str = "SAM's predicted IoU") -> Figure:
+def draw_reliability(calibration: Calibration) -> Figure:
     """Draw the mean true IoU of regions against their predicted IoU, and how many there are.
 
     Args:
         calibration: Of all regions, accepted and rejected.
-        title: Headline of the figure.
 
     Returns:
         A matplotlib figure that belongs to no global state.
@@ -80,7 +79,7 @@ def draw_reliability(calibration: Calibration, title: str = "SAM's predicted IoU
     )
     curve.set_ylabel("true IoU")
     curve.set_ylim(0, 1)
-    curve.set_title(f"{title}: {_in_words(calibration)}", fontsize=10)
+    curve.set_title(f"SAM's predicted IoU: {_in_words(calibration)}", fontsize=10)
     curve.legend(loc="upper left")
     centers = (np.arange(BINS) + 0.5) / BINS
     counts.bar(centers, regions, width=0.9 / BINS, color=SIDE_COLORS["refined"])
@@ -92,12 +91,11 @@ def draw_reliability(calibration: Calibration, title: str = "SAM's predicted IoU
     return figure
 
 
-def draw_trimaps(result: ComparisonResult, title: str = "mIoU near borders") -> Figure:
+def draw_trimaps(result: ComparisonResult) -> Figure:
     """Draw mIoU inside bands around borders against their width.
 
     Args:
         result: An evaluation.
-        title: Headline of the figure.
 
     Returns:
         A matplotlib figure that belongs to no global state.
@@ -110,7 +108,7 @@ def draw_trimaps(result: ComparisonResult, title: str = "mIoU near borders") -> 
     axes.set_xticks(result.widths)
     axes.set_xlabel("width of the band, px")
     axes.set_ylabel("trimap mIoU, %")
-    axes.set_title(title, fontsize=10)
+    axes.set_title("mIoU near borders", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

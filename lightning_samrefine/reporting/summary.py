@@ -110,13 +110,6 @@ def _to_look_at(folder: Path) -> list[Path]:
     return [*pages, *curves, *panels.values()]
 
 
-def print_summary(
-    metrics: Mapping[str, float], folder: Path, console: Console | None = None
-) -> None:
-    """Print `summary`, see `print_whole`."""
-    print_whole(summary(metrics, folder), console)
-
-
 def print_whole(content: RenderableType, console: Console | None = None) -> None:
     """Print tables as wide as they are, and paths unbroken so that they can be copied.
 

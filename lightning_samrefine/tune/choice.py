@@ -154,7 +154,7 @@ class _Resamples:
 def _ious(sums: np.ndarray) -> np.ndarray:
     """Return (R, 2, C) IoU of (R, 5, C) sums."""
     true, *sides = np.moveaxis(sums, 1, 0)
-    unions = [true + called - hits for hits, called in (sides[:2], sides[2:])]
+    unions = [true + predicted - hits for hits, predicted in (sides[:2], sides[2:])]
     with np.errstate(invalid="ignore"):
         return np.stack([sides[0] / unions[0], sides[2] / unions[1]], axis=1)
 

@@ -174,11 +174,11 @@ class GridCounts:
             rows = rows[rows[:, 4] == 1]
         image, true, before, after, _, count = rows.T
         # One more class for labels outside the classes.
-        hits, called = np.zeros((2, len(self), self.num_classes + 1), dtype=np.int64)
+        hits, predicted = np.zeros((2, len(self), self.num_classes + 1), dtype=np.int64)
         np.add.at(hits, (image, true), count * (after == true) - count * (before == true))
-        np.add.at(called, (image, after), count)
-        np.subtract.at(called, (image, before), count)
-        refined = raw[:, 1:] + np.stack([hits, called], axis=1)[:, :, : self.num_classes]
+        np.add.at(predicted, (image, after), count)
+        np.subtract.at(predicted, (image, before), count)
+        refined = raw[:, 1:] + np.stack([hits, predicted], axis=1)[:, :, : self.num_classes]
         totals = np.concatenate([raw, refined], axis=1)
         if self._ignored is not None and 0 <= self._ignored < self.num_classes:
             totals[:, :, self._ignored] = 0

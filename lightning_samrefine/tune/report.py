@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from lightning_samrefine.config_files import write_refine
 from lightning_samrefine.metrics.bootstrap import BootstrapInterval
 from lightning_samrefine.reporting.panels import save_figure
-from lightning_samrefine.reporting.summary import print_whole
 from lightning_samrefine.tune.choice import class_ious, gain
 from lightning_samrefine.tune.settings import OBJECTIVES
 from lightning_samrefine.tune.task import Tuning
@@ -135,11 +134,6 @@ def tuning_summary(tuning: Tuning, folder: Path) -> RenderableType:
         Text(f"Use it: samrefine refine={folder / 'tuned.yaml'} ..."),
         Text(f"Every cell: {folder / 'surface.csv'}, {folder / 'surface.png'}"),
     )
-
-
-def print_tuning(tuning: Tuning, folder: Path, console: Console | None = None) -> None:
-    """Print `tuning_summary`, see `print_whole`."""
-    print_whole(tuning_summary(tuning, folder), console)
 
 
 def _cells_table(tuning: Tuning) -> Table:

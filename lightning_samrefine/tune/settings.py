@@ -108,14 +108,14 @@ class TuneSettings:
         Returns:
             mIoU of the validation set, refined with the choice; None without a scored pixel.
         """
-        from lightning_samrefine.reporting.summary import write_metrics
-        from lightning_samrefine.tune.report import print_tuning, tuning_metrics, write_tuning
+        from lightning_samrefine.reporting.summary import print_whole, write_metrics
+        from lightning_samrefine.tune.report import tuning_metrics, tuning_summary, write_tuning
         from lightning_samrefine.tune.task import tune
 
         tuning = tune(trainer, segmenter, datamodule, self.grid, self.rule, self.folds, ckpt_path)
         metrics = tuning_metrics(tuning)
         write_tuning(tuning, folder)
         write_metrics(metrics, folder / "metrics.json")
-        print_tuning(tuning, folder)
+        print_whole(tuning_summary(tuning, folder))
         tuned = metrics["tune/miou_tuned"]
         return None if math.isnan(tuned) else tuned

@@ -32,7 +32,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def check_count(name: str, value: Any, least: int = 1, alternative: str = "") -> int:
-    """Return an integer of at least ``least``; the error also names the ``alternative``.
+    """Return an integer of at least ``least``; the error also lists the ``alternative``.
 
     Raises:
         TypeError: Not an integer.

@@ -214,7 +214,7 @@ def test_the_one_command_reports_raw_and_refined(data_root, tmp_path, monkeypatc
 def _independent_miou(root, resolution):
     """Raw mIoU of the first frames: Pillow, numpy and the 11-way argmax."""
     segmenter = ESPNetSegmenter(root / ESPNET_WEIGHTS, resolution=resolution).eval()
-    hits, labelled, predicted = np.zeros((3, len(CLASS_NAMES)))
+    hits, labeled, predicted = np.zeros((3, len(CLASS_NAMES)))
     for path in sorted((root / "camvid" / "test").iterdir())[:FRAMES]:
         image = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
         truth = np.asarray(Image.open(root / "camvid" / "testannot" / f"{path.stem}.png"))
@@ -222,7 +222,7 @@ def _independent_miou(root, resolution):
             labels = segmenter(torch.from_numpy(image.copy())[None])[0].argmax(dim=0).numpy()
         for c in range(len(CLASS_NAMES)):
             hits[c] += ((labels == c) & (truth == c)).sum()
-            labelled[c] += (truth == c).sum()
+            labeled[c] += (truth == c).sum()
             predicted[c] += ((labels == c) & (truth != 11)).sum()
-    union = labelled + predicted - hits
+    union = labeled + predicted - hits
     return (hits[union > 0] / union[union > 0]).mean()

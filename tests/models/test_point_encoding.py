@@ -44,8 +44,8 @@ def test_tokens_equal_segment_anythings(encoder, kind):
     points, boxes = prompts(7, encoder.input_image_size[0])
     points = None if kind == "boxes" else points
     boxes = None if kind == "points" else boxes
-    labelled = None if points is None else (points[:, None], torch.ones(7, 1))
-    expected, _ = encoder(points=labelled, boxes=boxes, masks=None)
+    labeled = None if points is None else (points[:, None], torch.ones(7, 1))
+    expected, _ = encoder(points=labeled, boxes=boxes, masks=None)
     with NoProducts():
         found = prompt_tokens(encoder, points, boxes)
     if kind == "boxes":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
 
-from lightning_samrefine.models.tiny import TinyImageEncoder, build_tiny_sam
+from lightning_samrefine.models.tiny import build_tiny_sam
 
 pytestmark = pytest.mark.numerical
 
@@ -82,10 +82,3 @@ def test_predicts_end_to_end_in_the_image_frame(sam: Sam) -> None:
     assert answer["masks"].shape == (1, 1, 96, 128)
     assert answer["masks"].dtype == torch.bool
     assert answer["low_res_logits"].shape == (1, 1, 128, 128)
-
-
-def test_bad_encoder_arguments() -> None:
-    with pytest.raises(ValueError, match="img_size"):
-        TinyImageEncoder(img_size=100)
-    with pytest.raises(ValueError, match="widths and depths"):
-        TinyImageEncoder(widths=(8, 8))
