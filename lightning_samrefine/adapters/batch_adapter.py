@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_samrefine.adapters.candidates import Roles, is_image, is_single, of
 from lightning_samrefine.adapters.custom_adapter import checked_image, checked_probs, unpack
 from lightning_samrefine.adapters.denormalize import Denormalize
+from lightning_samrefine.adapters.layouts.padding import Padding, RealParts
 from lightning_samrefine.adapters.nested import Samples, describe, leaves
 from lightning_samrefine.adapters.network_scores import QUERIES, query_masks
 from lightning_samrefine.adapters.role_search import MissingTargetError, RoleSearch
@@ -72,12 +73,14 @@ class Reading:
             `RefineInputs`.
         kind: The kind of scores they were converted as.
         has_network_probs: (B,) bool, label maps with the network's probabilities, or None.
+        padding: What was cut off, or None.
     """
 
     inputs: RefineInputs
     roles: Roles | None
     kind: ScoresKind
     has_network_probs: Tensor | None = None
+    padding: RealParts | None = None
 
 
 AdapterFunction = Callable[[Any, Any, Tensor | None], RefineInputs | Mapping[str, Any]]
@@ -104,6 +107,7 @@ class BatchAdapter:
         scores_kind: Kind of scores, see `to_probs`.
         rgb: Undoes the image's normalization.
         binary: Determines the kind of scores of one channel.
+        padding: Finds what is cut off from a padded batch.
         function: Replaces the search, see `AdapterFunction`.
         needs_target: Whether a batch without a target is an error; if False, no target is
             searched.
@@ -123,6 +127,7 @@ class BatchAdapter:
     scores_kind: ScoresKind = "auto"
     rgb: Denormalize = field(default_factory=Denormalize)
     binary: BinaryKind = field(default_factory=BinaryKind)
+    padding: Padding = field(default_factory=Padding)
     function: AdapterFunction | None = None
     needs_target: bool = True
     device: torch.device | None = None
@@ -224,19 +229,15 @@ class BatchAdapter:
             search.check_view(roles, captured, given)
         if kind == "auto" and self._num_classes == 2 and _has_one_channel(scores.value):
             kind = self.binary(scores.value, str(scores.path[-1]) if scores.path else "")
-        inputs = self._convert(
-            self._move(image.value),
-            None if target is None else self._move(target.value),
-            self._move(scores.value),
-            kind,
+        found_padding = None
+        if self.function is None:
+            container = batch if image.source == "batch" else outputs
+            found_padding = self.padding(container, image.value, image.source)
+        returned = scores.source == "outputs" and self.scores_key is None
+        inputs, has_network_probs = self._convert(
+            roles, kind, found_padding, captured if returned else None
         )
-        has_network_probs = None
-        if captured is not None and scores.source == "outputs" and self.scores_key is None:
-            probs, has_network_probs = probs_behind_labels(
-                inputs.probs, inputs.labels, scores.value, kind, self._move(captured)
-            )
-            inputs = replace(inputs, probs=probs)
-        return Reading(inputs, roles, kind, has_network_probs)
+        return Reading(inputs, roles, kind, has_network_probs, found_padding)
 
     @property
     def _num_classes(self) -> int:
@@ -267,41 +268,29 @@ class BatchAdapter:
         return value.to(self.device) if isinstance(value, Tensor) else list(map(self._move, value))
 
     def _convert(
-        self, image: Samples, target: Samples | None, scores: Samples, kind: ScoresKind
-    ) -> RefineInputs:
-        if (
-            isinstance(image, Tensor)
-            and isinstance(scores, Tensor)
-            and (target is None or isinstance(target, Tensor))
-        ):
-            return self._convert_batch(image, target, scores, kind)
-        targets = [None] * len(image) if target is None else target
-        if not len(image) == len(scores) == len(targets):
+        self, roles: Roles, kind: ScoresKind, padding: RealParts | None, captured: Tensor | None
+    ) -> tuple[RefineInputs, Tensor | None]:
+        """Convert what was found, and cut the padding off.
+
+        Returns:
+            The inputs, and ``has_network_probs`` of `Reading`.
+        """
+        assert roles.image is not None  # and neither are the scores, after `read` has checked
+        assert roles.scores is not None
+        image, scores = self._move(roles.image.value), self._move(roles.scores.value)
+        target = None if roles.target is None else self._move(roles.target.value)
+        numbers = [len(one) for one in (image, scores, target) if one is not None]
+        in_lists = not all(
+            isinstance(one, Tensor) for one in (image, scores, target) if one is not None
+        )
+        if in_lists and len(set(numbers)) > 1:
             raise ValueError(
                 "image, scores and target must have equal numbers of samples, got "
-                f"{len(image)}, {len(scores)} and {len(targets)}"
+                f"{str(numbers)[1:-1]}"
             )
-        self.rgb.settle(image)
-        parts = [
-            self._convert_batch(i[None], None if t is None else t[None], s[None], kind)
-            for i, t, s in zip(image, targets, scores, strict=True)
-        ]
-        return RefineInputs(
-            images=[part.images[0] for part in parts],
-            probs=[part.probs[0] for part in parts],
-            labels=[part.labels[0] for part in parts],
-            targets=None
-            if target is None
-            else [part.targets[0] for part in parts if part.targets is not None],
-        )
-
-    def _convert_batch(
-        self, image: Tensor, target: Tensor | None, scores: Tensor, kind: ScoresKind
-    ) -> RefineInputs:
-        images = self.rgb(image)
-        probs, labels = to_probs(
-            scores.detach(), kind, self._num_classes, (images.shape[-2], images.shape[-1])
-        )
+        real = image if padding is None else padding.cut(image)
+        images = self._to_rgb(real)
+        probs, labels = self._to_probs(scores, kind, image, real)
         if len(probs) != len(images):
             copies = (
                 ": copies along the batch, as of test-time augmentation, must be merged into one, "
@@ -311,8 +300,41 @@ class BatchAdapter:
                 f"scores must be of the image's {len(images)} samples, got {len(probs)}"
                 + (copies if len(images) and len(probs) % len(images) == 0 else "")
             )
-        targets = None if target is None else to_labels(target, labels)
-        return RefineInputs(images, probs, labels, targets)
+        has_network_probs = None
+        if captured is not None:
+            probs, has_network_probs = probs_behind_labels(
+                probs, labels, scores, kind, self._move(captured)
+            )
+        if padding is not None:
+            probs, labels = padding.cut(probs), padding.cut(labels)
+            target = None if target is None else padding.cut(target)
+        targets: Samples | None = None
+        if isinstance(target, Tensor) and isinstance(labels, Tensor):
+            targets = to_labels(target, labels)
+        elif target is not None:
+            pairs = zip(target, labels, strict=True)
+            targets = [to_labels(one[None], own[None])[0] for one, own in pairs]
+        return RefineInputs(images, probs, labels, targets), has_network_probs
+
+    def _to_rgb(self, image: Samples) -> Samples:
+        if isinstance(image, Tensor):
+            return self.rgb(image)
+        self.rgb.settle(image)
+        return [self.rgb(one[None])[0] for one in image]
+
+    def _to_probs(
+        self, scores: Samples, kind: ScoresKind, image: Samples, real: Samples
+    ) -> tuple[Samples, Samples]:
+        """Convert scores of the images, or in a list those of their real parts."""
+        if isinstance(scores, Tensor) and isinstance(image, Tensor):
+            hw = (image.shape[-2], image.shape[-1])
+            return to_probs(scores.detach(), kind, self._num_classes, hw)
+        parts = []
+        for one, padded, own in zip(scores, image, real, strict=True):
+            of = padded if one.shape[-2:] == padded.shape[-2:] else own
+            hw = (of.shape[-2], of.shape[-1])
+            parts.append(to_probs(one.detach()[None], kind, self._num_classes, hw))
+        return [probs[0] for probs, _ in parts], [labels[0] for _, labels in parts]
 
     def _checked(self, inputs: RefineInputs) -> RefineInputs:
         if inputs.targets is None and self.needs_target:

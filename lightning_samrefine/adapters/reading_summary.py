@@ -39,6 +39,8 @@ def summarize(reading: Reading, ignore_index: int | None = None) -> str:
         is_replaced = replaced is not None and bool(replaced.all())
         source = ", with the probabilities of the forward hook's scores" if is_replaced else ""
         parts.append(f"scores {roles.scores}, {kind}{source}")
+    if reading.padding is not None:
+        parts.append(str(reading.padding))
     return f"reads {'; '.join([*parts, *shares])}"
 
 

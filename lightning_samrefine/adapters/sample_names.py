@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -77,6 +77,16 @@ def own_names(batch: Any, count: int) -> list[str] | None:
     """
     names = _search(batch, count)
     return None if names is None else [str(name) for name in names]
+
+
+def known_stems(dataloaders: Any) -> Iterator[str]:
+    """Yield the names that data sets list in advance; others are known batch by batch."""
+    several = dataloaders if isinstance(dataloaders, list | tuple) else [dataloaders]
+    for index, dataloader in enumerate(several):
+        names = getattr(getattr(dataloader, "dataset", None), "names", None)
+        if isinstance(names, list):
+            prefix = f"{index}/" if len(several) > 1 else ""
+            yield from (f"{prefix}{name}" for name in names if isinstance(name, Stem))
 
 
 def to_stem(name: str | int | PurePath) -> str:

@@ -6,19 +6,23 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_samrefine.adapters.batch_adapter import AdapterFunction, BatchAdapter
 from lightning_samrefine.adapters.denormalize import Denormalize
+from lightning_samrefine.adapters.layouts.padding import Padding
 from lightning_samrefine.adapters.scores import ScoresKind
 from lightning_samrefine.config import PRESETS, RefineConfig
 from lightning_samrefine.config_files import is_refine_file, read_refine, refine_from_mapping
 from lightning_samrefine.models import SAM_NAMES, Promptable
 from lightning_samrefine.utils.precision import PRECISIONS
 from lightning_samrefine.utils.validation import as_integer, check_count
+
+if TYPE_CHECKING:
+    from lightning_samrefine.callbacks.refine_callback import SAMRefineCallback
 
 Thresholds = Mapping[str, Any] | RefineConfig | str
 """What `parse_refine` reads."""
@@ -64,6 +68,7 @@ class SharedArguments:
         image_mean: Sequence[float] | float | None = None,
         image_std: Sequence[float] | float | None = None,
         image_range: Literal["0-255", "0-1"] | None = None,
+        padding_key: str | Literal[False] | None = None,
         adapter: AdapterFunction | None = None,
         target_key: str | None = None,
         needs_target: bool = True,
@@ -90,6 +95,7 @@ class SharedArguments:
                 scores_key=scores_key,
                 scores_kind=scores_kind,
                 rgb=Denormalize(image_mean, image_std, image_range),
+                padding=Padding(padding_key),
                 function=adapter,
                 needs_target=needs_target,
             ),
@@ -145,6 +151,30 @@ def callbacks_of(trainer: Trainer, kind: type[AnyCallback]) -> list[AnyCallback]
     """Return a Trainer's callbacks of one class, in its order."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     return [callback for callback in callbacks if isinstance(callback, kind)]
+
+
+def check_different(callbacks: Sequence[SAMRefineCallback]) -> None:
+    """Refuse callbacks of one Trainer that would overwrite each other's figures, panels or report.
+
+    Raises:
+        MisconfigurationException: Two of one name, or with one report.
+    """
+    # Some file systems treat upper and lower case as equal.
+    names = [None if part.name is None else part.name.casefold() for part in callbacks]
+    for part, name in zip(callbacks, names, strict=True):
+        if names.count(name) > 1:
+            raise MisconfigurationException(
+                f"SAMRefineCallback: name must differ between the {len(callbacks)} callbacks of "
+                f"one Trainer, got {part.name!r} more than once; figures are logged under it, as "
+                "in SAMRefineCallback(name='fast')"
+            )
+    reports = [part.presenter.report for part in callbacks]
+    for report in reports:
+        if isinstance(report, Path) and reports.count(report) > 1:
+            raise MisconfigurationException(
+                f"SAMRefineCallback: report must differ between the callbacks of one Trainer, got "
+                f"{str(report)!r} more than once"
+            )
 
 
 def parse_refine(refine: Thresholds) -> RefineConfig:

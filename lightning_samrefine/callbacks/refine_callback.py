@@ -24,6 +24,7 @@ from lightning_samrefine.callbacks.arguments import (
     SharedArguments,
     Thresholds,
     callbacks_of,
+    check_different,
     parse_name,
 )
 from lightning_samrefine.callbacks.base_callback import SAMCallback
@@ -105,6 +106,8 @@ class SAMRefineCallback(SAMCallback):
         image_mean: The mean of your Normalize transform, undone for SAM.
         image_std: Its deviation.
         image_range: ``"0-1"`` or ``"0-255"``, the range before it; None guesses.
+        padding_key: Where the pad mask or the sizes (h, w) of images padded to one size are; the
+            padding is cut off. None searches usual names, see docs/reading.md; False cuts nothing.
         adapter: A callable ``(batch, outputs, captured)`` that replaces the search and returns
             `lightning_samrefine.adapters.batch_adapter.RefineInputs`, or a mapping with ``image``,
             ``target`` and one of ``logits``, ``probs`` and ``labels``.
@@ -163,6 +166,7 @@ class SAMRefineCallback(SAMCallback):
         image_mean: Sequence[float] | float | None = None,
         image_std: Sequence[float] | float | None = None,
         image_range: Literal["0-255", "0-1"] | None = None,
+        padding_key: str | Literal[False] | None = None,
         adapter: AdapterFunction | None = None,
         name: str | None = None,
     ) -> None:
@@ -181,6 +185,7 @@ class SAMRefineCallback(SAMCallback):
                 image_mean=image_mean,
                 image_std=image_std,
                 image_range=image_range,
+                padding_key=padding_key,
                 adapter=adapter,
             )
         )
@@ -238,7 +243,7 @@ class SAMRefineCallback(SAMCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in _STAGES:
             return
-        _check_different(trainer)
+        check_different(callbacks_of(trainer, SAMRefineCallback))
         if trainer.barebones:
             rank_zero_warn(
                 "SAMRefineCallback: Trainer(barebones=True) logs nothing; the figures are in the "
@@ -352,31 +357,6 @@ class SAMRefineCallback(SAMCallback):
     def _release(self) -> None:
         self._end_evaluation()
         super()._release()
-
-
-def _check_different(trainer: Trainer) -> None:
-    """Refuse callbacks that would overwrite each other's figures, panels or report.
-
-    Raises:
-        MisconfigurationException: Two of one name, or with one report.
-    """
-    found = callbacks_of(trainer, SAMRefineCallback)
-    # Some file systems treat upper and lower case as equal.
-    names = [None if part.name is None else part.name.casefold() for part in found]
-    for part, name in zip(found, names, strict=True):
-        if names.count(name) > 1:
-            raise MisconfigurationException(
-                f"SAMRefineCallback: name must differ between the {len(found)} callbacks of one "
-                f"Trainer, got {part.name!r} more than once; figures are logged under it, as in "
-                "SAMRefineCallback(name='fast')"
-            )
-    reports = [part.presenter.report for part in found]
-    for report in reports:
-        if isinstance(report, Path) and reports.count(report) > 1:
-            raise MisconfigurationException(
-                f"SAMRefineCallback: report must differ between the callbacks of one Trainer, got "
-                f"{str(report)!r} more than once"
-            )
 
 
 def fitted_config(trainer: Trainer, config: RefineConfig) -> RefineConfig:

@@ -214,7 +214,12 @@ class RunState:
         try:
             adapter = self._adapters.setdefault(
                 dataloader_idx,
-                replace(self._adapter, rgb=self._adapter.rgb.fresh(), binary=BinaryKind()),
+                replace(
+                    self._adapter,
+                    rgb=self._adapter.rgb.fresh(),
+                    binary=BinaryKind(),
+                    padding=self._adapter.padding.fresh(),
+                ),
             )
             captured, seen = capture.take(outputs)
             reading = adapter.read(batch, outputs, captured, seen, settled, capture.given)

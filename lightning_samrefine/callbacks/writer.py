@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_samrefine.adapters.batch_adapter import AdapterFunction
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.nested import batch_size
-from lightning_samrefine.adapters.sample_names import Stem, find_stems
+from lightning_samrefine.adapters.sample_names import find_stems, known_stems
 from lightning_samrefine.adapters.scores import ScoresKind
 from lightning_samrefine.callbacks.arguments import SharedArguments, Thresholds
 from lightning_samrefine.callbacks.base_callback import SAMCallback
@@ -91,6 +91,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         image_mean: The mean of your Normalize transform.
         image_std: Its deviation.
         image_range: The range before it.
+        padding_key: Where the pad mask or the sizes of padded images are.
         adapter: Replaces the search for image and scores; no target is needed.
 
     Attributes:
@@ -135,6 +136,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         image_mean: Sequence[float] | float | None = None,
         image_std: Sequence[float] | float | None = None,
         image_range: Literal["0-255", "0-1"] | None = None,
+        padding_key: str | Literal[False] | None = None,
         adapter: AdapterFunction | None = None,
     ) -> None:
         shared = SharedArguments.of(
@@ -150,6 +152,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
             image_mean=image_mean,
             image_std=image_std,
             image_range=image_range,
+            padding_key=padding_key,
             adapter=adapter,
             needs_target=False,
         )
@@ -313,6 +316,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
                 "image_mean": rgb.mean,
                 "image_std": rgb.std,
                 "image_range": rgb.range,
+                "padding_key": adapter.padding.key,
                 "adapter": getattr(adapter.function, "__qualname__", None),
             },
         )
@@ -324,7 +328,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         self._lock.acquire(rank=0)
         generation = self._files.prepare(provenance, self.overwrite)
         spellings = Spellings(self._files)
-        for stem in _known_stems(trainer.predict_dataloaders):
+        for stem in known_stems(trainer.predict_dataloaders):
             spellings.check(stem)
             self._files.check_stem(stem, self.probs is not None)
         return generation
@@ -372,16 +376,6 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         if self._lock is not None:
             self._lock.release()
         self._writing = self._lock = None
-
-
-def _known_stems(dataloaders: Any) -> Iterator[str]:
-    """Return the names that data sets list in advance; others are checked batch by batch."""
-    several = dataloaders if isinstance(dataloaders, list | tuple) else [dataloaders]
-    for index, dataloader in enumerate(several):
-        names = getattr(getattr(dataloader, "dataset", None), "names", None)
-        if isinstance(names, list):
-            prefix = f"{index}/" if len(several) > 1 else ""
-            yield from (f"{prefix}{name}" for name in names if isinstance(name, Stem))
 
 
 def _hashes(provenance: Provenance) -> dict[str, str]:

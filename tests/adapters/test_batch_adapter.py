@@ -163,7 +163,7 @@ def test_images_of_different_sizes_come_as_lists(adapter):
         assert [tuple(t.shape) for t in inputs.targets] == sizes
         assert [tuple(label.shape) for label in inputs.labels] == sizes
         assert len(inputs.first(1)) == 1
-    with pytest.raises(ValueError, match="equal numbers of samples, got 2, 1 and 2"):
+    with pytest.raises(ValueError, match="equal numbers of samples, got 2, 1, 2"):
         adapter((images, targets), {"logits": logits[:1]})
 
 

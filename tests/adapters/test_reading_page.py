@@ -18,6 +18,10 @@ B, C, H, W = 2, 4, 16, 24
 IMAGE = torch.zeros(B, 3, H, W, dtype=torch.uint8)
 TARGET = torch.arange(H * W).reshape(1, H, W).repeat(B, 1, 1) % C
 NOISE = torch.randint(0, 256, (B, 3, H, W), dtype=torch.uint8)
+PADDED = NOISE.clone()
+PADDED[:, :, 9:] = 0
+LEFT = torch.ones(B, H, W)
+LEFT[..., 9:] = 0
 VALID = (TARGET > 0).long()
 LOGITS = nn.functional.one_hot(TARGET, C).permute(0, 3, 1, 2) * 3.0 - 1
 OTHER = LOGITS.roll(1, dims=1)
@@ -68,6 +72,12 @@ SITUATIONS = [
         [[NOISE.flip(-1).float()]],
     ),
     lambda: (SAMPLE, {"logits": LOGITS[..., :8, :12], "target": TARGET[:, :8, :12]}),
+    lambda: ({**SAMPLE, "orig_size": torch.tensor([[9, 9], [9, 9]])}, LOGITS),
+    lambda: (
+        {**SAMPLE, "image": PADDED, "size": torch.tensor([[9, W]] * B), "pixel_mask": LEFT},
+        LOGITS,
+    ),
+    lambda: ({**SAMPLE, "pixel_mask": VALID}, LOGITS),
     lambda: (SAMPLE, {"pred": LOGITS.clamp(min=0)}),
     lambda: (SAMPLE, {"pred": (LOGITS + OTHER > -1).float()}),
     lambda: ({"image": IMAGE}, LOGITS),

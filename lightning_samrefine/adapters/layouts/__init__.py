@@ -1,0 +1,1 @@
+"""How a batch holds its images."""
