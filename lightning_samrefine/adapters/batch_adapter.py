@@ -74,6 +74,7 @@ class Reading:
         kind: The kind of scores they were converted as.
         has_network_probs: (B,) bool, label maps with the network's probabilities, or None.
         padding: What was cut off, or None.
+        colors: How the image's channels became RGB, in words; empty where they are RGB.
     """
 
     inputs: RefineInputs
@@ -81,6 +82,7 @@ class Reading:
     kind: ScoresKind
     has_network_probs: Tensor | None = None
     padding: RealParts | None = None
+    colors: str = ""
 
 
 AdapterFunction = Callable[[Any, Any, Tensor | None], RefineInputs | Mapping[str, Any]]
@@ -211,6 +213,7 @@ class BatchAdapter:
                 self.scores_key,
                 kind,
                 self.needs_target,
+                self.rgb.shows,
             )
             if settled is None:
                 roles = search(batch, outputs, captured)
@@ -237,7 +240,7 @@ class BatchAdapter:
         inputs, has_network_probs = self._convert(
             roles, kind, found_padding, captured if returned else None
         )
-        return Reading(inputs, roles, kind, has_network_probs, found_padding)
+        return Reading(inputs, roles, kind, has_network_probs, found_padding, str(self.rgb))
 
     @property
     def _num_classes(self) -> int:

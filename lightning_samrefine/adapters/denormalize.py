@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_samrefine.utils.validation import WrongValuesError
+from lightning_samrefine.adapters.candidates import is_image
+from lightning_samrefine.adapters.nested import Samples
+from lightning_samrefine.utils.validation import WrongValuesError, as_integer
 
 ImageRange: TypeAlias = Literal["0-255", "0-1"]
 RANGES = ("0-255", "0-1")
@@ -31,7 +33,9 @@ class Denormalize:
     """Turns a user's images into uint8 RGB in 0 to 255.
 
     Integer images of any dtype are expected in 0 to 255. Float images become
-    ``x * image_std + image_mean``, multiplied by 255 if the range is 0 to 1.
+    ``x * image_std + image_mean``, multiplied by 255 if the range is 0 to 1. With ``image_stretch``
+    percentiles of each image replace all this, so that an image's colors depend on it alone,
+    whatever its batch, and mean and deviation, which they undo, need not be known.
 
     A range that is not set is inferred from the first batch with unambiguous values and kept from
     then on: a dark batch of 0 to 255 is not mistaken for a bright one of 0 to 1. Later values
@@ -44,14 +48,20 @@ class Denormalize:
         image_range: ``"0-1"`` or ``"0-255"``, the range before normalization. None infers it from
             ``image_mean`` and ``image_std`` (0-1 if none exceeds 1), and without those from the
             values.
+        image_channels: Indices of the image's channels that become red, green and blue, or one for
+            gray; None for images of one or three channels. ``image_mean`` and ``image_std`` are
+            those of all the image's channels, in their order.
+        image_stretch: The percentiles of each image and channel that become 0 and 255, such as
+            ``(2, 98)``, for images of any range: multispectral ones, 16 bits, Hounsfield units.
 
     Attributes:
         range: As set or inferred from mean and standard deviation, else None.
         settled: The range in use, None until it is known.
 
     Raises:
-        TypeError: A mean or deviation that is not a number.
-        ValueError: An unknown range, a mean without a deviation, or a deviation not above 0.
+        TypeError: A mean or deviation that is not a number; channels that are not integers.
+        ValueError: An unknown range, a mean without a deviation, or a deviation not above 0;
+            another number of channels; percentiles not in order, or beside other settings.
     """
 
     def __init__(
@@ -59,9 +69,18 @@ class Denormalize:
         image_mean: float | Sequence[float] | None = None,
         image_std: float | Sequence[float] | None = None,
         image_range: ImageRange | None = None,
+        image_channels: Sequence[int] | None = None,
+        image_stretch: tuple[float, float] | None = None,
     ) -> None:
-        self.mean = _per_channel("image_mean", image_mean)
-        self.std = _per_channel("image_std", image_std)
+        self.channels = _checked_channels(image_channels)
+        self.stretch = _checked_stretch(image_stretch)
+        self.mean = _per_channel("image_mean", image_mean, self.channels is not None)
+        self.std = _per_channel("image_std", image_std, self.channels is not None)
+        if self.stretch is not None and (image_range, self.mean) != (None, None):
+            raise ValueError(
+                "image_range, image_mean and image_std must be None with image_stretch, got "
+                f"{image_range!r}, {image_mean!r} and {image_std!r}"
+            )
         if (self.mean is None) != (self.std is None):
             raise ValueError(
                 "image_mean and image_std must be set both or neither, got "
@@ -80,6 +99,23 @@ class Denormalize:
         self.settled = self.range
         self._looked_at = False
 
+    def __str__(self) -> str:
+        parts = []
+        if self.channels is not None:
+            parts.append(f"channels {', '.join(map(str, self.channels))} shown")
+        if self.stretch is not None:
+            low, high = self.stretch
+            parts.append(f"percentiles {low:g} to {high:g} of each image as 0 to 255")
+        return ", ".join(parts)
+
+    def shows(self, images: Samples) -> bool:
+        """Whether tensors have the shape of images, (B, c, H, W) or B × (c, H, W)."""
+        if self.channels is None:
+            return is_image(images)
+        if isinstance(images, Tensor):
+            return images.ndim == 4 and images.shape[1] > max(self.channels)
+        return all(one.ndim == 3 and len(one) > max(self.channels) for one in images)
+
     def fresh(self) -> Denormalize:
         """Return one with the same settings, before its first image."""
         new = copy(self)
@@ -97,7 +133,10 @@ class Denormalize:
             WrongValuesError: Values of neither range; or only 0 and 1, which are dark images of 0
                 to 255 or images of two colors in 0 to 1.
         """
-        if self.settled is not None:
+        self._settle([self._chosen(image) for image in images])
+
+    def _settle(self, images: Sequence[Tensor] | Tensor) -> None:
+        if self.settled is not None or self.stretch is not None:
             return
         # A broken image must not affect the others.
         floats = [image.float() for image in images if image.is_floating_point()]
@@ -121,7 +160,8 @@ class Denormalize:
         """Convert a batch.
 
         Args:
-            images: (B, 3, H, W), or (B, 1, H, W) gray, integer or float.
+            images: (B, 3, H, W), or (B, 1, H, W) gray, integer or float; with ``image_channels`` of
+                any number of channels.
 
         Returns:
             (B, 3, H, W) uint8 RGB on the same device.
@@ -130,6 +170,8 @@ class Denormalize:
             ValueError: A wrong shape, or values outside the range after undoing normalization.
             WrongValuesError: Values outside the range inferred from earlier batches.
         """
+        count = images.shape[1] if images.ndim == 4 else 0
+        images = self._chosen(images)
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             hint = "; channels come first" if images.shape[-1:] == (3,) else ""
             if images.ndim == 3 and images.shape[0] in (1, 3):
@@ -139,15 +181,20 @@ class Denormalize:
                 )
             elif images.ndim == 4 and images.shape[1] in (2, 6):
                 two = "two gray images" if images.shape[1] == 2 else "two RGB images"
-                hint = f"; of {two} in one tensor SAM sees the one that an adapter returns"
+                hint = f"; of {two} in one tensor image_channels names the one that SAM sees"
             raise ValueError(
                 "image must be (B, 3, H, W) RGB or (B, 1, H, W) gray, got shape "
-                f"{tuple(images.shape)}{hint}. For other channels give an adapter that returns RGB."
+                f"{tuple(images.shape)}{hint}. For other channels set image_channels to the "
+                "indices of red, green and blue, or give an adapter."
             )
         if images.dtype == torch.bool or images.is_complex():
             # Read as 0 to 255, bool would silently be a black image.
             raise ValueError(
                 f"image must be integers in 0 to 255 or floats, got dtype {images.dtype}"
+            )
+        if self.stretch is not None:
+            return torch.stack([_stretched(image, *self.stretch) for image in images]).expand(
+                -1, 3, -1, -1
             )
         if images.dtype == torch.uint8:
             return images.expand(-1, 3, -1, -1)
@@ -161,19 +208,42 @@ class Denormalize:
                 )
             return images.to(torch.uint8).expand(-1, 3, -1, -1)
 
-        self.settle(images)
+        self._settle(images)
         if self.range is not None and not self._looked_at:
             self._looked_at = True
             self._warn_of_settings(images)
         pixels = images.float()
         if self.mean is not None and self.std is not None:
-            pixels = pixels * _as_channels(self.std, pixels) + _as_channels(self.mean, pixels)
+            std, mean = (self._numbers(n, count, pixels) for n in (self.std, self.mean))
+            pixels = pixels * std + mean
         low, high = _bounds(pixels)
         image_range = self.settled or "0-1"
         tolerance = _TOLERANCE if self.range is None else _TOLERANCE_IF_SET
         self._check(low, high, _fits(low, high, image_range, tolerance), image_range)
         scale = _SCALES[image_range]
         return (pixels * scale).round_().clamp_(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+
+    def _chosen(self, images: Tensor) -> Tensor:
+        """Return the channels that are shown, of images (…, c, H, W)."""
+        if self.channels is None or images.ndim < 3:
+            return images
+        if images.shape[-3] <= max(self.channels):
+            raise ValueError(
+                f"image_channels must be below the image's {images.shape[-3]} channels, got "
+                f"{self.channels} and shape {tuple(images.shape)}"
+            )
+        return images[..., list(self.channels), :, :]
+
+    def _numbers(self, numbers: tuple[float, ...], count: int, like: Tensor) -> Tensor:
+        """Return a mean or deviation for the channels that are shown, (c, 1, 1) or (1, 1, 1)."""
+        if self.channels is not None and len(numbers) > 1:
+            if len(numbers) != count:
+                raise ValueError(
+                    "image_mean and image_std must be 1 number or one for each of the image's "
+                    f"{count} channels, got {len(numbers)}"
+                )
+            numbers = tuple(numbers[channel] for channel in self.channels)
+        return torch.tensor(numbers, device=like.device).view(-1, 1, 1)
 
     def _warn_of_settings(self, images: Tensor) -> None:
         """Warn if the first images look not normalized, or in 0 to 1 despite the set range."""
@@ -212,7 +282,57 @@ class Denormalize:
         )
 
 
-def _per_channel(name: str, value: float | Sequence[float] | None) -> tuple[float, ...] | None:
+def _stretched(image: Tensor, low: float, high: float) -> Tensor:
+    """Scale every channel between two of its percentiles, each the value of a pixel.
+
+    Args:
+        image: (c, H, W), integer or float.
+        low: Percentile that becomes 0.
+        high: Percentile that becomes 255.
+
+    Returns:
+        (c, H, W) uint8; a channel of one value is 0.
+    """
+    values = image.float() if image.is_floating_point() else image
+    if not bool(values.isfinite().all()):
+        raise ValueError("image must be finite with image_stretch, got NaN or infinite values")
+    # Not torch.quantile, which takes 16 million values at most.
+    bounds = np.percentile(values.flatten(1).cpu().numpy(), (low, high), axis=1, method="nearest")
+    black, white = torch.from_numpy(bounds.astype(np.float32)).to(image.device)[..., None, None]
+    scaled = (values.float() - black) / (white - black).clamp(min=1e-30) * 255
+    return scaled.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _checked_channels(channels: Sequence[int] | None) -> tuple[int, ...] | None:
+    if channels is None:
+        return None
+    required = "image_channels must be 1 or 3 indices of at least 0"
+    if isinstance(channels, str) or not isinstance(channels, Sequence):
+        raise TypeError(f"{required}, got {channels!r}")
+    numbers = [as_integer(channel) for channel in channels]
+    if any(number is None for number in numbers):
+        raise TypeError(f"{required}, got {channels!r}")
+    found = tuple(number for number in numbers if number is not None)
+    if len(found) not in (1, 3) or min(found) < 0:
+        raise ValueError(f"{required}, got {channels!r}")
+    return found
+
+
+def _checked_stretch(stretch: Sequence[float] | None) -> tuple[float, float] | None:
+    if stretch is None:
+        return None
+    required = "image_stretch must be two percentiles such as (2, 98)"
+    is_sequence = isinstance(stretch, Sequence) and not isinstance(stretch, str)
+    if not is_sequence or not all(isinstance(number, int | float) for number in stretch):
+        raise TypeError(f"{required}, got {stretch!r}")
+    if len(stretch) != 2 or not 0 <= stretch[0] < stretch[1] <= 100:
+        raise ValueError(f"{required}, got {stretch!r}")
+    return float(stretch[0]), float(stretch[1])
+
+
+def _per_channel(
+    name: str, value: float | Sequence[float] | None, any_count: bool
+) -> tuple[float, ...] | None:
     if value is None:
         return None
     if isinstance(value, Tensor | np.ndarray | np.generic):
@@ -223,13 +343,9 @@ def _per_channel(name: str, value: float | Sequence[float] | None) -> tuple[floa
     numbers = [number.item() if isinstance(number, np.generic) else number for number in numbers]
     if not all(isinstance(number, int | float) for number in numbers):
         raise TypeError(f"{name} must be a number or one per channel, got {value!r}")
-    if len(numbers) not in (1, 3):
+    if len(numbers) not in (1, 3) and not any_count:
         raise ValueError(f"{name} must be 1 or 3 numbers, got {len(numbers)}")
     return tuple(float(number) for number in numbers)
-
-
-def _as_channels(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, device=like.device).view(-1, 1, 1)
 
 
 def _fits(low: float, high: float, image_range: str, tolerance: float) -> bool:

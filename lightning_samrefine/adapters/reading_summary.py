@@ -32,6 +32,8 @@ def summarize(reading: Reading, ignore_index: int | None = None) -> str:
         parts = [f"RefineInputs of {len(inputs)} samples from the adapter"]
     else:
         parts = [f"image {roles.image} with values {_range(roles.image.value)}"]
+        if reading.colors:
+            parts[0] += f", {reading.colors}"
         if roles.target is not None:
             parts.append(f"target {roles.target}")
         kind = kind_of(items(roles.scores.value)[0], reading.kind)

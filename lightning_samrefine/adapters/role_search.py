@@ -63,6 +63,7 @@ class RoleSearch:
         scores_key: That of the scores.
         scores_kind: Kind of scores.
         needs_target: Whether to search a target.
+        shows: Whether a value has the shape of images.
     """
 
     num_classes: int
@@ -71,6 +72,7 @@ class RoleSearch:
     scores_key: str | None = None
     scores_kind: ScoresKind = "auto"
     needs_target: bool = True
+    shows: Callable[[Samples], bool] = is_image
 
     def __call__(self, batch: Any, outputs: Any, captured: Tensor | None) -> Roles:
         """Search one batch.
@@ -85,7 +87,9 @@ class RoleSearch:
         """
         image, target = self._image_and_target(batch, outputs)
         search = ScoresSearch(self.num_classes, self.scores_key, self.scores_kind)
-        scores = search(batch, outputs, captured, image, target)
+        # Unsuitable shapes raise in the conversion.
+        shown = image if image is not None and self.shows(image.value) else None
+        scores = search(batch, outputs, captured, shown, target)
         if scores is not None and scores.source == "outputs" and self.scores_key is None:
             self._check_crop(outputs, image, scores)
         return Roles(image, target, scores)
@@ -120,7 +124,7 @@ class RoleSearch:
             WrongValuesError: As described.
         """
         image, scores = roles.image, roles.scores
-        if image is None or scores is None or not is_image(image.value):
+        if image is None or scores is None or not self.shows(image.value):
             return
         hook = Found("forward", (), captured)
         if scores.source != "forward":
@@ -138,7 +142,7 @@ class RoleSearch:
             )
 
     def _image_and_target(self, batch: Any, outputs: Any) -> tuple[Found | None, Found | None]:
-        images = self._candidates(batch, outputs, self.image_key, 0, IMAGE_NAMES, is_image)
+        images = self._candidates(batch, outputs, self.image_key, 0, IMAGE_NAMES, self.shows)
         if not self.needs_target:
             return self._one_image(images), None
         targets = self._candidates(batch, outputs, self.target_key, 1, TARGET_NAMES, is_target)
@@ -226,7 +230,7 @@ class RoleSearch:
 
         Such a step has cropped or resized them, and its scores belong to the returned ones.
         """
-        returned = [o for o in of("outputs", named(outputs, IMAGE_NAMES)) if is_image(o.value)]
+        returned = [o for o in of("outputs", named(outputs, IMAGE_NAMES)) if self.shows(o.value)]
         truths = [
             one
             for one in of("outputs", named(outputs, TARGET_NAMES_IN_OUTPUTS))

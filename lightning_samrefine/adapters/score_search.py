@@ -19,7 +19,6 @@ from lightning_samrefine.adapters.candidates import (
     distinct,
     has_pixels,
     is_copy,
-    is_image,
     is_target,
     items,
     of,
@@ -100,8 +99,7 @@ class ScoresSearch:
             ]
             return by_key[0] if by_key else None
 
-        # Unsuitable shapes of image and target raise in the conversion.
-        image = image if image is not None and is_image(image.value) else None
+        # An unsuitable shape raises in the conversion.
         target = target if target is not None and is_target(target.value) else None
         given = [one.value for one in (image, target) if one is not None]
         queries = query_masks(outputs, self.num_classes)

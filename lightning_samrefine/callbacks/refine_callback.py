@@ -106,6 +106,10 @@ class SAMRefineCallback(SAMCallback):
         image_mean: The mean of your Normalize transform, undone for SAM.
         image_std: Its deviation.
         image_range: ``"0-1"`` or ``"0-255"``, the range before it; None guesses.
+        image_channels: Indices of the channels that become red, green and blue, or of one, such as
+            ``(3, 2, 1)`` for Sentinel-2 and ``(2, 1, 0)`` for BGR.
+        image_stretch: Percentiles of each image that become black and white, such as ``(2, 98)``,
+            for images of any range.
         padding_key: Where the pad mask or the sizes (h, w) of images padded to one size are; the
             padding is cut off. None searches usual names, see docs/reading.md; False cuts nothing.
         adapter: A callable ``(batch, outputs, captured)`` that replaces the search and returns
@@ -166,6 +170,8 @@ class SAMRefineCallback(SAMCallback):
         image_mean: Sequence[float] | float | None = None,
         image_std: Sequence[float] | float | None = None,
         image_range: Literal["0-255", "0-1"] | None = None,
+        image_channels: Sequence[int] | None = None,
+        image_stretch: tuple[float, float] | None = None,
         padding_key: str | Literal[False] | None = None,
         adapter: AdapterFunction | None = None,
         name: str | None = None,
@@ -185,6 +191,8 @@ class SAMRefineCallback(SAMCallback):
                 image_mean=image_mean,
                 image_std=image_std,
                 image_range=image_range,
+                image_channels=image_channels,
+                image_stretch=image_stretch,
                 padding_key=padding_key,
                 adapter=adapter,
             )

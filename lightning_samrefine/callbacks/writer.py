@@ -91,6 +91,8 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         image_mean: The mean of your Normalize transform.
         image_std: Its deviation.
         image_range: The range before it.
+        image_channels: The channels that become RGB.
+        image_stretch: The percentiles that become black and white.
         padding_key: Where the pad mask or the sizes of padded images are.
         adapter: Replaces the search for image and scores; no target is needed.
 
@@ -136,6 +138,8 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         image_mean: Sequence[float] | float | None = None,
         image_std: Sequence[float] | float | None = None,
         image_range: Literal["0-255", "0-1"] | None = None,
+        image_channels: Sequence[int] | None = None,
+        image_stretch: tuple[float, float] | None = None,
         padding_key: str | Literal[False] | None = None,
         adapter: AdapterFunction | None = None,
     ) -> None:
@@ -152,6 +156,8 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
             image_mean=image_mean,
             image_std=image_std,
             image_range=image_range,
+            image_channels=image_channels,
+            image_stretch=image_stretch,
             padding_key=padding_key,
             adapter=adapter,
             needs_target=False,
@@ -316,6 +322,8 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
                 "image_mean": rgb.mean,
                 "image_std": rgb.std,
                 "image_range": rgb.range,
+                "image_channels": rgb.channels,
+                "image_stretch": rgb.stretch,
                 "padding_key": adapter.padding.key,
                 "adapter": getattr(adapter.function, "__qualname__", None),
             },

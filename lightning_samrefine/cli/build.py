@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from lightning_samrefine.tune.settings import TuneSettings
 
 # Taken from the data module if the config has null.
-INHERITED = ("num_classes", "class_names", "ignore_index", "image_mean", "image_std", "image_range")
+INHERITED = (
+    "num_classes", "class_names", "ignore_index",
+    "image_mean", "image_std", "image_range", "image_channels", "image_stretch",
+)  # fmt: skip
 
 # Arguments of `SAMRefineCallback` that `TuneCallback` does not have.
 _OF_AN_EVALUATION = (
