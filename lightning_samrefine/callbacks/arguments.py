@@ -133,10 +133,6 @@ def check_trainer(owner: str, trainer: Trainer) -> None:
     That package is a copy of `lightning.pytorch` with classes of its own: its Trainer accepts
     callbacks of `lightning.pytorch`, which do not recognize its loggers and states.
 
-    Args:
-        owner: Class name of the callback.
-        trainer: The Trainer that called ``setup``.
-
     Raises:
         MisconfigurationException: The Trainer's class, or a base class of it, comes from
             pytorch_lightning.

@@ -78,12 +78,7 @@ def use_tune_callback(cfg: DictConfig, target: str) -> None:
 
 
 def build(cfg: DictConfig, key: str, **objects: Any) -> Any:
-    """Instantiate one node.
-
-    Args:
-        cfg: The whole config.
-        key: The node's.
-        **objects: Further arguments of its constructor, which Hydra does not copy.
+    """Instantiate the node under a key, with further arguments that Hydra does not copy.
 
     Raises:
         SetupError: The constructor refuses its arguments.

@@ -190,11 +190,7 @@ def matrix_scores(matrix: Tensor, ignore_index: int | None = None) -> dict[str, 
 def class_totals(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the pixels of every class that are right, that are its own, and predicted as it.
 
-    Args:
-        matrix: (…, C, C + 1) int64.
-
-    Returns:
-        Three tensors (…, C) int64.
+    These are three (…, C) int64 tensors, of (…, C, C + 1) matrices.
     """
     num_classes = matrix.shape[-2]
     hits = matrix.diagonal(dim1=-2, dim2=-1)

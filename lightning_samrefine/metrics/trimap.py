@@ -64,10 +64,7 @@ class KnownLabels:
         return self._windows([distance])[0]
 
     def rings(self, widths: Sequence[int]) -> Tensor:
-        """Sort pixels by the narrowest of bands that they are in.
-
-        Args:
-            widths: Distances in pixels, ascending.
+        """Sort pixels by the narrowest of bands that they are in, of ascending widths in pixels.
 
         Returns:
             (…, H, W) uint8 in [0, len(widths)]: the band's index, the last value being none.

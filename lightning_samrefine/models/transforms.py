@@ -28,11 +28,6 @@ def get_preprocess_shape(height: int, width: int, long_side: int) -> tuple[int, 
 
     The rule of segment-anything's ``ResizeLongestSide.get_preprocess_shape``, except that no
     side falls below 1: an image of 1 × 4000 pixels still has a row.
-
-    Args:
-        height: H ≥ 1 in pixels.
-        width: W ≥ 1 in pixels.
-        long_side: Length in pixels of the long side afterwards.
     """
     scale = long_side * 1.0 / max(height, width)
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
@@ -93,16 +88,9 @@ class SquashedFrame:
 def resize_and_pad(
     image: Tensor, frame: PaddedFrame | SquashedFrame, mean: Tensor, std: Tensor
 ) -> Tensor:
-    """Make a model's input of an image (step 0).
+    """Make a model's input, (1, 3, S, S) float32, of a (3, H, W) uint8 RGB image (step 0).
 
-    Args:
-        image: (3, H, W) uint8 RGB.
-        frame: The model's.
-        mean: (3, 1, 1) float32 in units of pixel values, on the model's device.
-        std: (3, 1, 1) float32, the same.
-
-    Returns:
-        (1, 3, S, S) float32 on the model's device.
+    Mean and deviation are (3, 1, 1), in units of pixel values, on the model's device.
     """
     height, width = frame.input_hw((image.shape[1], image.shape[2]))
     resized = resize(image, (height, width), mean.device)
@@ -112,16 +100,7 @@ def resize_and_pad(
 
 
 def resize(image: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
-    """Resize an image with antialiasing (step 0).
-
-    Args:
-        image: (3, H, W) uint8 RGB on any device.
-        size: (h, w).
-        device: Of the model.
-
-    Returns:
-        (1, 3, h, w) float32 in [0, 255] on the model's device.
-    """
+    """Resize (3, H, W) uint8 RGB with antialiasing to (1, 3, h, w) float32 in [0, 255] (step 0)."""
     # torch has no antialiasing kernel for MPS before 2.7: the CPU resizes there.
     missing = device.type == "mps" and torch.__version__ < "2.7"
     resized = F.interpolate(

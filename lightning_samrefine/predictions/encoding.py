@@ -23,11 +23,7 @@ MAX_CLASSES = 65_535
 
 
 def storable_labels(labels: Tensor, num_classes: int) -> Tensor:
-    """Bring a label map to the CPU as it is stored.
-
-    Args:
-        labels: (H, W) int64 on any device.
-        num_classes: C, at most 65,535.
+    """Bring an (H, W) int64 label map of C ≤ 65,535 classes to the CPU as it is stored.
 
     Returns:
         (H, W) uint8 if C ≤ 255, int32 otherwise. Values outside [0, C) become 255 or 65,535.

@@ -142,14 +142,6 @@ class GridCounts:
         A change counts as in the cell of the class that the pixel changes to, and only between
         refined classes. If masks of several classes compete for a pixel, a run may decide
         otherwise; with one cell and all classes refined this is `totals`.
-
-        Args:
-            cell_of_class: C cells.
-            is_open: (C,) bool.
-            objective: What is counted.
-
-        Returns:
-            (N, 5, C) int64, as `totals`.
         """
         # Labels outside the classes are never frozen, and no pixel changes to them.
         opened = np.append(is_open, True)

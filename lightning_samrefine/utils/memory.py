@@ -67,12 +67,7 @@ class ChunkSize:
     def run(
         self, count: int, size: int, process: Callable[[int, int], Result]
     ) -> Iterator[tuple[int, int, Result]]:
-        """Process items 0 to ``count`` in chunks.
-
-        Args:
-            count: Number of items.
-            size: Number of items at once, if memory allows it.
-            process: Called with the start and the end of a chunk.
+        """Process items 0 to ``count`` in chunks of ``size``, if memory allows it.
 
         Yields:
             The start and the end of a chunk, and its result.

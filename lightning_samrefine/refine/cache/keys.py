@@ -14,15 +14,7 @@ from lightning_samrefine.models.fingerprint import all_weights, raw_bytes, stamp
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]], about: tuple[Any, ...] = ()) -> str:
-    """Hash tensors with their names, dtypes and shapes, in their order.
-
-    Args:
-        weights: Names and tensors on any device.
-        about: Further values that the hash includes.
-
-    Returns:
-        40 hexadecimal digits.
-    """
+    """Hash named tensors with dtypes and shapes, and further values: 40 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=20)
     digest.update(repr(about).encode())
     for name, tensor in weights:

@@ -80,12 +80,9 @@ class MapRefinement:
         self._last_class = 0
 
     def add(self, logits: Tensor, c: int) -> None:
-        """Raise L'[c] to σ(logit) · L[c] where the logit is positive and this is larger.
+        """Raise L'[c] to σ(logit) · L[c] where the (H, W) logit is positive and this is larger.
 
-        Args:
-            logits: (H, W) float32 logits of an accepted mask.
-            c: Its class in [0, C), no smaller than that of the mask before: so the lowest class
-                wins a tie without another pass.
+        Masks come in the order of their classes: so the lowest class wins a tie.
 
         Raises:
             ValueError: A class smaller than the last.
@@ -108,11 +105,8 @@ class MapRefinement:
     def finish(self, failed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the maps, L' raised to the raw probabilities inside rejected regions (step 11).
 
-        As in the published code this changes no label: S' is that of step 10.
-
-        Args:
-            failed: (h_d, w_d) bool, the union of the rejected regions on the working grid, or
-                None if no region was rejected.
+        As in the published code this changes no label: S' is that of step 10. ``failed`` is the
+        union of the rejected regions on the working grid, (h_d, w_d) bool, or None without any.
 
         Returns:
             S' (H, W) int64, L' (C, H, W) float32 and the covered map (H, W) bool.

@@ -79,14 +79,7 @@ class FeatureMaps:
         return tuple(name for name in FEATURES if has[name])
 
     def at(self, pixels: Tensor, features: Sequence[str] | None = None) -> Tensor:
-        """Return the features of single pixels.
-
-        Args:
-            pixels: (N,) int64, indices into the flattened image.
-            features: Names from `names`; all of them if None.
-
-        Returns:
-            (F, C, N) float32.
+        """Return (F, C, N) float32 features (all if None) at N positions in the flattened image.
 
         Raises:
             ValueError: A feature that this image lacks.

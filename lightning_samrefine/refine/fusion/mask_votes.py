@@ -150,11 +150,8 @@ def masks_at(
 ) -> tuple[Tensor, Tensor]:
     """Find the mask of the best predicted IoU that stands for a class at a point.
 
-    Args:
-        masks: K ≥ 1 masks of the image.
-        stands_for: (K,) int64, their classes.
-        points: (N, 2) float XY in [0, 1), fractions of the image's sides.
-        classes: (N,) int64.
+    There are K ≥ 1 masks of the classes ``stands_for``, and N points, XY in [0, 1) as fractions of
+    the image's sides, with a class each.
 
     Returns:
         Its predicted IoU, (N,) float32, and the mask, (N, h_n, w_n) bool; 0 and an empty mask

@@ -80,17 +80,7 @@ class Gallery:
         regions: Regions,
         found: ImageComparison,
     ) -> None:
-        """Add one image.
-
-        Args:
-            name: The image's name.
-            image: (3, H, W) uint8 RGB.
-            raw: (H, W) integer.
-            refined: (H, W) integer.
-            target: (H, W) integer.
-            regions: N prompted regions, with masks if N > 0.
-            found: The comparison's counts of the image.
-        """
+        """Add one (3, H, W) uint8 RGB image with its label maps, regions and counts."""
         self.images_seen += 1
         if self._broken:
             return
