@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -23,6 +19,7 @@ from lightning_samrefine.models.hf import load_hf
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.models.tiny import build_tiny_sam
 from lightning_samrefine.models.tiny_vit import build_sam_vit_t, mobile_sam_keys
+from lightning_samrefine.utils.state_dicts import differing_keys, read_state_dict
 
 HF = "hf"
 RANDOM = "random"
@@ -141,10 +138,15 @@ def load_sam(
         return SamPromptable(
             _build(architecture).to(device), name, accepts_points=architecture.accepts_points
         )
-    path = _path(name, architecture, checkpoint)
-    state_dict = architecture.to_module_keys(_read(path, name))
+    path = _path(architecture, checkpoint)
+    what = f"a complete SAM {name} state dict"
+    state_dict = architecture.to_module_keys(read_state_dict(path, what))
     module = _build(architecture)
-    _check_keys(state_dict, module, path, name)
+    if details := differing_keys(state_dict, module):
+        raise ValueError(
+            f"checkpoint must be {what}, got {str(path)!r}, which does not hold its weights"
+            f"{_guess(state_dict)}. Its keys: {details}."
+        )
     module.load_state_dict(state_dict, strict=True)
     return SamPromptable(module.to(device), name, accepts_points=architecture.accepts_points)
 
@@ -156,70 +158,13 @@ def _build(architecture: _Architecture) -> Sam:
         return architecture.build()
 
 
-def _path(name: str, architecture: _Architecture, checkpoint: str | Path | None) -> Path:
-    if checkpoint is None and architecture.shipped is not None:
+def _path(architecture: _Architecture, checkpoint: str | Path | None) -> Path:
+    if checkpoint is not None:
+        return Path(checkpoint).expanduser()
+    if architecture.shipped is not None:
         return Path(str(resources.files("lightning_samrefine.models") / architecture.shipped))
-    if checkpoint is None:
-        assert architecture.published is not None  # weights are included or published
-        return fetch(architecture.published)
-    path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"checkpoint must be the path of a SAM {name} state dict, got {str(checkpoint)!r}, "
-            "which is not a file"
-        )
-    return path
-
-
-def _read(path: Path, name: str) -> StateDict:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Memory-mapped, so that a node's processes share one copy; not possible for torch's old
-        # format.
-        mmap = zipfile.is_zipfile(path)
-        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"checkpoint must be a SAM {name} state dict of tensors, got {str(path)!r}, which "
-            f"cannot be read as weights ({error})"
-        ) from error
-    if isinstance(state_dict, Mapping) and isinstance(state_dict.get("model"), Mapping):
-        state_dict = state_dict["model"]
-    if not isinstance(state_dict, Mapping) or not all(
-        isinstance(value, Tensor) for value in state_dict.values()
-    ):
-        raise ValueError(
-            f"checkpoint must be a SAM {name} state dict of tensors, got {str(path)!r}, which "
-            "holds no state dict"
-        )
-    return dict(state_dict)
-
-
-def _check_keys(state_dict: StateDict, module: Sam, path: Path, name: str) -> None:
-    """Raise for weights of another model, with a guess which model they belong to."""
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state_dict.items()}
-    if expected == found:
-        return
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    reshaped = [
-        key for key in sorted(expected.keys() & found.keys()) if expected[key] != found[key]
-    ]
-    details = "; ".join(
-        f"{len(keys)} {what} ({keys[0]}, …)"
-        for what, keys in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", reshaped),
-        )
-        if keys
-    )
-    raise ValueError(
-        f"checkpoint must be a complete SAM {name} state dict, got {str(path)!r}, which does not "
-        f"hold its weights{_guess(state_dict)}. Its keys: {details}."
-    )
+    assert architecture.published is not None  # weights are included or published
+    return fetch(architecture.published)
 
 
 # Width of the image encoder's tokens in segment-anything's three sizes.

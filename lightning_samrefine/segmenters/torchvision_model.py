@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn import functional as nnf
 from torchvision.models import get_model, list_models, segmentation
 
 from lightning_samrefine.adapters.target_values import IgnoreIndex, settle_ignore_index
+from lightning_samrefine.utils.state_dicts import differing_keys, read_state_dict
 
 # torchvision's segmentation weights were all trained with these.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -34,9 +34,9 @@ class TorchvisionSegmenter(LightningModule):
             images per batch in training.
         weights: torchvision's name of trained weights, such as ``"DEFAULT"`` (downloaded into
             torch's cache), or ``None`` for random ones. Their classes must be yours.
-        checkpoint: State dict of the network (alone, or under the key ``"model"`` as in
-            torchvision's reference scripts), or ``None``. Pass a Lightning checkpoint as the
-            Trainer's ``ckpt_path`` instead.
+        checkpoint: State dict of the network, a ``.pth`` or ``.safetensors`` file (alone, or under
+            the key ``"model"`` as in torchvision's reference scripts), or ``None``. Pass a
+            Lightning checkpoint as the Trainer's ``ckpt_path`` instead.
         ignore_index: Label value without a loss, or ``None``; ``"auto"`` is 255, and an error if
             255 is a class.
         lr: Learning rate of AdamW.
@@ -62,7 +62,8 @@ class TorchvisionSegmenter(LightningModule):
             raise ValueError(
                 f"architecture must be one of {', '.join(known)}, got {architecture!r}"
             )
-        state = None if checkpoint is None else _read_state(Path(checkpoint))
+        what = f"a state dict of {architecture}"
+        state = None if checkpoint is None else read_state_dict(Path(checkpoint), what)
         has_aux = any(key.startswith("aux_classifier.") for key in state or ())
         self.network = get_model(
             architecture,
@@ -72,9 +73,12 @@ class TorchvisionSegmenter(LightningModule):
             **({"aux_loss": True} if has_aux else {}),
         )
         if state is not None:
-            _load_state(
-                self.network, state, f"checkpoint: {checkpoint} does not fit {architecture}"
-            )
+            if details := differing_keys(state, self.network):
+                raise ValueError(
+                    f"checkpoint must be {what} for num_classes={num_classes}, got "
+                    f"{str(checkpoint)!r}, which does not fit: {details}"
+                )
+            self.network.load_state_dict(state)
         self.ignore_index = settle_ignore_index(ignore_index, num_classes)
         self.lr = lr
         self._mean: Tensor
@@ -139,36 +143,3 @@ class TorchvisionSegmenter(LightningModule):
         total = nnf.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
         # An image without any annotation has a loss of 0, not of 0 / 0.
         return total / (labels != ignore_index).sum().clamp(min=1)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint must be an existing file, got {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"checkpoint must be a file of tensors, got {path} ({error})") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"checkpoint must hold the state dict of a network, got {path}")
-    return state
-
-
-def _load_state(network: torch.nn.Module, state: dict[str, Tensor], refusal: str) -> None:
-    wanted = network.state_dict()
-    problems = {
-        "missing": wanted.keys() - state.keys(),
-        "unexpected": state.keys() - wanted.keys(),
-        "of another shape": {
-            key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape
-        },
-    }
-    found = [
-        f"{len(keys)} tensors {what}, such as {min(keys)}"
-        for what, keys in problems.items()
-        if keys
-    ]
-    if found:
-        raise ValueError(f"{refusal}: {'; '.join(found)}")
-    network.load_state_dict(state)

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_samrefine import load_sam
-from lightning_samrefine.models import Promptable, Prompts, registry
+from lightning_samrefine.models import Promptable, Prompts
 from lightning_samrefine.models.tiny_vit import build_sam_vit_t, mobile_sam_keys
+from lightning_samrefine.utils.state_dicts import read_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,6 @@ def test_checkpoints_are_mapped_where_their_format_allows_it(tmp_path, monkeypat
         "load",
         lambda *args, **kwargs: (asked.append(kwargs["mmap"]), load(*args, **kwargs))[1],
     )
-    read = registry._read(path, "vit_t")
+    read = read_state_dict(path, "a state dict")
     assert torch.equal(read["layer.weight"], weights["layer.weight"])
     assert asked == [zipped]
