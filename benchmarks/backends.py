@@ -1,4 +1,4 @@
-"""What each model costs an image and a region, as a multiple of vit_t: README's table of models.
+"""What each model costs an image and a region, in multiples of vit_t: for docs/choosing.md.
 
     taskset -c 0 env OMP_NUM_THREADS=1 python -m benchmarks.backends [MODEL ...]
 

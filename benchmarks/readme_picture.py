@@ -1,4 +1,4 @@
-"""Make the pictures in README: run `samrefine` as a newcomer does, and keep what it draws.
+"""Make the pictures of README and docs/: run `samrefine` as a newcomer does.
 
 python benchmarks/readme_picture.py                  # runs the command first
 python benchmarks/readme_picture.py --run FOLDER     # takes a finished run's folder

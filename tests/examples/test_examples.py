@@ -132,14 +132,13 @@ def statements(source: str) -> set[str]:
     }
 
 
-def test_readme_has_the_code_of_examples():
-    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Attach it to your Trainer")[1].split("\n## ")[0]
-    attach, refine = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    for snippet, script in (
-        (attach, "smp_multiclass/train.py"),
-        (refine, "plain_pytorch/refine.py"),
+def test_pages_have_the_code_of_examples():
+    for page, script in (
+        ("README.md", "smp_multiclass/train.py"),
+        ("docs/troubleshooting.md", "plain_pytorch/refine.py"),
     ):
+        text = (EXAMPLES.parent / page).read_text(encoding="utf-8")
+        (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
         assert statements(snippet) <= statements((EXAMPLES / script).read_text(encoding="utf-8"))
 
 
