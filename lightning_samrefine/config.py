@@ -38,6 +38,10 @@ class RefineConfig:
         mask_prompts: Whether a region is prompted with a mask besides box and point.
         points_per_side: Number of points along the image's longer side in a grid of point prompts,
             whose masks depend on the image alone and are cached. 0 for no grid.
+        encode_padding: Whether SAM encodes the padding with which it makes an image square, as
+            published. Otherwise an image that is not square takes less time and gets slightly
+            different masks; some models always do
+            (`lightning_samrefine.models.base.UnpaddedPromptable`).
         unsupported_weight: In [0, 1). Factor of a class's probability where no mask supports it;
             ten times as much for the masks of regions beside a point grid. 0 is Algorithm 4's hard
             rule.
@@ -73,6 +77,7 @@ class RefineConfig:
     prompt_regions: bool = True
     mask_prompts: bool = True
     points_per_side: int = 0
+    encode_padding: bool = True
     unsupported_weight: float = 0.0
     color_weight: float = 0.0
     crf_weight: float = 0.0
@@ -90,7 +95,7 @@ class RefineConfig:
         for name in ("max_regions", "max_prompts_per_batch"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_count(name, value, alternative="or None"))
-        for name in ("prompt_regions", "mask_prompts"):
+        for name in ("prompt_regions", "mask_prompts", "encode_padding"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         points = check_count("points_per_side", self.points_per_side, least=0)
@@ -163,6 +168,7 @@ _FAST = {
     "min_region_area": 16,
     "max_regions": 500,
     "mask_prompts": False,
+    "encode_padding": False,
     "unsupported_weight": 0.02,
     "color_weight": 1.3,
     "crf_weight": 4.0,

@@ -29,6 +29,7 @@ from lightning_samrefine.models.base import (
     Promptable,
     Prompts,
     accepts_masks,
+    can_skip_padding,
     has_multimask_output,
 )
 from lightning_samrefine.utils.precision import autocast
@@ -107,6 +108,24 @@ def check_encode_images(sam: Promptable) -> None:
         _close(of_batch, alone, f"embeddings of {image_hw} with other images and alone")
     nothing = _embed(sam, [])
     _require(len(nothing) == 0, "embeddings of no image")
+
+
+def check_padding(sam: Promptable) -> None:
+    """If it can skip the padding, masks keep their frame, and a square image's stay the same."""
+    if not can_skip_padding(sam):
+        return
+    for image_hw in _IMAGE_SIZES:
+        image, prompts = _image(sam, image_hw), _prompts(sam, image_hw)
+        with torch.no_grad(), autocast(None, sam.device):
+            (embedding,) = sam.encode_images([image], padding=False)
+        logits, pred_iou = _decode(sam, embedding, prompts)
+        what = f"without the padding of {image_hw}"
+        _shaped(logits, (len(prompts), sam.mask_size, sam.mask_size), f"logits {what}")
+        _shaped(pred_iou, (len(prompts),), f"predicted IoU {what}")
+        height, width = sam.input_hw(image_hw)
+        if height == width:
+            expected, _ = _decode(sam, _embed(sam, [image])[0], prompts)
+            _close(logits, expected, f"logits with and {what}, which has none")
 
 
 def check_predict_masks(sam: Promptable) -> None:
@@ -211,6 +230,7 @@ CHECKS: tuple[Callable[[Promptable], None], ...] = (
     check_frozen,
     check_frames,
     check_encode_images,
+    check_padding,
     check_predict_masks,
     check_prompts_matter,
     check_multimask_output,

@@ -45,6 +45,7 @@ def test_algorithm4_has_the_published_thresholds_and_overrides_replace_fields():
         ("class_pred_iou_thresh", {-1: 0.5}, ValueError),
         ("prompt_regions", 1, TypeError),
         ("mask_prompts", None, TypeError),
+        ("encode_padding", 0, TypeError),
         ("points_per_side", -1, ValueError),
         ("points_per_side", 24, ValueError),  # without unsupported_weight
         ("unsupported_weight", 1.0, ValueError),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class Promptable(Protocol):
     - ``has_multimask_output = False``: `predict_masks` has one mask a prompt only; regions are
       prompted instead of a point grid, as in preset ``fast``.
     - ``predict_masks_jointly``: see `JointPromptable`.
+    - ``encode_images(images, padding=True)``: see `UnpaddedPromptable`.
     - ``drop_derived()``: drops the copies and products of the weights that the model keeps between
       calls; called if the weights may have changed, and at the end of a run.
 
@@ -153,6 +155,31 @@ class JointPromptable(Promptable, Protocol):
             What `predict_masks` returns for each, one after the other: (Σ N_k, m, m) and (Σ N_k,).
         """
         ...
+
+
+class UnpaddedPromptable(Promptable, Protocol):
+    """A `Promptable` that can encode an image without the padding of its square input.
+
+    Without it the encoder has less work on an image that is not square, and masks differ a little.
+    A model whose `encode_images` has no ``padding`` always encodes it.
+    """
+
+    def encode_images(self, images: Sequence[Tensor], padding: bool = True) -> list[Embedding]:
+        """Encode images, each uint8 (3, H, W) RGB of its own size (step 0).
+
+        Args:
+            images: The images.
+            padding: Whether the padding is encoded as well, as published.
+
+        Returns:
+            One embedding an image, for the same `predict_masks` and with the same frames.
+        """
+        ...
+
+
+def can_skip_padding(sam: Promptable) -> TypeGuard[UnpaddedPromptable]:
+    """Return whether a model's `encode_images` has the parameter of `UnpaddedPromptable`."""
+    return "padding" in inspect.signature(sam.encode_images).parameters
 
 
 def accepts_masks(sam: Promptable) -> bool:

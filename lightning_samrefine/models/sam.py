@@ -10,12 +10,9 @@ from torch import Tensor
 
 from lightning_samrefine.models.base import Prompts
 from lightning_samrefine.models.fast.decoder import FastMaskDecoder, supports
-from lightning_samrefine.models.fast.encoder import FastImageEncoder
+from lightning_samrefine.models.fast.encoder import FastImageEncoder, takes_parts
 from lightning_samrefine.models.fast.point_encoding import exact_coordinates
 from lightning_samrefine.models.transforms import get_preprocess_shape, resize
-
-# One image at a time keeps ViT's attention matrices from piling up; a GPU is busy with one.
-_IMAGES_PER_BATCH = 1
 
 
 class SamPromptable:
@@ -55,18 +52,39 @@ class SamPromptable:
         """Return (h_n, w_n): the long side becomes the mask prompt's size (step 5)."""
         return get_preprocess_shape(*image_hw, self.mask_size)
 
-    def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
+    def encode_images(self, images: Sequence[Tensor], padding: bool = True) -> list[Tensor]:
         """Encode images, each uint8 (3, H, W) RGB of its own size (step 0).
+
+        One at a time, which keeps ViT's attention matrices from piling up; a GPU is busy with one.
+
+        Args:
+            images: The images.
+            padding: Whether the padding is encoded, as published. Otherwise the encoder works on
+                the patches that show the image, and all others get one constant embedding of
+                padding. Encoders other than segment-anything's ViT and TinyViT always encode it.
 
         Returns:
             One (1, D, h_e, w_e) float32 embedding an image.
         """
-        inputs = [self._preprocess(image) for image in images]
-        embeddings: list[Tensor] = []
-        for start in range(0, len(inputs), _IMAGES_PER_BATCH):
-            batch = torch.cat(inputs[start : start + _IMAGES_PER_BATCH])
-            embeddings.extend(self._encode(batch).float().split(1))
-        return embeddings
+        whole = padding or not takes_parts(self.module.image_encoder)
+        encode = self._encode_whole if whole else self._encode_shown
+        return [encode(image).float() for image in images]
+
+    def _encode_whole(self, image: Tensor) -> Tensor:
+        return self._encode(self._preprocess(image))
+
+    def _encode_shown(self, image: Tensor) -> Tensor:
+        """Encode the patches that show an image, and fill in the rest: (1, D, h_e, w_e)."""
+        square, grid = self._preprocess(image), self.module.prompt_encoder.image_embedding_size
+        patch = self.image_size // grid[0]
+        height, width = self.input_hw((image.shape[1], image.shape[2]))
+        rows, columns = -(-height // patch), -(-width // patch)
+        shown = self._encode(square[..., : rows * patch, : columns * patch])
+        if (rows, columns) == grid:
+            return shown
+        embedding = self._encode.of_padding(square, patch).repeat(1, 1, *grid)
+        embedding[..., :rows, :columns] = shown
+        return embedding
 
     def predict_masks(
         self, embedding: Tensor, prompts: Prompts, multimask_output: bool = False

@@ -13,14 +13,22 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.models.base import Embedding, JointPromptable, Promptable, Prompts
+from lightning_samrefine.models.base import (
+    Embedding,
+    JointPromptable,
+    Promptable,
+    Prompts,
+    can_skip_padding,
+)
 from lightning_samrefine.refine.mask_predictions import finite_iou, non_finite_error
 from lightning_samrefine.refine.mask_proposals import MaskProposals, pack_masks
 from lightning_samrefine.utils.memory import ChunkSize
 from lightning_samrefine.utils.precision import active_autocast, rounded
 
 
-def encode_images(sam: Promptable, images: Sequence[Tensor], chunks: ChunkSize) -> list[Embedding]:
+def encode_images(
+    sam: Promptable, images: Sequence[Tensor], chunks: ChunkSize, padding: bool = True
+) -> list[Embedding]:
     """Encode images, all in one call if memory allows.
 
     Floats are rounded to the autocast's dtype: a stored embedding, which is kept in that dtype,
@@ -30,11 +38,17 @@ def encode_images(sam: Promptable, images: Sequence[Tensor], chunks: ChunkSize) 
         sam: The model.
         images: (3, H, W) uint8 each.
         chunks: Halves the number of images at once if memory runs out.
+        padding: Whether to encode the padding of the model's square input, if the model can do
+            without.
     """
     dtype = active_autocast(sam.device)
-    encoded = chunks.run(
-        len(images), len(images), lambda start, stop: sam.encode_images(images[start:stop])
-    )
+
+    def encode(start: int, stop: int) -> list[Embedding]:
+        if not padding and can_skip_padding(sam):
+            return sam.encode_images(images[start:stop], padding=False)
+        return sam.encode_images(images[start:stop])
+
+    encoded = chunks.run(len(images), len(images), encode)
     return [rounded(embedding, dtype) for _, _, part in encoded for embedding in part]
 
 

@@ -258,7 +258,9 @@ class Refiner:
             chosen = [i for i in part if len(regions[i]) > 0]
             if chosen:
                 images = [read[i].image for i in chosen]
-                encoded = encode_images(self._model, images, self._images_at_once)
+                encoded = encode_images(
+                    self._model, images, self._images_at_once, config.encode_padding
+                )
                 embeddings.update(zip(chosen, encoded, strict=True))
         return regions, embeddings
 

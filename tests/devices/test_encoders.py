@@ -14,18 +14,20 @@ from lightning_samrefine.models.tiny import TinyImageEncoder
 from lightning_samrefine.models.tiny_vit import TinyVitEncoder
 
 ENCODERS = {
-    "ViT, windows and global": (lambda: vit(window=5), 128),
-    "ViT, global alone": (lambda: vit(window=0), 128),
-    "TinyViT": (lambda: randomize(TinyVitEncoder()), 192),
-    "tiny": (lambda: randomize(TinyImageEncoder()), 128),
+    "ViT, windows and global": (lambda: vit(window=5), (128, 128)),
+    "ViT, global alone": (lambda: vit(window=0), (128, 128)),
+    "ViT, part of its square": (lambda: vit(window=5), (96, 128)),
+    "TinyViT": (lambda: randomize(TinyVitEncoder()), (192, 192)),
+    "TinyViT, part of its square": (lambda: randomize(TinyVitEncoder()), (192, 112)),
+    "tiny": (lambda: randomize(TinyImageEncoder()), (128, 128)),
 }
 
 
 @pytest.mark.parametrize("device_name", ["cuda", "mps"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_computes_what_it_does_on_the_cpu(name, device_name):
-    make, side = ENCODERS[name]
-    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+    make, hw = ENCODERS[name]
+    image = torch.randn(1, 3, *hw, generator=torch.Generator().manual_seed(1))
     module = make()
     expected = FastImageEncoder(copy.deepcopy(module))(image)
     with torch.no_grad(), SimulatedDevice(device_name) as device:

@@ -6,11 +6,14 @@ else on the way of an image fails here, and so does one more at a place of the l
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from encoder_cases import vit
 from random_predictions import blobs
 from simulated_device import MixedDevicesError, SimulatedDevice
-from tiny_random_sam import build_random_sam
+from tiny_random_sam import build_random_sam, small_sam_around
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs
@@ -98,6 +101,27 @@ def test_an_image_waits_where_the_table_says(preset, look):
     assert len(out.regions) > 5
     assert dict(device.waits) == ALLOWED[preset, look]
     assert sum(device.waits.values()) <= MOST
+
+
+@pytest.mark.parametrize("look", ["no cache", "first look", "cached"])
+def test_an_image_without_padding_waits_no_more(look):
+    module = small_sam_around(vit(window=3, out_chans=32), 128, 16, 32)
+    image, probs = blobs(size=HW)
+    expected = Refiner(SamPromptable(copy.deepcopy(module), "vit"), CONFIGS["fast"], "32")(
+        image, probs
+    )
+    with SimulatedDevice("cuda") as device:
+        sam = SamPromptable(device.to_device(module), "vit")
+        cache = None if look == "no cache" else "memory"
+        refiner = Refiner(sam, CONFIGS["fast"], "32", cache=cache)
+        refiner(*on(device, *blobs(size=HW[::-1], seed=1)))
+        inputs = on(device, image, probs)
+        if look == "cached":
+            refiner(*inputs)
+        device.waits.clear()
+        out = refiner(*inputs)
+    assert dict(device.waits) == ALLOWED["fast", look]
+    assert (out.labels.held == expected.labels).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("preset", CONFIGS)

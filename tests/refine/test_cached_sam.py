@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from cache_cases import images
+from cache_cases import images, make_cache
+from encoder_cases import vit
 from random_predictions import blobs
 from stub_sams import CountingSam
+from tiny_random_sam import small_sam_around
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.models.base import Promptable, Prompts
+from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine.cache import embedding_cache
 from lightning_samrefine.refine.cache.cached_sam import CachedSam
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
@@ -88,6 +91,48 @@ def test_an_image_is_hashed_once_and_an_embedding_read_only_to_prompt_regions(
     refiner(image, probs)
     assert len(hashed) == 1
     assert len(read) == len(set(read)) == 1 + prompt_regions
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_an_image_without_padding_has_a_key_of_its_own_and_comes_back(kind, tmp_path):
+    sam = SamPromptable(small_sam_around(vit(window=3, out_chans=32), 128, 16, 32), "vit")
+    cached = CachedSam(sam, make_cache(kind, tmp_path))
+    (wide,), (square,) = images(1), images(1, (32, 32))
+
+    def look(at, padding):
+        with torch.no_grad():
+            (lazy,) = at.encode_images([wide], padding=padding)
+            return at.resolve([lazy])[0]
+
+    whole, part = look(cached, padding=True), look(cached, padding=False)
+    assert cached.cache.stats.misses == 2
+    assert whole.shape == part.shape == (1, 32, 8, 8)
+    assert not torch.allclose(whole, part)
+    again = CachedSam(sam, make_cache(kind, tmp_path)) if kind == "disk" else cached
+    assert torch.equal(look(again, padding=False), part)
+    assert torch.equal(look(again, padding=True), whole)
+    assert again.cache.stats.hits == 2
+    for padding in (True, False):  # a square has one look, as has a model that always pads
+        cached.resolve(cached.encode_images([square], padding=padding))
+    assert cached.cache.stats.misses == 3
+    padding_sam = CountingSam()
+    always = CachedSam(padding_sam, EmbeddingCache("memory"))
+    for padding in (True, False):
+        always.resolve(always.encode_images([wide], padding=padding))
+    assert padding_sam.calls == [1]
+
+
+def test_the_masks_of_a_point_grid_have_the_key_of_their_look():
+    sam = SamPromptable(small_sam_around(vit(window=3, out_chans=32), 128, 16, 32), "vit")
+    cache = EmbeddingCache("memory")
+    image, probs = blobs()
+    for padding in (True, False):
+        config = RefineConfig.preset("default", min_region_area=1, encode_padding=padding)
+        expected = Refiner(sam, config, "32")(image, probs)
+        for _ in range(2):
+            found = Refiner(sam, config, "32", cache)(image, probs)
+            assert torch.equal(found.probs, expected.probs)
+    assert (cache.stats.misses, cache.stats.hits) == (4, 4)
 
 
 def test_a_refiner_keeps_the_users_model_and_wraps_it(sam):

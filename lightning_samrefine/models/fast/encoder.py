@@ -23,11 +23,14 @@ from lightning_samrefine.models.fast.attention import (
 from lightning_samrefine.models.fingerprint import all_weights, stamp
 from lightning_samrefine.models.tiny import TinyImageEncoder
 from lightning_samrefine.models.tiny_vit import TinyVitEncoder
+from lightning_samrefine.utils.precision import active_autocast
 
 # Maximum number of elements of an intermediate on the CPU. Larger blocks are requested from the
 # system every time (glibc's mmap threshold ends at 32 MiB), and their page faults cost as much as
 # the arithmetic.
 _CPU_ELEMENTS = 2**22
+# Side of the empty square whose middle is the embedding of padding: a window of ViT and TinyViT.
+_EMPTY_PATCHES = 14
 
 
 class FastImageEncoder:
@@ -48,14 +51,18 @@ class FastImageEncoder:
         self.encoder = encoder
         self._folded: nn.Module | None = None
         self._fingerprint: tuple[tuple[Any, ...], ...] = ()
+        self._padding: tuple[tuple[Any, ...], Tensor] | None = None
 
     def drop_derived(self) -> None:
-        """Drop the folded copy."""
-        self._folded, self._fingerprint = None, ()
+        """Drop the folded copy and the embedding of padding."""
+        self._folded, self._fingerprint, self._padding = None, (), None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Embed (B, 3, S, S) float, normalized and padded, as (B, D, h_e, w_e).
+
+        An encoder that `takes_parts` also embeds the top left patches of the square alone, as if
+        nothing were right of and below them: positions keep their meaning.
 
         The dtype is that of the module's own forward, also under autocast.
         """
@@ -69,6 +76,23 @@ class FastImageEncoder:
             return self._without_batch_norm()(images)
         return self.encoder(images)
 
+    def of_padding(self, square: Tensor, patch: int) -> Tensor:
+        """Embed padding: (1, D, 1, 1), from the middle of a window without an image.
+
+        Kept for the same weights and precision.
+
+        Args:
+            square: (1, 3, S, S), any input; only its kind counts.
+            patch: Side of a patch in pixels.
+        """
+        state = (active_autocast(square.device), *stamp(all_weights(self.encoder)))
+        if self._padding is None or self._padding[0] != state:
+            side = _EMPTY_PATCHES * patch
+            embedded = self(torch.zeros_like(square[..., :side, :side]))
+            middle = embedded.shape[-1] // 2
+            self._padding = state, embedded[..., middle : middle + 1, middle : middle + 1].clone()
+        return self._padding[1]
+
     def _without_batch_norm(self) -> nn.Module:
         """Return the folded copy, recomputed if the module's weights have changed."""
         fingerprint = stamp(all_weights(self.encoder))
@@ -76,6 +100,11 @@ class FastImageEncoder:
             self._folded = _fold_batch_norms(copy.deepcopy(self.encoder))
             self._fingerprint = fingerprint
         return self._folded
+
+
+def takes_parts(encoder: nn.Module) -> bool:
+    """Return whether `FastImageEncoder` can embed a part of an encoder's square alone."""
+    return type(encoder) in (ImageEncoderViT, TinyVitEncoder)
 
 
 def _fold_batch_norms(module: nn.Module) -> nn.Module:
@@ -96,9 +125,10 @@ def _vit(encoder: ImageEncoderViT, images: Tensor) -> Tensor:
     """Run `ImageEncoderViT.forward` ("Segment Anything", arXiv 2304.02643, section 3)."""
     x = _patches(encoder.patch_embed.proj, images)
     if encoder.pos_embed is not None:
-        x = x + encoder.pos_embed
+        x = x + encoder.pos_embed[:, : x.shape[1], : x.shape[2]]
+    grid = encoder.img_size // encoder.patch_embed.proj.stride[0]
     for block in encoder.blocks:
-        x.add_(block.attn.proj(_vit_attention(block, x)))
+        x.add_(block.attn.proj(_vit_attention(block, x, grid)))
         _add_mlp(x, block.norm2, block.mlp.lin1, block.mlp.act, block.mlp.lin2)
     return _neck(encoder.neck, x)
 
@@ -115,8 +145,14 @@ def _patches(conv: nn.Conv2d, images: Tensor) -> Tensor:
     return F.linear(patches, conv.weight.flatten(1), conv.bias)
 
 
-def _vit_attention(block: Block, x: Tensor) -> Tensor:
-    """Return attention's output before its projection, (B, h, w, D)."""
+def _vit_attention(block: Block, x: Tensor, grid: int) -> Tensor:
+    """Return attention's output before its projection, (B, h, w, D).
+
+    Args:
+        block: The block.
+        x: (B, h, w, D).
+        grid: Side of the whole square in tokens, for which relative positions were learned.
+    """
     attn = block.attn
     height, width = x.shape[1:3]
     window = block.window_size
@@ -124,9 +160,10 @@ def _vit_attention(block: Block, x: Tensor) -> Tensor:
     rel_pos = None
     if attn.use_rel_pos:
         sides = (window, window) if window > 0 else (height, width)
+        learned = window or grid
         rel_pos = (
-            _relative_embeddings(sides[0], attn.rel_pos_h),
-            _relative_embeddings(sides[1], attn.rel_pos_w),
+            _relative_embeddings(sides[0], attn.rel_pos_h, learned),
+            _relative_embeddings(sides[1], attn.rel_pos_w, learned),
         )
     if window == 0:
         return global_attention(qkv, rel_pos)
@@ -142,17 +179,23 @@ def _vit_attention(block: Block, x: Tensor) -> Tensor:
     return window_attention(qkv, padding, window, bias)
 
 
-def _relative_embeddings(side: int, table: Tensor) -> Tensor:
+def _relative_embeddings(side: int, table: Tensor, learned: int) -> Tensor:
     """Return (side, side, d), the embedding of each query's position relative to each key's.
 
-    The table (L, d) is resized to 2 · side - 1 rows if L differs. segment-anything's `get_rel_pos`
-    indexes with a CPU tensor, which synchronizes with the GPU twice per block.
+    segment-anything's `get_rel_pos` indexes with a CPU tensor, which synchronizes with the GPU
+    twice per block.
+
+    Args:
+        side: Number of queries and of keys along one axis.
+        table: (L, d), for ``learned`` positions: resized to 2 · learned - 1 rows if L differs.
+        learned: Number of tokens along the axis of the whole square, or of a window.
     """
-    rows = 2 * side - 1
+    learned = max(side, learned)
+    rows = 2 * learned - 1
     if len(table) != rows:
         table = F.interpolate(table.T[None], rows, mode="linear")[0].T
     position = torch.arange(side, device=table.device)
-    return table[position[:, None] - position + (side - 1)]
+    return table[position[:, None] - position + (learned - 1)]
 
 
 def _add_mlp(x: Tensor, norm: nn.Module, first: nn.Linear, act: nn.Module, last: nn.Linear) -> None:

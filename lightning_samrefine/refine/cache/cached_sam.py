@@ -15,6 +15,7 @@ from lightning_samrefine.models.base import (
     Prompts,
     accepts_masks,
     accepts_points,
+    can_skip_padding,
     drop_derived,
     has_multimask_output,
 )
@@ -32,6 +33,7 @@ class _ImageBatch:
     images: list[Tensor]
     digests: list[str] | None
     dtype: torch.dtype | None
+    padding: bool
     embeddings: dict[int, Embedding] = field(default_factory=dict)
 
 
@@ -120,14 +122,25 @@ class CachedSam:
         """Bring (N, m, m) logits to (N, H, W) float32."""
         return self.sam.postprocess_masks(low_res_logits, image_hw)
 
-    def encode_images(self, images: Sequence[Tensor]) -> list[Embedding]:
+    def encode_images(self, images: Sequence[Tensor], padding: bool = True) -> list[Embedding]:
         """Hash images, each uint8 (3, H, W); on CUDA the CPU waits once for all of them.
+
+        Args:
+            images: The images.
+            padding: See `lightning_samrefine.models.base.UnpaddedPromptable`. An image that has
+                other embeddings without padding has other keys as well.
 
         Returns:
             A `LazyEmbedding` an image.
         """
         images = list(images)
-        batch = _ImageBatch(images, self.cache.digests(images), active_autocast(self.device))
+        digests = self.cache.digests(images)
+        if digests is not None and not padding and can_skip_padding(self.sam):
+            digests = [
+                f"{digest} without padding" if self._is_padded(image) else digest
+                for digest, image in zip(digests, images, strict=True)
+            ]
+        batch = _ImageBatch(images, digests, active_autocast(self.device), padding)
         return [LazyEmbedding(batch, index) for index in range(len(images))]
 
     def predict_masks(
@@ -185,16 +198,20 @@ class CachedSam:
             for (packed, pred_iou), image_hw in zip(kept, image_hws, strict=True)
         ]
 
+    def _is_padded(self, image: Tensor) -> bool:
+        height, width = self.sam.input_hw((image.shape[1], image.shape[2]))
+        return height != width
+
     def resolve(self, embeddings: Sequence[LazyEmbedding]) -> list[Embedding]:
         """Return the embeddings themselves; those not in the cache are encoded in one call."""
         pending = [one for one in embeddings if one.index not in one.batch.embeddings]
         if pending:
-            dtype = pending[0].batch.dtype
+            dtype, padding = pending[0].batch.dtype, pending[0].batch.padding
 
             def compute(missing: list[int]) -> list[Embedding]:
                 images = [pending[i].batch.images[pending[i].index] for i in missing]
                 with autocast(dtype, self.device):
-                    return encode_images(self.sam, images, self._images_at_once)
+                    return encode_images(self.sam, images, self._images_at_once, padding)
 
             found = self.cache.fetch(self.sam, _digests(pending), dtype, compute, len(pending))
             for one, embedding in zip(pending, found, strict=True):
