@@ -62,13 +62,14 @@ def page(results: Mapping[str, Any]) -> str:
 def padding(results: Mapping[str, Any]) -> str:
     """Format the looks with the padding of SAM's square and without."""
     rows, machines = [], []
-    for looks in results.get("padding", ()):
+    for looks in results.get("padding", {}).values():
         machines.append(f"{looks['name']}: {looks['machine']}")
         for shape, costs in looks["shapes"].items():
             for look in ("padded", "unpadded"):
                 first, second = costs[f"{look} first"], costs[f"{look} second"]
                 times = [costs[f"{look} encoder"], first]
-                faster = [f"{costs['literal'] / total:.1f}x" for total in (first, second)]
+                literal = 1 + costs["literal rest"]
+                faster = [f"{literal / total:.1f}x" for total in (first, second)]
                 row = [f"{looks['name']}, {shape}, {look}", *(f"{time:.2f}" for time in times)]
                 rows.append([*row, faster[0], f"{second:.3f}", faster[1]])
     if not rows:
