@@ -333,7 +333,7 @@ def measure_paddings(name: str, threads: int, repeats: int, device: torch.device
     where = "GPU" if device.type == "cuda" else f"{threads} core{'s' * (threads > 1)}"
     return {
         "name": f"{name}, {where}",
-        "machine": f"{_processor()}, {repeats} repeats",
+        "machine": f"{_processor()}, {repeats} run" + "s" * (repeats > 1),
         "shapes": {f"{h}x{w}": medians(costs) for (h, w), costs in shapes.items()},
     }
 
