@@ -63,10 +63,9 @@ class FittedOnVal:
             fitted = FittedFusion.from_mapping(json.loads(path.read_text(encoding="utf-8")))
             return AutoFusion(classes, fitted)
         auto = AutoFusion(classes)
-        sample = AutoRefiner(self._refiner, auto, IGNORED)
-        sample.start(samples=True)
+        refiner = AutoRefiner(self._refiner, auto, IGNORED)
         for example in track(examples(self._root, pair, "val"), description=f"fit {pair}"):
-            sample(_inputs(example.image, example.predict(), example.target))
+            refiner.sample(_inputs(example.image, example.predict(), example.target))
         auto.finish()
         assert auto.fitted is not None, f"{pair} has too few validation images"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,29 +38,30 @@ class RefineInputs:
         probs: (B, C, H, W) float32 in [0, 1], the raw probabilities.
         labels: (B, H, W) int64, the raw prediction; values outside [0, C) mean "unknown".
         targets: (B, H, W) int64, or None without targets.
+        groups: B names; images of one group, such as the frames of a video, are neighbors. None
+            if every image is one of its own.
     """
 
     images: Samples
     probs: Samples
     labels: Samples
     targets: Samples | None
+    groups: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def first(self, count: int) -> RefineInputs:
         """Return the first ``count`` samples."""
-        targets = None if self.targets is None else self.targets[:count]
-        return RefineInputs(self.images[:count], self.probs[:count], self.labels[:count], targets)
+        values = vars(self).items()
+        return replace(self, **{name: v if v is None else v[:count] for name, v in values})
 
     def take(self, indices: Sequence[int]) -> RefineInputs:
         """Return the samples with these indices, in this order, as lists."""
-
-        def chosen(samples: Samples) -> list[Tensor]:
-            return [samples[i] for i in indices]
-
-        targets = None if self.targets is None else chosen(self.targets)
-        return RefineInputs(chosen(self.images), chosen(self.probs), chosen(self.labels), targets)
+        values = vars(self).items()
+        return replace(
+            self, **{name: v if v is None else [v[i] for i in indices] for name, v in values}
+        )
 
 
 @dataclass(frozen=True)
@@ -342,8 +343,12 @@ class BatchAdapter:
     def _checked(self, inputs: RefineInputs) -> RefineInputs:
         if inputs.targets is None and self.needs_target:
             raise ValueError("adapter must return targets here, got RefineInputs without them")
-        inputs = RefineInputs(
-            *map(self._move, (inputs.images, inputs.probs, inputs.labels, inputs.targets))
+        inputs = replace(
+            inputs,
+            images=self._move(inputs.images),
+            probs=self._move(inputs.probs),
+            labels=self._move(inputs.labels),
+            targets=self._move(inputs.targets),
         )
         for index in range(len(inputs)):
             probs, labels = inputs.probs[index], inputs.labels[index]
@@ -358,7 +363,8 @@ class BatchAdapter:
                     f"adapter: the target of sample {index} must be {expected[1:]}, got "
                     f"{tuple(inputs.targets[index].shape)}"
                 )
-        return RefineInputs(
+        return replace(
+            inputs,
             images=_each(checked_image, inputs.images),
             probs=_each(checked_probs, inputs.probs),
             labels=_each(lambda labels: whole_numbers(labels, "adapter: labels"), inputs.labels),

@@ -47,16 +47,7 @@ def find_stems(
     Raises:
         ValueError: Nothing under ``key``, no name and no index, or a name that no file can have.
     """
-    if key is not None:
-        value = _at(batch, key)
-        names = _names(value, count)
-        if names is None:
-            raise ValueError(
-                f"stem_key must be the key of {count} strings, paths or integers, got {key!r}, "
-                f"under which the batch has {describe(value)}. The batch is {describe(batch)}"
-            )
-    else:
-        names = _search(batch, count)
+    names = _search(batch, count) if key is None else names_under(batch, key, count, "stem_key")
     if names is not None:
         return [to_stem(name) for name in names]
     if indices is not None and len(indices) == count:
@@ -66,6 +57,28 @@ def find_stems(
         f"unknown. The batch is {describe(batch)}. Put a name into each sample, under 'name' or "
         "any other key, and set stem_key to it"
     )
+
+
+def names_under(batch: Any, key: str, count: int, argument: str) -> list[Any]:
+    """Return what a batch holds for each of its images under a user's key.
+
+    Args:
+        batch: As the dataloader yields it.
+        key: Key of B strings, paths or integers, such as ``"meta.path"``.
+        count: B, the number of its images.
+        argument: Name of the argument that the key was given as, for the error.
+
+    Raises:
+        ValueError: Nothing under the key, or something else.
+    """
+    value = _at(batch, key)
+    names = _names(value, count)
+    if names is None:
+        raise ValueError(
+            f"{argument} must be the key of {count} strings, paths or integers, got {key!r}, "
+            f"under which the batch has {describe(value)}. The batch is {describe(batch)}"
+        )
+    return names
 
 
 def own_names(batch: Any, count: int) -> list[str] | None:

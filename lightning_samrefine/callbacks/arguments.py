@@ -42,6 +42,7 @@ class SharedArguments:
         refine: The thresholds.
         precision: SAM's autocast, see `Refiner`.
         adapter: Reads batches; its number of classes is not set yet.
+        group_key: Where the names of the images' groups are in the batch, None for no groups.
     """
 
     sam: str | Promptable
@@ -51,6 +52,7 @@ class SharedArguments:
     refine: RefineConfig
     precision: str
     adapter: BatchAdapter
+    group_key: str | None = None
 
     @classmethod
     def of(
@@ -73,6 +75,7 @@ class SharedArguments:
         padding_key: str | Literal[False] | None = None,
         adapter: AdapterFunction | None = None,
         target_key: str | None = None,
+        group_key: str | None = None,
         needs_target: bool = True,
     ) -> SharedArguments:
         """Check and convert the arguments of a callback's constructor.
@@ -84,6 +87,10 @@ class SharedArguments:
         """
         check_sam(sam, checkpoint, precision)
         names = parse_class_names(class_names)
+        if group_key is not None and not isinstance(group_key, str):
+            raise TypeError(
+                f"group_key must be a string such as 'scene' or None, got {group_key!r}"
+            )
         return cls(
             sam=sam,
             checkpoint=checkpoint,
@@ -101,6 +108,7 @@ class SharedArguments:
                 function=adapter,
                 needs_target=needs_target,
             ),
+            group_key=group_key,
         )
 
 

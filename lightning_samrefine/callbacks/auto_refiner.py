@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
+from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fit.auto import AutoFusion
 from lightning_samrefine.refine.cache.keys import image_digest
 from lightning_samrefine.refine.class_filter import restore_frozen_classes
@@ -26,13 +27,21 @@ class AutoRefiner:
         refiner: Predicts masks; before the first fit its soft fusion is used.
         auto: The weights, and the sample for the next fit.
         ignore_index: Target value that is not a class, None for none.
+        config: In place of the refiner's own.
 
     Attributes:
         auto: As given.
     """
 
-    def __init__(self, refiner: Refiner, auto: AutoFusion, ignore_index: int | None) -> None:
+    def __init__(
+        self,
+        refiner: Refiner,
+        auto: AutoFusion,
+        ignore_index: int | None,
+        config: RefineConfig | None = None,
+    ) -> None:
         self._refiner, self.auto, self._ignore_index = refiner, auto, ignore_index
+        self._config = config or refiner.config
         self._samples = False
 
     def start(self, samples: bool) -> None:
@@ -48,33 +57,54 @@ class AutoRefiner:
     @torch.no_grad()
     def __call__(self, inputs: RefineInputs) -> list[Refinement]:
         """Refine B samples; each has the control's labels as well."""
-        # On their way while SAM predicts. Their hashes identify images in any run, whatever their
-        # names.
-        images = Download(*inputs.images)
-        predicted = list(self._refiner.predict(inputs.images, inputs.probs, inputs.labels))
-        keys = [image_digest(image) for image in images.wait()]
+        found = self._predict(inputs)
         with autocast(None, self._refiner.sam.device):  # whatever the caller's
-            return [
-                self._refine(inputs, index, key, own)
-                for index, (key, own) in enumerate(zip(keys, predicted, strict=True))
-            ]
+            return [self._refine(inputs, index, *own) for index, own in enumerate(found)]
+
+    @torch.no_grad()
+    def sample(self, inputs: RefineInputs) -> None:
+        """Sample labeled pixels of B samples without refining them; non-finite scores are skipped.
+
+        Args:
+            inputs: B samples with targets.
+        """
+        finite = [i for i, probs in enumerate(inputs.probs) if probs.isfinite().all()]
+        inputs = inputs.take(finite)
+        found = self._predict(inputs)
+        with autocast(None, self._refiner.sam.device):
+            for index, (predictions, key) in enumerate(found):
+                self._sample(inputs, index, key, feature_maps(predictions, self._config))
+
+    def _predict(self, inputs: RefineInputs) -> list[tuple[MaskPredictions, str]]:
+        """Return every image's masks, and the hash that tells it from others in any run."""
+        predicted = list(
+            self._refiner.predict(inputs.images, inputs.probs, inputs.labels, self._config)
+        )
+        missing = [one.raw.image for one in predicted if one.digest is None]
+        hashed = map(image_digest, Download(*missing).wait() if missing else [])
+        return [(one, one.digest or next(hashed)) for one in predicted]
+
+    def _sample(self, inputs: RefineInputs, index: int, key: str, maps: FeatureMaps) -> None:
+        assert inputs.targets is not None
+        target, raw = inputs.targets[index], inputs.labels[index]
+        group = None if inputs.groups is None else inputs.groups[index]
+        self.auto.sample.add(key, maps, target, raw, group, self._ignore_index)
 
     def _refine(
-        self, inputs: RefineInputs, index: int, key: str, predictions: MaskPredictions
+        self, inputs: RefineInputs, index: int, predictions: MaskPredictions, key: str
     ) -> Refinement:
-        raw, config = predictions.raw, self._refiner.config
-        maps = feature_maps(predictions, config)
+        maps = feature_maps(predictions, self._config)
         if self._samples and inputs.targets is not None:
-            target = inputs.targets[index]
-            self.auto.sample.add(key, maps, target, raw.labels, None, self._ignore_index)
-        refined = self._fuse(predictions, key, maps)
-        control = control_labels(raw, maps, self.auto.control_for(key))
+            self._sample(inputs, index, key, maps)
+        group = key if inputs.groups is None else inputs.groups[index]
+        refined = self._fuse(predictions, group, maps)
+        control = control_labels(predictions.raw, maps, self.auto.control_for(group))
         return replace(refined, control=control)
 
-    def _fuse(self, predictions: MaskPredictions, key: str, maps: FeatureMaps) -> Refinement:
-        weights = self.auto.weights_for(key)
+    def _fuse(self, predictions: MaskPredictions, group: str, maps: FeatureMaps) -> Refinement:
+        weights = self.auto.weights_for(group)
         if weights is None:
-            return self._refiner.fuse(predictions)
-        config, raw = replace(self._refiner.config, weights=weights), predictions.raw
+            return self._refiner.fuse(predictions, self._config)
+        config, raw = replace(self._config, weights=weights), predictions.raw
         refined = fuse_fitted(predictions, config, self._refiner.sam, maps)
         return restore_frozen_classes(refined, raw.probs, raw.labels, config.classes)

@@ -27,7 +27,7 @@ from lightning_samrefine.callbacks.presenter import (
 from lightning_samrefine.callbacks.repeated_samples import evaluation_dataloaders
 from lightning_samrefine.callbacks.run_state import RunState
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.fit.auto import AutoFusion
+from lightning_samrefine.fit.auto import TOO_FEW, AutoFusion
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.reporting.loggers import safe_names
 
@@ -205,14 +205,10 @@ class Evaluation:
         # One process fits: others may round differently.
         auto.fitted, verdict = trainer.strategy.broadcast((auto.fitted, verdict))
         if verdict is None or auto.fitted is None:
+            rank_zero_info(f"SAMRefineCallback: {TOO_FEW}")
             return {}
         rank_zero_info(f"SAMRefineCallback: {auto.fitted.final.found}")
-        return {
-            "fitted_gain": verdict.gain.gain,
-            "fitted_gain_low": verdict.gain.low,
-            "fitted_gain_high": verdict.gain.high,
-            "fitted_gain_without_sam": verdict.control.gain,
-        }
+        return verdict.figures()
 
     def present(self, trainer: Trainer, history: Sequence[Mapping[str, Any]]) -> None:
         """Show what `finish` measured in panels, charts and the report. A collective call.

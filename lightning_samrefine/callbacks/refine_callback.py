@@ -48,9 +48,10 @@ class SAMRefineCallback(SAMCallback):
     ``refine_fixed_px``, ``refine_broken_px``, ``refine_accept_rate``, ``refine_ms_per_image`` and
     more, see `lightning_samrefine.metrics.comparison.ComparisonResult.figures`. With
     ``refine="auto"`` also ``miou_without_sam``, the control, and after the fit the cross-validated
-    ``fitted_gain``, ``fitted_gain_low|high`` and ``fitted_gain_without_sam``. With several
-    dataloaders every name ends in ``/dataloader_idx_<i>``, as Lightning's own do. The sanity check
-    reads batches without SAM, and warns of monitored figures that may never be logged.
+    ``fitted_gain``, ``fitted_gain_without_sam`` and their difference ``fitted_gain_by_sam``, see
+    `lightning_samrefine.fit.verdict.Verdict.figures`. With several dataloaders every name ends in
+    ``/dataloader_idx_<i>``, as Lightning's own do. The sanity check reads batches without SAM, and
+    warns of monitored figures that may never be logged.
 
     The user's model is not run again and not changed; of the callback only fitted weights go into
     checkpoints, and training sees the same random numbers as without the callback. If every image
@@ -69,13 +70,12 @@ class SAMRefineCallback(SAMCallback):
             if 255 is a class. Any other target outside [0, C) is an error.
         class_names: C names for ``iou_raw/<class>``; "0", "1", … if None.
         refine: ``"auto"`` fits the fusion to your labels: the first validation is refined by the
-            preset ``"fast"`` and samples pixels; at its end weights are fitted and cross-validated.
-            From then on images are refined with weights that were not fitted to them, and nothing
-            is refined, or not in some classes, if no gain is certain. The weights are used in
-            test and by `SAMRefineWriter`, and are written to ``fitted.yaml`` in the log folder.
-            Else a preset's name, a `RefineConfig`, the path of a YAML file such as ``fitted.yaml``,
-            or a mapping of fields that replace those of ``"auto"`` (or of the preset under the key
-            ``"preset"``).
+            preset ``"fast"``; at its end weights are fitted and cross-validated. From then on
+            images are refined with weights that were not fitted to them, and nothing is refined, or
+            not in some classes, where no gain is certain. The weights are used in test and by
+            `SAMRefineWriter`, and written to ``fitted.yaml`` in the log folder. Else a preset's
+            name, a `RefineConfig`, the path of a YAML file, or a mapping of fields that replace
+            those of ``"auto"`` (or of the preset under the key ``"preset"``).
         precision: SAM's autocast, see `Refiner`; independent of the Trainer's precision.
         cache: Where SAM's image embeddings are kept for the next epoch: ``"memory"`` (of each
             process, inside ``fit``), ``"disk"`` (a folder that processes and later runs share), an
@@ -103,6 +103,9 @@ class SAMRefineCallback(SAMCallback):
         target_key: Where the target is.
         scores_key: Where the scores are in what the step returned, or in the batch.
         scores_kind: ``"logits"``, ``"probs"``, ``"labels"``, or ``"auto"`` to decide by the values.
+        group_key: Where the batch has each image's scene, patient or video, such as ``"scene"``:
+            no image is refined with weights that were fitted to another one of its group. None
+            for images that are not neighbors.
         image_mean: The mean of your Normalize transform, undone for SAM.
         image_std: Its deviation.
         image_range: ``"0-1"`` or ``"0-255"``, the range before it; None guesses.
@@ -136,10 +139,8 @@ class SAMRefineCallback(SAMCallback):
 
     Example::
 
-        >>> from lightning.pytorch import Trainer
         >>> from lightning_samrefine import SAMRefineCallback
         >>> callback = SAMRefineCallback("vit_t", "mobile_sam.pt", num_classes=11)
-        >>> trainer = Trainer(callbacks=[callback])
     """
 
     _FAILURES: ClassVar[str] = "refine_failed_images"
@@ -175,6 +176,7 @@ class SAMRefineCallback(SAMCallback):
         padding_key: str | Literal[False] | None = None,
         adapter: AdapterFunction | None = None,
         name: str | None = None,
+        group_key: str | None = None,
     ) -> None:
         super().__init__(
             SharedArguments.of(
@@ -195,6 +197,7 @@ class SAMRefineCallback(SAMCallback):
                 image_stretch=image_stretch,
                 padding_key=padding_key,
                 adapter=adapter,
+                group_key=group_key,
             )
         )
         make_cache(cache, cache_gb)  # refuses what it cannot make
@@ -349,12 +352,13 @@ class SAMRefineCallback(SAMCallback):
         )
 
     def _finish(self, trainer: Trainer, stage: str) -> None:
-        if self._evaluation is not None:
-            self.history += self._evaluation.finish(trainer, stage)
-            self._evaluation.present(trainer, self.history[self._history_start :])
-            if self._run_state.auto is not None:
-                self._fitted = self._run_state.auto.fitted
-                self.presenter.write_fitted(trainer, self.fitted_config)
+        if self._evaluation is None:
+            return
+        self.history += self._evaluation.finish(trainer, stage)
+        self._evaluation.present(trainer, self.history[self._history_start :])
+        if self._run_state.auto is not None:
+            self._fitted = self._run_state.auto.fitted
+            self.presenter.write_fitted(trainer, self.fitted_config)
 
     def _end_evaluation(self) -> None:
         if self._evaluation is not None:
@@ -373,8 +377,8 @@ def fitted_config(trainer: Trainer, config: RefineConfig) -> RefineConfig:
     Raises:
         MisconfigurationException: Several callbacks have fitted weights.
     """
-    found = [(part.name, part.fitted_config) for part in callbacks_of(trainer, SAMRefineCallback)]
-    fitted = {name: own.weights for name, own in found if own is not None}
+    found = callbacks_of(trainer, SAMRefineCallback)
+    fitted = {part.name: part._fitted.final for part in found if part._fitted is not None}
     if len(fitted) > 1:
         raise MisconfigurationException(
             "SAMRefineWriter: refine must be a file such as fitted.yaml if several callbacks have "

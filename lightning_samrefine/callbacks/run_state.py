@@ -19,6 +19,7 @@ from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.nested import describe
 from lightning_samrefine.adapters.reading_summary import summarize
 from lightning_samrefine.adapters.role_search import MissingTargetError
+from lightning_samrefine.adapters.sample_names import names_under
 from lightning_samrefine.adapters.scores import BinaryKind
 from lightning_samrefine.adapters.target_values import IgnoreIndex, TargetCheck, settle_ignore_index
 from lightning_samrefine.callbacks.arguments import SharedArguments, num_classes_of
@@ -224,8 +225,12 @@ class RunState:
             captured, seen = capture.take(outputs)
             reading = adapter.read(batch, outputs, captured, seen, settled, capture.given)
             self._check_targets.predictions(reading.inputs.labels, dataloader_idx)
-            if reading.inputs.targets is not None:
-                self._check_targets(reading.inputs.targets, dataloader_idx)
+            inputs, group_key = reading.inputs, self._shared.group_key
+            if inputs.targets is not None:
+                self._check_targets(inputs.targets, dataloader_idx)
+            if group_key is not None:
+                groups = names_under(batch, group_key, len(inputs), "group_key")
+                inputs = replace(inputs, groups=list(map(str, groups)))
         except MissingTargetError:
             if dataloader_idx in self._understood or len(self._without_targets) + 1 >= loaders:
                 raise
@@ -248,7 +253,7 @@ class RunState:
             self._announced.add(dataloader_idx)
             which = f"dataloader {dataloader_idx}: " if loaders > 1 else ""
             rank_zero_info(f"{self._owner}: {which}{summarize(reading, ignore_index)}")
-        return reading.inputs
+        return inputs
 
     def is_left_out(self, dataloader_idx: int) -> bool:
         """Whether a loader has no targets while others have some."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -90,7 +90,11 @@ class FolderDataset(Dataset[Sample]):
         turn = self._orientations[index] == "turn"
         with opened(files.image) as image:
             pixels = image_to_tensor(image, str(files.image), turn)
-        sample: Sample = {"image": pixels, "name": Stem(files.stem)}
+        sample: Sample = {
+            "image": pixels,
+            "name": Stem(files.stem),
+            "folder": PurePosixPath(files.stem).parent.as_posix(),  # for group_key
+        }
         if files.labels is not None:
             with opened(files.labels) as labels:
                 sample["mask"] = label_map_to_tensor(labels, str(files.labels))

@@ -2,7 +2,8 @@
 
 Every evaluation with targets samples pixels of its images. At its end the fusion is fitted and
 cross-validated; what was found decides about the next evaluations, tests and predictions. An image
-that is seen again is refined with the weights of its fold, which were fitted without it.
+that is seen again, or a neighbor of its group, is refined with the weights of its fold, which were
+fitted without the group. Without groups every image is one of its own.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_samrefine.fit.sample import ImageSample, PixelSample
-from lightning_samrefine.fit.solve import FOLDS, MIN_IMAGES, cross_validate
+from lightning_samrefine.fit.solve import FOLDS, cross_validate
 from lightning_samrefine.fit.verdict import PixelLabels, Verdict, judge
 from lightning_samrefine.fusion_weights import FEATURES, SAM_FEATURES, FusionWeights, LogLinear
+
+MIN_GROUPS = 8
+TOO_FEW = (
+    f"nothing was fitted to fewer than {MIN_GROUPS} labeled images (or groups, with group_key)"
+)
 
 _CONTROL = tuple(name for name in FEATURES if name not in SAM_FEATURES)
 
@@ -26,16 +32,16 @@ class FittedFusion:
     Attributes:
         final: Fitted to all sampled images.
         folds: For each fold, fitted to the images outside it.
-        fold_of: The fold of each sampled image by its key.
+        fold_of: The fold of each sampled group of images.
     """
 
     final: FusionWeights
     folds: tuple[FusionWeights, ...] = ()
     fold_of: Mapping[str, int] = field(default_factory=dict)
 
-    def weights_for(self, key: str) -> FusionWeights:
-        """Return weights that were fitted without an image."""
-        fold = self.fold_of.get(key)
+    def weights_for(self, group: str) -> FusionWeights:
+        """Return weights that were fitted without the images of a group."""
+        fold = self.fold_of.get(group)
         return self.final if fold is None else self.folds[fold]
 
     def to_mapping(self) -> dict[str, Any]:
@@ -70,6 +76,7 @@ class AutoFusion:
         refined: Indices of the classes that the user lets refine, None for all.
 
     Attributes:
+        classes: As given.
         fitted: The weights in use, None until an evaluation was fitted.
         sample: The labeled pixels of the running evaluation.
 
@@ -83,33 +90,33 @@ class AutoFusion:
         fitted: FittedFusion | None = None,
         refined: Sequence[int] | None = None,
     ) -> None:
-        self._classes = tuple(classes)
-        chosen = range(len(self._classes)) if refined is None else refined
-        self._excluded = tuple(c for c in range(len(self._classes)) if c not in chosen)
-        if fitted is not None and fitted.final.classes != self._classes:
+        self.classes = tuple(classes)
+        chosen = range(len(self.classes)) if refined is None else refined
+        self._excluded = tuple(c for c in range(len(self.classes)) if c not in chosen)
+        if fitted is not None and fitted.final.classes != self.classes:
             raise ValueError(
                 f"classes must be those of the fitted weights, {', '.join(fitted.final.classes)}, "
-                f"got {', '.join(self._classes)}"
+                f"got {', '.join(self.classes)}"
             )
         self.fitted = fitted
         self.start()
 
     def start(self) -> None:
         """Begin an evaluation with an empty sample."""
-        self.sample = PixelSample(len(self._classes))
+        self.sample = PixelSample(len(self.classes))
 
-    def weights_for(self, key: str) -> FusionWeights | None:
-        """Return weights that were fitted without an image, None before the first fit."""
-        return None if self.fitted is None else self.fitted.weights_for(key)
+    def weights_for(self, group: str) -> FusionWeights | None:
+        """Return weights that were fitted without a group of images, None before the first fit."""
+        return None if self.fitted is None else self.fitted.weights_for(group)
 
-    def control_for(self, key: str) -> FusionWeights:
-        """Return weights whose control was fitted without an image; the preset's before a fit."""
-        fitted = self.weights_for(key)
+    def control_for(self, group: str) -> FusionWeights:
+        """Return weights whose control was fitted without a group; the preset's before a fit."""
+        fitted = self.weights_for(group)
         if fitted is not None:
             return fitted
-        count = len(self._classes)
+        count = len(self.classes)
         return FusionWeights(
-            LogLinear.preset(FEATURES, count), LogLinear.preset(_CONTROL, count), self._classes
+            LogLinear.preset(FEATURES, count), LogLinear.preset(_CONTROL, count), self.classes
         )
 
     def finish(self, others: Iterable[ImageSample] = ()) -> Verdict | None:
@@ -119,42 +126,39 @@ class AutoFusion:
             others: The samples of the other processes.
 
         Returns:
-            What was found, None if there are fewer than `MIN_IMAGES` images; the weights then stay
-            as they were.
+            What was found, None if the images are of fewer than `MIN_GROUPS` groups; the weights
+            then stay as they were.
         """
         self.sample.merge(others)
         images = list(self.sample)
         self.start()
-        if len(images) < MIN_IMAGES:
+        if len({image.group for image in images}) < MIN_GROUPS:
             return None
-        num_classes = len(self._classes)
+        num_classes = len(self.classes)
         fusion = cross_validate(images, FEATURES, num_classes)
         control = cross_validate(images, _CONTROL, num_classes)
-        verdict = judge(
-            [
-                PixelLabels(image.target, image.raw, refined, without_sam).with_frozen(
-                    self._excluded, num_classes
-                )
-                for image, refined, without_sam in zip(
-                    images, fusion.predictions, control.predictions, strict=True
-                )
-            ],
-            num_classes,
-            fusion.weights,
-        )
+        # Images of a group are one draw of the bootstrap, as they are one side of a fold.
+        groups: dict[str, list[PixelLabels]] = {}
+        for image, *predictions in zip(
+            images, fusion.predictions, control.predictions, strict=True
+        ):
+            labels = PixelLabels(image.target, image.raw, *predictions)
+            groups.setdefault(image.group, []).append(
+                labels.with_frozen(self._excluded, num_classes)
+            )
+        verdict = judge(list(map(PixelLabels.merged, groups.values())), num_classes, fusion.weights)
         final = FusionWeights(
             fusion.weights,
             control.weights,
-            self._classes,
+            self.classes,
             refine=verdict.refine,
             frozen_classes=verdict.frozen_classes,
             images=len(images),
-            found=verdict.sentence(self._classes),
+            found=verdict.sentence(self.classes),
         )
         folds = tuple(
             replace(final, fusion=fusion.fold_weights[fold], control=control.fold_weights[fold])
             for fold in range(FOLDS)
         )
-        fold_of = {image.key: fusion.fold_of[image.group] for image in images}
-        self.fitted = FittedFusion(final, folds, fold_of)
+        self.fitted = FittedFusion(final, folds, fusion.fold_of)
         return verdict

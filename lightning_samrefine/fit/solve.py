@@ -17,7 +17,6 @@ from lightning_samrefine.fit.sample import ImageSample, assign_folds
 from lightning_samrefine.fusion_weights import LogLinear, check_features
 from lightning_samrefine.refine.fusion.features import class_scores
 
-MIN_IMAGES = 8
 FOLDS = 4
 
 _RIDGE = 0.01
@@ -33,9 +32,9 @@ class CrossValidation:
     """Fitted weights, and predictions of images from weights fitted without them.
 
     Attributes:
-        weights: Fitted to all images; the preset's if there are fewer than `MIN_IMAGES`.
+        weights: Fitted to all images.
         fold_weights: For each fold, fitted to the images outside it.
-        fold_of: The fold of each group of images. A group that is not listed was in no fit.
+        fold_of: The fold of each group of images.
         predictions: For each image, (N,) int16, the classes of its pixels by the weights of its
             fold.
     """
@@ -44,11 +43,6 @@ class CrossValidation:
     fold_weights: tuple[LogLinear, ...]
     fold_of: dict[str, int]
     predictions: tuple[Tensor, ...]
-
-    def weights_for(self, group: str) -> LogLinear:
-        """Return weights that were fitted without the images of a group."""
-        fold = self.fold_of.get(group)
-        return self.weights if fold is None else self.fold_weights[fold]
 
 
 def fit(
@@ -67,16 +61,10 @@ def fit(
         num_classes: C.
         start: Where the search starts; the minimum does not depend on it.
 
-    Returns:
-        The fitted weights, or the preset's if there are fewer than `MIN_IMAGES` groups of images.
-
     Raises:
         ValueError: An image that lacks a feature or has another number of classes.
     """
-    names = check_features(features)
-    if len({sample.group for sample in samples}) < MIN_IMAGES:
-        return LogLinear.preset(names, num_classes)
-    return _fit(_Problem(samples, names, num_classes), start)
+    return _minimize(_Problem(samples, check_features(features), num_classes), start)
 
 
 def cross_validate(
@@ -85,7 +73,7 @@ def cross_validate(
     """Fit to all images and, fold by fold, to all images outside the fold.
 
     Args:
-        samples: N images.
+        samples: N images of at least two groups.
         features: Names of features that all images have.
         num_classes: C.
 
@@ -93,21 +81,26 @@ def cross_validate(
         ValueError: An image that lacks a feature or has another number of classes.
     """
     weights = fit(samples, features, num_classes)
-    fold = assign_folds(samples, FOLDS)
-    fold_weights = [weights] * FOLDS
-    if len({sample.group for sample in samples}) >= MIN_IMAGES:
-        names = check_features(features)
-        for index in range(FOLDS):
-            others = [s for s, own in zip(samples, fold, strict=True) if own != index]
-            fold_weights[index] = _fit(_Problem(others, names, num_classes), weights)
-    predictions = tuple(
-        class_scores(fold_weights[own], sample.select(weights.features))
-        .argmax(dim=0)
-        .to(torch.int16)
-        for sample, own in zip(samples, fold, strict=True)
+    folds = assign_folds(samples, FOLDS).tolist()
+    fold_weights = [
+        fit(
+            [s for s, own in zip(samples, folds, strict=True) if own != fold],
+            features,
+            num_classes,
+            weights,
+        )
+        for fold in range(FOLDS)
+    ]
+    predictions = [
+        class_scores(fold_weights[fold], sample.select(weights.features)).argmax(dim=0)
+        for sample, fold in zip(samples, folds, strict=True)
+    ]
+    return CrossValidation(
+        weights,
+        tuple(fold_weights),
+        {sample.group: fold for sample, fold in zip(samples, folds, strict=True)},
+        tuple(prediction.to(torch.int16) for prediction in predictions),
     )
-    fold_of = {sample.group: int(own) for sample, own in zip(samples, fold, strict=True)}
-    return CrossValidation(weights, tuple(fold_weights), fold_of, predictions)
 
 
 class _Problem:
@@ -178,7 +171,7 @@ class _Problem:
         return torch.einsum("f,fcn->cn", theta[:count], features) + theta[count:, None]
 
 
-def _fit(problem: _Problem, start: LogLinear | None) -> LogLinear:
+def _minimize(problem: _Problem, start: LogLinear | None) -> LogLinear:
     """Minimize the objective by Newton's method with a backtracking line search."""
     theta = problem.prior.clone()
     if start is not None:

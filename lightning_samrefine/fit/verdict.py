@@ -6,8 +6,8 @@ pixels of each image. A sample bounds an image's weight by its number of pixels,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ _MIN_RAW_WEIGHT = 0.2
 
 @dataclass(frozen=True)
 class PixelLabels:
-    """Classes of the N sampled pixels of one image, on the CPU.
+    """Classes of the N sampled pixels of one image or group of images, on the CPU.
 
     Attributes:
         target: (N,) integer in [0, C), the true classes.
@@ -40,6 +40,11 @@ class PixelLabels:
     raw: Tensor
     refined: Tensor
     control: Tensor
+
+    @classmethod
+    def merged(cls, images: Sequence[PixelLabels]) -> PixelLabels:
+        """Return the pixels of several images as those of one."""
+        return cls(*(torch.cat([getattr(one, f.name) for one in images]) for f in fields(cls)))
 
     def with_frozen(self, classes: Sequence[int], num_classes: int) -> PixelLabels:
         """Take back the refinement's changes from or to some classes."""
@@ -60,6 +65,8 @@ class Verdict:
         gain: mIoU of the refinement minus that of the raw prediction. Pixels of
             ``frozen_classes`` count with their raw classes.
         control: mIoU of the refinement without SAM minus that of the raw prediction.
+        over_control: mIoU of the refinement minus that of the refinement without SAM: the part of
+            ``gain`` that SAM's masks bring.
         frozen_classes: Classes that certainly lose, which keep their raw pixels; none if nothing
             is refined.
         refine: Whether the gain's interval lies above 0, and the fit uses the raw prediction.
@@ -68,9 +75,22 @@ class Verdict:
 
     gain: BootstrapInterval
     control: BootstrapInterval
+    over_control: BootstrapInterval
     frozen_classes: tuple[int, ...]
     refine: bool
     unrelated: bool = False
+
+    def figures(self) -> dict[str, float]:
+        """Return the gains by their logged names, fractions in [-1, 1]."""
+        return {
+            "fitted_gain": self.gain.gain,
+            "fitted_gain_low": self.gain.low,
+            "fitted_gain_high": self.gain.high,
+            "fitted_gain_without_sam": self.control.gain,
+            "fitted_gain_by_sam": self.over_control.gain,
+            "fitted_gain_by_sam_low": self.over_control.low,
+            "fitted_gain_by_sam_high": self.over_control.high,
+        }
 
     def sentence(self, class_names: Sequence[str] | None = None) -> str:
         """Return what was found, in points of mIoU.
@@ -78,7 +98,7 @@ class Verdict:
         Args:
             class_names: C names; classes are called by their indices if None.
         """
-        gain = f"{_points(self.gain.gain)} ({_range(self.gain)})"
+        gain, by_sam = _with_range(self.gain), _with_range(self.over_control)
         control = _points(self.control.gain)
         if self.unrelated:
             return (
@@ -92,7 +112,7 @@ class Verdict:
                 f"SAM {finding} {gain}, and {control} without SAM; "
                 "every class keeps the raw prediction"
             )
-        found = f"SAM adds {gain} to mIoU, {control} of it without SAM"
+        found = f"SAM adds {gain} to mIoU, {control} of it without SAM, {by_sam} by its masks"
         if not self.frozen_classes:
             return found
         names = [str(c) if class_names is None else class_names[c] for c in self.frozen_classes]
@@ -110,11 +130,13 @@ def judge(
     """Decide what to refine.
 
     Classes whose IoU certainly falls are frozen one at a time, the most certain first, because
-    each of them changes the gains of the others. The choice is made on the images that it is then
-    reported for: with many classes and few images the reported gain is slightly too high.
+    each of them changes the gains of the others; none is if the others alone do not certainly gain,
+    as with two classes, whose pixels only change into each other. The choice is made on the images
+    that it is then reported for: with many classes and few images the reported gain is slightly too
+    high.
 
     Args:
-        images: At least one image.
+        images: At least one image, or group of images: what the bootstrap draws.
         num_classes: C.
         weights: The fitted weights. If they hardly use the raw prediction, its targets belong to
             other images, or it is of no use: a gain would come from the frequencies of the
@@ -126,25 +148,23 @@ def judge(
     """
     if not images:
         raise ValueError("images must be at least one, got none")
-    raw = _confusions([(image.target, image.raw) for image in images], num_classes)
-    control = _confusions([(image.target, image.control) for image in images], num_classes)
-    unrelated = weights is not None and weights.weights[0] < _MIN_RAW_WEIGHT
-    refined = _confusions([(image.target, image.refined) for image in images], num_classes)
-    gain = paired_bootstrap(raw, refined, seed=seed)
-    frozen = _certain_losers(images, raw, num_classes, seed)
-    if frozen and not unrelated:
+
+    def confusions(side: str, frozen: Sequence[int] = ()) -> np.ndarray:
         kept = [image.with_frozen(frozen, num_classes) for image in images]
-        without = _confusions([(image.target, image.refined) for image in kept], num_classes)
-        gain_without = paired_bootstrap(raw, without, seed=seed)
-        if gain_without.low > 0:
-            refined, gain = without, gain_without
-        else:
-            frozen = []
-    if unrelated:
-        frozen = []
+        return _confusions([(image.target, getattr(image, side)) for image in kept], num_classes)
+
+    raw, control = confusions("raw"), confusions("control")
+    unrelated = weights is not None and weights.weights[0] < _MIN_RAW_WEIGHT
+    losers = _certain_losers(lambda frozen: confusions("refined", frozen), raw, seed)
+    for frozen in ([] if unrelated else losers, []):
+        refined = confusions("refined", frozen)
+        gain = paired_bootstrap(raw, refined, seed=seed)
+        if gain.low > 0:
+            break
     return Verdict(
         gain=gain,
         control=paired_bootstrap(raw, control, seed=seed),
+        over_control=paired_bootstrap(control, refined, seed=seed),
         frozen_classes=tuple(sorted(frozen)),
         refine=gain.low > 0 and not unrelated,
         unrelated=unrelated,
@@ -152,14 +172,18 @@ def judge(
 
 
 def _certain_losers(
-    images: Sequence[PixelLabels], raw: np.ndarray, num_classes: int, seed: int
+    refined: Callable[[list[int]], np.ndarray], raw: np.ndarray, seed: int
 ) -> list[int]:
-    """Return the classes to freeze, so that no other class certainly loses."""
+    """Return the classes to freeze, so that no other class certainly loses.
+
+    Args:
+        refined: Returns the counts of the refinement with some classes frozen.
+        raw: The counts of the raw prediction.
+        seed: Of the bootstrap's draws.
+    """
     frozen: list[int] = []
     while True:
-        kept = [image.with_frozen(frozen, num_classes) for image in images]
-        refined = _confusions([(image.target, image.refined) for image in kept], num_classes)
-        _, high = bootstrap_class_gains(raw, refined, seed=seed)
+        _, high = bootstrap_class_gains(raw, refined(frozen), seed=seed)
         high[frozen] = 0.0
         worst = int(high.argmin())
         if not high[worst] < 0:
@@ -193,5 +217,5 @@ def _points(share: float) -> str:
     return f"{100 * share:+.1f}"
 
 
-def _range(interval: BootstrapInterval) -> str:
-    return f"{100 * interval.low:.1f}…{100 * interval.high:.1f}"
+def _with_range(interval: BootstrapInterval) -> str:
+    return f"{_points(interval.gain)} ({100 * interval.low:.1f}…{100 * interval.high:.1f})"

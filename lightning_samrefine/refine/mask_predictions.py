@@ -31,6 +31,7 @@ class MaskPredictions:
         low_res_logits: N maps (m, m) float32, or none.
         region_masks: N packed masks, or None.
         mask_proposals: Masks of the point grid; None without a grid or without a region.
+        digest: The image's hash, None if no cache needed it.
     """
 
     raw: RawPrediction
@@ -39,6 +40,7 @@ class MaskPredictions:
     low_res_logits: Sequence[Tensor] = ()
     region_masks: MaskProposals | None = None
     mask_proposals: MaskProposals | None = None
+    digest: str | None = None
 
 
 def finite_iou(pred_iou: Tensor, logits: Tensor) -> Tensor:

@@ -332,6 +332,7 @@ class Refiner:
                     low_res_logits=own.low_res_logits,
                     region_masks=own.packed,
                     mask_proposals=proposals.get(i),
+                    digest=embeddings[i].digest if self.cache and i in embeddings else None,
                 )
 
     def _batch_size(self, config: RefineConfig) -> int:

@@ -18,6 +18,7 @@ SIDES = ("raw", "refined")
 MEAN_ROWS = {"mIoU": "miou", "trimap mIoU": "trimap_miou", "Boundary IoU": "boundary_iou"}
 _UNLIMITED = 10_000  # characters
 _FACTS = {
+    "miou_without_sam": "mIoU {:.2%} without SAM",
     "refine_accept_rate": "{:.1%} of regions accepted",
     "refine_regions_per_image": "{:.1f} regions an image",
     "refine_ms_per_image": "{:.0f} ms an image",

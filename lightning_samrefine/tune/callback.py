@@ -47,6 +47,8 @@ class TuneCallback(SAMCallback):
         **shared: Other arguments of `SharedArguments.of`.
 
     Attributes:
+        fit_config: The thresholds that a fusion is fitted with: the given ones, or those of the
+            preset ``"auto"`` if the given ones are of a fusion that is not fitted.
         visitor: Factory called with the scoring at the start of a pass; returns the function that
             receives the samples of the pass.
 
@@ -70,8 +72,11 @@ class TuneCallback(SAMCallback):
         **shared: Any,
     ) -> None:
         arguments = SharedArguments.of(sam=sam, **shared)
+        given = arguments.refine
+        base = RefineConfig.preset("auto") if given.weights is None else given
+        self.fit_config = replace(base, weights="auto")
         # Thresholds are tuned for the soft fusion; a fit would change with each of them.
-        thresholds = replace(arguments.refine, weights=None)
+        thresholds = replace(given, weights=None)
         super().__init__(replace(arguments, refine=thresholds))
         self.cache = make_cache(cache, cache_gb)
         self.max_batches = None if max_batches is None else check_count("max_batches", max_batches)

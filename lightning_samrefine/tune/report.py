@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_samrefine.config_files import write_refine
+from lightning_samrefine.fit.auto import TOO_FEW
 from lightning_samrefine.metrics.bootstrap import BootstrapInterval
 from lightning_samrefine.reporting.panels import save_figure
 from lightning_samrefine.tune.choice import class_ious, gain
@@ -24,7 +25,12 @@ _BEST_CELLS = 8
 
 
 def write_tuning(tuning: Tuning, folder: Path) -> None:
-    """Write ``tuned.yaml``, ``best_cell.yaml``, ``surface.csv`` and ``surface.png`` to a folder."""
+    """Write ``tuned.yaml``, ``best_cell.yaml``, ``surface.csv`` and ``surface.png`` to a folder.
+
+    And ``fitted.yaml``, if the images are enough for a fit.
+    """
+    if tuning.fitted is not None:
+        write_refine(tuning.fitted, folder / "fitted.yaml")
     write_refine(tuning.config, folder / "tuned.yaml", sentences(tuning))
     uncalibrated = _expectation("The best cell of the grid", tuning.expected_uncalibrated, tuning)
     write_refine(tuning.cell_config, folder / "best_cell.yaml", [uncalibrated])
@@ -64,7 +70,8 @@ def tuning_metrics(tuning: Tuning) -> dict[str, float]:
             f"tune/{name}_low": interval.low,
             f"tune/{name}_high": interval.high,
         }
-    return figures
+    fitted = {} if tuning.verdict is None else tuning.verdict.figures()
+    return figures | {f"tune/{name}": value for name, value in fitted.items()}
 
 
 def draw_surface(tuning: Tuning) -> Figure:
@@ -132,8 +139,19 @@ def tuning_summary(tuning: Tuning, folder: Path) -> RenderableType:
         Text(""),
         *(Text(sentence) for sentence in sentences(tuning)),
         Text(f"Use it: samrefine refine={folder / 'tuned.yaml'} ..."),
+        *(Text(line) for line in _fit_lines(tuning, folder)),
         Text(f"Every cell: {folder / 'surface.csv'}, {folder / 'surface.png'}"),
     )
+
+
+def _fit_lines(tuning: Tuning, folder: Path) -> list[str]:
+    """Return what the fitted fusion gains beside the tuned thresholds, and its file."""
+    if tuning.fitted is None or tuning.verdict is None:
+        return [f"Fitted fusion: {TOO_FEW}."]
+    return [
+        f"Fitted fusion, cross-validated: {tuning.verdict.sentence(tuning.class_names)}.",
+        f"Use it: samrefine refine={folder / 'fitted.yaml'} ...",
+    ]
 
 
 def _cells_table(tuning: Tuning) -> Table:

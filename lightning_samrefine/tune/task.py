@@ -10,9 +10,14 @@ import numpy as np
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.callbacks.arguments import callbacks_of
+from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.fit.auto import AutoFusion
+from lightning_samrefine.fit.verdict import Verdict
 from lightning_samrefine.metrics.bootstrap import BootstrapInterval, bootstrap_totals
+from lightning_samrefine.refine.refiner import Refiner
 from lightning_samrefine.tune.callback import TuneCallback, Visitor
 from lightning_samrefine.tune.choice import Choice, best_cell, choose, folds
 from lightning_samrefine.tune.counts import GridCounts, Scoring
@@ -37,6 +42,8 @@ class Tuning:
         untuned_fold_totals: (N, 5, C), every image in the cell that is best on the other folds,
             with all classes refined.
         folds: Number of folds.
+        fitted: The thresholds with the weights of the fitted fusion, None with too few images.
+        verdict: What the fit found, cross-validated; None with too few images.
     """
 
     grid: Grid
@@ -48,6 +55,8 @@ class Tuning:
     trial: GridCounts
     untuned_fold_totals: np.ndarray
     folds: int
+    fitted: RefineConfig | None
+    verdict: Verdict | None
 
     @property
     def helps(self) -> bool:
@@ -120,15 +129,27 @@ def tune(
         callback.visitor = visitor
         trainer.validate(segmenter, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
 
-    seen: list[Sweep] = []
+    seen: list[tuple[Sweep, AutoFusion]] = []
 
     def start(scoring: Scoring) -> Visitor:
         base = callback.acting_config
-        seen.append(Sweep(grid.acting_on(base), base, scoring))
-        return seen[-1]
+        sweep = Sweep(grid.acting_on(base), base, scoring)
+        names = callback.class_names or list(map(str, range(scoring.num_classes)))
+        auto = AutoFusion(names, refined=callback.fit_config.classes)
+        seen.append((sweep, auto))
+
+        def see(refiner: Refiner, inputs: RefineInputs) -> None:
+            sweep(refiner, inputs)
+            AutoRefiner(refiner, auto, scoring.ignore_index, callback.fit_config).sample(inputs)
+
+        return see
 
     visit(start)
-    (sweep,) = seen
+    ((sweep, auto),) = seen
+    verdict = auto.finish()
+    fitted = None
+    if auto.fitted is not None:
+        fitted = replace(callback.fit_config, weights=auto.fitted.final)
     grid, counts = sweep.grid, sweep.counts
     if len(counts) < 2:
         raise MisconfigurationException(
@@ -154,7 +175,16 @@ def tune(
         return trials[-1]
 
     visit(check)
-    names = callback.class_names or list(map(str, range(counts.num_classes)))
     return Tuning(
-        grid, rule, sweep.base, names, counts, choice, trials[0].counts, untuned, len(parts)
+        grid,
+        rule,
+        sweep.base,
+        list(auto.classes),
+        counts,
+        choice,
+        trials[0].counts,
+        untuned,
+        len(parts),
+        fitted,
+        verdict,
     )

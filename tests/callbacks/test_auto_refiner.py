@@ -13,11 +13,13 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from lightning_samrefine import Refiner, SAMRefineCallback, SAMRefineWriter
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter
+from lightning_samrefine.callbacks import auto_refiner
 from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
 from lightning_samrefine.config_files import read_refine
-from lightning_samrefine.fit.auto import AutoFusion
-from lightning_samrefine.fit.solve import MIN_IMAGES
+from lightning_samrefine.fit.auto import MIN_GROUPS, AutoFusion
 from lightning_samrefine.fusion_weights import FusionWeights
+from lightning_samrefine.refine.cache import embedding_cache
+from lightning_samrefine.refine.cache.keys import image_digest
 
 IMAGES = 12
 REFINE = {"min_region_area": 1, "pred_iou_thresh": 0.3}
@@ -37,6 +39,13 @@ class ByColor(Segmenter):
 
     def predict_step(self, batch, batch_idx, dataloader_idx=0):
         return {"logits": self(batch[0])}
+
+
+class ByBatch(ByColor):
+    """The same for batches that are dicts."""
+
+    def validation_step(self, batch, batch_idx):
+        return {"logits": self(batch["image"])}
 
 
 def loader(count=IMAGES, batch_size=2):
@@ -76,6 +85,8 @@ def test_a_fit_is_found_logged_and_used_afterwards(random_sam, tmp_path):
     assert low <= gain <= high
     assert weights.refine == (low > 0)
     assert own.history[-1]["fitted_gain"] == pytest.approx(gain)
+    by_sam = gain - first["val/fitted_gain_without_sam"]
+    assert first["val/fitted_gain_by_sam"] == pytest.approx(by_sam, abs=1e-6)
     (second,) = runner.validate(module, loader(), verbose=False)
     if not weights.refine:
         assert second["val/miou_refined"] == second["val/miou_raw"]
@@ -120,7 +131,8 @@ def test_batches_change_nothing(random_sam, batch_size):
     assert first.fusion.biases == pytest.approx(second.fusion.biases, abs=1e-4)
 
 
-def test_too_few_images_are_refined_by_the_preset(random_sam):
+def test_too_few_images_are_refined_by_the_preset(random_sam, caplog):
+    caplog.set_level("INFO")
     own, fast = callback(random_sam), callback(random_sam)
     fast = SAMRefineCallback(
         random_sam,
@@ -129,12 +141,63 @@ def test_too_few_images_are_refined_by_the_preset(random_sam):
         precision="32",
         name="fast",
     )
-    few = loader(MIN_IMAGES - 1)
+    few = loader(MIN_GROUPS - 1)
     (logged,) = trainer(own, fast).validate(ByColor().eval(), few, verbose=False)
     assert own.fitted_config is None
     assert logged["val/miou_refined"] == logged["val/fast/miou_refined"]
     assert "val/fitted_gain" not in logged
     assert "val/fast/miou_without_sam" not in logged
+    assert "nothing was fitted to fewer than 8 labeled images" in caplog.text
+
+
+class Scenes(Blobs):
+    """Four frames of each scene."""
+
+    def __getitem__(self, index):
+        image, target = super().__getitem__(index)
+        return {"image": image, "mask": target, "meta": {"scene": f"scene {index // 4}"}}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_frames_of_a_scene_share_a_fold(random_sam, batch_size):
+    module, frames = ByBatch().eval(), Scenes(40)
+    own = callback(random_sam, group_key="meta.scene")
+    trainer(own).validate(module, DataLoader(frames, batch_size), verbose=False)
+    assert set(own._fitted.fold_of) == {f"scene {number}" for number in range(10)}
+    assert own.fitted_config.weights.images == 40
+
+
+def test_fewer_scenes_than_a_fit_needs_are_few_images(random_sam):
+    own = callback(random_sam, group_key="meta.scene")
+    frames = DataLoader(Scenes(4 * (MIN_GROUPS - 1)), 2)
+    trainer(own).validate(ByBatch().eval(), frames, verbose=False)
+    assert own.fitted_config is None
+
+
+def test_a_group_key_that_the_batch_lacks_is_refused(random_sam):
+    own = callback(random_sam, group_key="patient")
+    with pytest.raises(ValueError, match=r"group_key must be the key of 2 strings, .*'patient'"):
+        trainer(own).validate(ByBatch().eval(), DataLoader(Scenes(8), 2), verbose=False)
+    with pytest.raises(TypeError, match="group_key must be a string such as 'scene'"):
+        callback(random_sam, group_key=3)
+
+
+@pytest.mark.parametrize("cache", ["memory", None])
+def test_an_image_is_hashed_once_an_epoch(random_sam, monkeypatch, cache):
+    hashed = []
+
+    def counted(image):
+        hashed.append(image_digest(image))
+        return hashed[-1]
+
+    monkeypatch.setattr(auto_refiner, "image_digest", counted)
+    monkeypatch.setattr(embedding_cache, "image_digest", counted)
+    own = callback(random_sam, cache=cache)
+    runner = trainer(own, max_epochs=2, num_sanity_val_steps=0)
+    runner.fit(Segmenter(), loader(4), loader())
+    assert len(hashed) == 2 * IMAGES
+    assert set(hashed[:IMAGES]) == set(hashed[IMAGES:])
+    assert len(set(hashed)) == IMAGES
 
 
 def test_weights_travel_in_a_checkpoint(random_sam, tmp_path):

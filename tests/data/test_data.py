@@ -68,7 +68,7 @@ def test_samples_hold_what_the_files_hold(folder):
     batches = samples(folder)
     assert [batch["name"] for batch in batches] == [["a"], ["b"], ["c"]]
     for seed, batch in enumerate(batches):
-        assert set(batch) == {"image", "mask", "name"}
+        assert set(batch) == {"image", "mask", "name", "folder"}
         pixels = np.array(Image.open(folder / "images" / f"{'abc'[seed]}.png"))
         assert batch["image"].dtype == torch.uint8
         assert np.array_equal(batch["image"][0].permute(1, 2, 0).numpy(), pixels)

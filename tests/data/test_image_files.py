@@ -269,6 +269,7 @@ class TestSubfolders:
         save(picture(), tmp_path / "images" / "y" / ".checkpoints" / "1.jpg")
         batches = read(tmp_path)
         assert [batch["name"][0] for batch in batches] == ["x/1", "y/1", "y/2"]
+        assert [batch["folder"][0] for batch in batches] == ["x", "y", "y"]
         for seed, batch in enumerate(batches):
             assert np.array_equal(batch["mask"][0].numpy(), labels(seed))
         split = {"images": tmp_path / "images", "predictions": tmp_path / "labels"}

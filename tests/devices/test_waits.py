@@ -33,7 +33,7 @@ KEPT = (
     "event",
     "refine/cache/embedding_cache.py _store_pending",
 )  # an embedding and mask proposals on their way into the cache
-KEYS = ("event", "callbacks/auto_refiner.py __call__")  # the images, for their keys
+KEYS = ("event", "callbacks/auto_refiner.py _predict")  # the images, for their keys
 SAMPLED = {("nonzero", "fit/sample.py add"): 1, ("event", "fit/sample.py add"): 1}
 CHANGED = ("nonzero", "metrics/changes.py __init__")  # the changed pixels
 BY_REGION = ("event", "metrics/changes.py by_region")
@@ -242,12 +242,13 @@ def test_a_batch_is_checked_in_one_wait():
         assert device.waits[CLOCK] == 2
 
 
+@pytest.mark.parametrize("cache", ["memory", None])
 @pytest.mark.parametrize("samples", [True, False])
-def test_a_fitted_image_waits_where_the_table_says(samples):
+def test_a_fitted_image_waits_where_the_table_says(samples, cache):
     with SimulatedDevice("cuda") as device:
         config = RefineConfig.preset("auto", min_region_area=1)
         auto = AutoRefiner(
-            Refiner(simulated_sam(device), config, "32"), AutoFusion(tuple("abcd")), 255
+            Refiner(simulated_sam(device), config, "32", cache), AutoFusion(tuple("abcd")), 255
         )
         auto.start(samples)
         for seed in (0, 1):
@@ -260,7 +261,7 @@ def test_a_fitted_image_waits_where_the_table_says(samples):
     assert dict(device.waits) == {
         SPLIT: 1,
         PREDICTED: 1,
-        KEYS: 1,  # once a batch
+        **({KEYS: 1} if cache is None else {HASHED: 1, KEPT: 1}),  # once a batch
         **(SAMPLED if samples else {}),
     }
     assert sum(device.waits.values()) <= MOST

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from lightning_samrefine.fit.auto import AutoFusion, FittedFusion
+from lightning_samrefine.fit.auto import MIN_GROUPS, AutoFusion, FittedFusion
 from lightning_samrefine.fit.sample import ImageSample
-from lightning_samrefine.fit.solve import MIN_IMAGES
 from lightning_samrefine.fusion_weights import FEATURES, LogLinear
 
 CLASSES = ("sky", "tree", "road")
@@ -61,6 +62,7 @@ def test_votes_that_tell_the_truth_are_used_and_told():
     assert final.fusion.features == FEATURES
     assert "region_votes" not in final.control.features
     assert final.found.startswith("SAM adds +")
+    assert final.found.endswith(" by its masks")
 
 
 def test_an_image_is_refined_with_weights_that_never_saw_it():
@@ -96,8 +98,76 @@ def test_a_perfect_prediction_is_not_refined():
 
 
 def test_too_few_images_change_nothing():
-    auto = fitted([image(index) for index in range(MIN_IMAGES - 1)])
+    auto = fitted([image(index) for index in range(MIN_GROUPS - 1)])
     assert auto.fitted is None
+    # Frames of one video count as one image.
+    assert fitted([replace(image(index), group="video") for index in range(20)]).fitted is None
+
+
+def frame(scene: int, number: int, group: str | None) -> ImageSample:
+    """Pixels of one class, mostly taken for another; frames of a scene differ by noise alone."""
+    count, pixels = len(MANY), 300
+    wanted, taken = np.random.default_rng(scene).choice(count, 2, replace=False)
+    features = np.zeros((len(FEATURES), count, pixels))
+    features[0] = np.random.default_rng((scene, number)).normal(size=(count, pixels)) * 0.5 - 4
+    features[0, wanted] += 3.0
+    features[0, taken] += 3.3
+    key = f"{scene} {number}"
+    return ImageSample(
+        key=key,
+        group=group or key,
+        names=FEATURES,
+        features=torch.from_numpy(features).half(),
+        target=torch.full((pixels,), wanted, dtype=torch.int16),
+        raw=torch.from_numpy(features[0].argmax(axis=0)).to(torch.int16),
+    )
+
+
+MANY = tuple(map(str, range(12)))
+
+
+def gain_of(auto: AutoFusion, frames: list[ImageSample]) -> float:
+    """The gain of the final weights on other images, by numpy and torchmetrics."""
+    weights = auto.fitted.final.fusion
+    refined = [
+        np.einsum("f,fcn->cn", weights.weights, one.features.double().numpy())
+        + np.array(weights.biases)[:, None]
+        for one in frames
+    ]
+    target = torch.cat([one.target for one in frames]).long()
+    sides = (
+        torch.from_numpy(np.concatenate([scores.argmax(axis=0) for scores in refined])),
+        torch.cat([one.raw for one in frames]).long(),
+    )
+    better, raw = (
+        multiclass_jaccard_index(side, target, num_classes=len(MANY), average="macro")
+        for side in sides
+    )
+    return float(better - raw)
+
+
+def test_neighbors_on_both_sides_of_a_fold_promise_too_much_and_groups_do_not():
+    found, verdicts = [], []
+    for grouped in (False, True):
+        auto = AutoFusion(MANY)
+        for scene, number in product(range(10), range(4)):
+            group = f"scene {scene}" if grouped else None
+            auto.sample.merge([frame(scene, number, group)])
+        verdicts.append(auto.finish())
+        found.append(auto)
+    fresh = gain_of(found[1], [frame(scene, 0, None) for scene in range(100, 300)])
+    alone, together = verdicts
+    assert alone.gain.low > fresh + 0.1  # certain of what is not there
+    assert together.gain.low < fresh < together.gain.high
+    assert together.gain.images == 10  # scenes are drawn, not frames
+    assert found[1].fitted.final.images == 40
+
+
+def test_a_new_image_of_a_known_group_is_refined_without_its_neighbors():
+    images = [replace(image(index), group=f"scene {index // 2}") for index in range(20)]
+    auto = fitted(images)
+    fold = auto.fitted.fold_of["scene 3"]
+    assert auto.weights_for("scene 3") == auto.fitted.folds[fold] != auto.fitted.final
 
 
 def test_a_later_evaluation_without_labels_keeps_the_weights():

@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from lightning_samrefine.fit.sample import ImageSample
-from lightning_samrefine.fit.solve import MIN_IMAGES, cross_validate, fit
+from lightning_samrefine.fit.solve import cross_validate, fit
 from lightning_samrefine.fusion_weights import PRESET_WEIGHTS, LogLinear
 from lightning_samrefine.refine.fusion.features import class_scores
 
@@ -17,7 +17,7 @@ NAMES = ("raw", "color", "region_votes")
 C = 4
 
 
-def image(index: int, truth: LogLinear, pixels: int = 300, group: str | None = None) -> ImageSample:
+def image(index: int, truth: LogLinear, pixels: int = 300) -> ImageSample:
     """Pixels whose classes are drawn from the probabilities of a known fusion."""
     rng = np.random.default_rng(index)
     features = rng.normal(size=(len(truth.features), truth.num_classes, pixels)).astype(np.float16)
@@ -25,7 +25,7 @@ def image(index: int, truth: LogLinear, pixels: int = 300, group: str | None = N
     target = torch.from_numpy((scores.numpy() + rng.gumbel(size=scores.shape)).argmax(axis=0))
     return ImageSample(
         key=f"image {index}",
-        group=group or f"image {index}",
+        group=f"image {index}",
         names=truth.features,
         features=torch.from_numpy(features),
         target=target.to(torch.int16),
@@ -107,7 +107,7 @@ def test_a_class_that_no_pixel_has_keeps_bias_zero(images: list[ImageSample]):
 def test_separable_classes_and_one_class_alone_stay_finite():
     for truth_class in (None, 1):
         samples = []
-        for index in range(MIN_IMAGES):
+        for index in range(8):
             base = image(index, TRUTH, pixels=50)
             target = (
                 base.features[0].argmax(dim=0)
@@ -125,23 +125,13 @@ def test_separable_classes_and_one_class_alone_stay_finite():
         assert (scores.argmax(dim=0) == samples[0].target).float().mean() > 0.95
 
 
-def test_few_images_get_the_preset(images: list[ImageSample]):
-    few = images[: MIN_IMAGES - 1]
-    assert fit(few, NAMES, C) == LogLinear.preset(NAMES, C)
-    found = cross_validate(few, NAMES, C)
-    assert set(found.fold_weights) == {LogLinear.preset(NAMES, C)}
-    # Frames of a single video count as one image.
-    video = [image(index, TRUTH, group="video") for index in range(20)]
-    assert fit(video, NAMES, C) == LogLinear.preset(NAMES, C)
-
-
 def test_predictions_come_from_weights_fitted_without_the_image():
     images = [image(index, TRUTH, pixels=150) for index in range(12)]  # folds of three
     found = cross_validate(images, NAMES, C)
     assert found.weights == fit(images, NAMES, C)
     for sample, prediction in zip(images, found.predictions, strict=True):
-        own = found.weights_for(sample.group)
         fold = found.fold_of[sample.group]
+        own = found.fold_weights[fold]
         others = [s for s in images if found.fold_of[s.group] != fold]
         assert len(others) < len(images)
         by_hand = fit(others, NAMES, C)
@@ -150,7 +140,6 @@ def test_predictions_come_from_weights_fitted_without_the_image():
         scores = np.einsum("f,fcn->cn", by_hand.weights, sample.features.double().numpy())
         want = (scores + np.array(by_hand.biases)[:, None]).argmax(axis=0)
         assert (prediction.numpy() == want).mean() > 0.999
-    assert found.weights_for("an image that was not sampled") == found.weights
 
 
 def test_labels_shuffled_between_images_are_foretold_as_harm_or_nothing(images):
@@ -175,6 +164,6 @@ def test_images_that_do_not_fit_are_refused(images: list[ImageSample]):
 
 def test_many_classes_are_fitted_in_little_memory():
     truth = LogLinear(("raw",), (1.0,), (0.0,) * 150)
-    samples = [image(index, truth, pixels=600) for index in range(MIN_IMAGES)]
+    samples = [image(index, truth, pixels=600) for index in range(8)]
     found = fit(samples, ("raw",), 150)
     assert abs(found.weights[0] - 1) < 0.1

@@ -39,6 +39,12 @@ def miou(found: list[PixelLabels], side: str) -> float:
     return float(multiclass_jaccard_index(predictions, targets, num_classes=C, average="macro"))
 
 
+def class_ious(found: list[PixelLabels], side: str) -> torch.Tensor:
+    predictions = torch.cat([getattr(image, side) for image in found])
+    targets = torch.cat([image.target for image in found])
+    return multiclass_jaccard_index(predictions, targets, num_classes=C, average="none")
+
+
 def test_a_certain_gain_is_refined_and_told_beside_the_control():
     found = images(20, {"raw": 0.3, "refined": 0.1, "control": 0.25})
     verdict = judge(found, C)
@@ -51,7 +57,13 @@ def test_a_certain_gain_is_refined_and_told_beside_the_control():
     low, high = 100 * verdict.gain.low, 100 * verdict.gain.high
     assert verdict.sentence() == (
         f"SAM adds +{100 * gain:.1f} ({low:.1f}…{high:.1f}) to mIoU, +{100 * control:.1f} of it "
-        "without SAM"
+        f"without SAM, +{100 * (gain - control):.1f} "
+        f"({100 * verdict.over_control.low:.1f}…{100 * verdict.over_control.high:.1f}) by its masks"
+    )
+    figures = verdict.figures()
+    assert figures["fitted_gain"] == verdict.gain.gain
+    assert figures["fitted_gain_by_sam"] == pytest.approx(
+        figures["fitted_gain"] - figures["fitted_gain_without_sam"], abs=1e-12
     )
 
 
@@ -116,6 +128,25 @@ def test_a_gain_by_the_frequencies_of_classes_alone_refines_nothing():
     assert not verdict.refine
     assert verdict.sentence().startswith("The raw prediction is hardly related to the targets")
     assert judge(found, C, LogLinear(("raw", "color"), (0.4, 1.0), (0.0,) * C)).refine
+
+
+def test_two_classes_are_refined_though_one_certainly_loses():
+    """Freezing it would freeze every pixel, and with it the gain of the other."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(20):
+        target = torch.ones(1000, dtype=torch.int64)
+        target[:100] = 0
+        raw, refined = target.clone(), target.clone()
+        raw[: rng.integers(35, 45)] = 1
+        refined[-rng.integers(40, 50) :] = 0
+        found.append(PixelLabels(target, raw, refined, raw))
+    verdict = judge(found, 2)
+    first, second = (class_ious(found, "refined") - class_ious(found, "raw"))[:2]
+    assert first > 0.05 > -0.005 > second
+    assert verdict.refine
+    assert verdict.frozen_classes == ()
+    assert verdict.gain.gain == pytest.approx(float(first + second) / 2, abs=1e-6)
 
 
 def test_a_perfect_segmenter_is_not_touched():

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from command_runs import CLASSES, EVERY_REGION, SMALL, composed, execute, overrides
+from command_runs import CLASSES, EVERY_REGION, SMALL, composed, execute, overrides, write_folder
 from random_predictions import blobs
 from rich.console import Console, Group
 from rich.table import Table
@@ -226,6 +226,40 @@ def test_what_was_written_is_what_was_measured(folder, tuned, tmp_path):
     cfg.refine = asdict(read_refine(out / "tuned.yaml"))
     assert run(cfg) == pytest.approx(result, abs=1e-7)
     assert metrics["tune/miou_tuned"] >= metrics["tune/miou_raw"]
+
+
+def test_the_fit_is_that_of_a_validation(tmp_path, capsys):
+    """The same weights, to the digit, as refine=auto finds on the same images."""
+    frames = write_folder(tmp_path / "frames", count=9)
+    values = overrides(frames, "refine=auto", "refine.min_region_area=1")
+    tuning, validation = tmp_path / "tuning", tmp_path / "validation"
+    _, tuned = execute(tuning, *values, *SMALL[-3:], "task=tune")
+    shown = capsys.readouterr().out
+    _, validated = execute(validation, *values, "task=validate")
+    config = read_refine(tuning / "fitted.yaml")
+    assert config == read_refine(validation / "fitted.yaml")
+    assert config.weights == read_refine(validation / "fitted.yaml").weights
+    assert config.weights.images == 9
+    assert config.weights.found in shown
+    assert str(tuning / "fitted.yaml") in shown
+    fitted = {name: value for name, value in tuned.items() if name.startswith("tune/fitted_")}
+    assert len(fitted) == 7
+    for name, value in fitted.items():
+        assert value == pytest.approx(validated[name.replace("tune/", "val/")], abs=1e-6)
+
+
+def test_tuned_thresholds_of_another_fusion_have_the_preset_fitted_beside_them(tmp_path):
+    frames = write_folder(tmp_path / "frames", count=8)
+    execute(tmp_path / "out", *overrides(frames, *SMALL))
+    config = read_refine(tmp_path / "out" / "fitted.yaml")
+    assert replace(config, weights="auto", class_names=None) == RefineConfig.preset("auto")
+
+
+def test_too_few_images_are_tuned_and_not_fitted(tuned, folder, tmp_path, capsys):
+    out, _ = tuned
+    assert not (out / "fitted.yaml").exists()
+    run(composed(tmp_path, *overrides(folder, *SMALL)))
+    assert "nothing was fitted to fewer than 8 labeled images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

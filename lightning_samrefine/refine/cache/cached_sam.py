@@ -49,6 +49,11 @@ class LazyEmbedding:
     batch: _ImageBatch
     index: int
 
+    @property
+    def digest(self) -> str | None:
+        """The image's hash, None if it could not be hashed."""
+        return None if self.batch.digests is None else self.batch.digests[self.index]
+
 
 class CachedSam:
     """A model in front of a cache, itself a `Promptable` and a `MaskProposer`.
@@ -221,9 +226,5 @@ class CachedSam:
 
 def _digests(embeddings: Sequence[LazyEmbedding]) -> list[str] | None:
     """Return the images' hashes; None if one of them could not be hashed."""
-    found = []
-    for one in embeddings:
-        if one.batch.digests is None:
-            return None
-        found.append(one.batch.digests[one.index])
-    return found
+    found = [one.digest for one in embeddings if one.digest is not None]
+    return found if len(found) == len(embeddings) else None
