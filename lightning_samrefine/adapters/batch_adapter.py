@@ -53,15 +53,17 @@ class RefineInputs:
 
     def first(self, count: int) -> RefineInputs:
         """Return the first ``count`` samples."""
-        values = vars(self).items()
-        return replace(self, **{name: v if v is None else v[:count] for name, v in values})
+        return self._each(lambda values: values[:count])
 
     def take(self, indices: Sequence[int]) -> RefineInputs:
         """Return the samples with these indices, in this order, as lists."""
-        values = vars(self).items()
-        return replace(
-            self, **{name: v if v is None else [v[i] for i in indices] for name, v in values}
-        )
+        return self._each(lambda values: [values[i] for i in indices])
+
+    def _each(self, change: Callable[[Any], Any]) -> RefineInputs:
+        changed: dict[str, Any] = {
+            name: None if values is None else change(values) for name, values in vars(self).items()
+        }
+        return RefineInputs(**changed)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,8 @@ def test_batches_change_nothing(random_sam, batch_size):
     assert first.fusion.biases == pytest.approx(second.fusion.biases, abs=1e-4)
 
 
-def test_too_few_images_are_refined_by_the_preset(random_sam, caplog):
+@pytest.mark.parametrize("count", [1, MIN_GROUPS - 1])
+def test_too_few_images_are_refined_by_the_preset(random_sam, caplog, count):
     caplog.set_level("INFO")
     own, fast = callback(random_sam), callback(random_sam)
     fast = SAMRefineCallback(
@@ -141,7 +142,7 @@ def test_too_few_images_are_refined_by_the_preset(random_sam, caplog):
         precision="32",
         name="fast",
     )
-    few = loader(MIN_GROUPS - 1)
+    few = loader(count)
     (logged,) = trainer(own, fast).validate(ByColor().eval(), few, verbose=False)
     assert own.fitted_config is None
     assert logged["val/miou_refined"] == logged["val/fast/miou_refined"]
@@ -254,6 +255,31 @@ def test_ignored_targets_end_without_a_fit(random_sam):
 
     trainer(own).validate(ByColor().eval(), DataLoader(Ignored(IMAGES), 2), verbose=False)
     assert own.fitted_config is None
+
+
+class Perfect(ByColor):
+    """Finds every class."""
+
+    def forward(self, image):
+        image = image.float() / 255
+        return -99 * (image[:, None] - COLORS[None, :, :, None, None]).square().sum(dim=2)
+
+
+class Shuffled(Blobs):
+    """Every image with the labels of another one."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], super().__getitem__(index - 1)[1]
+
+
+@pytest.mark.parametrize(("module", "data"), [(Perfect, Blobs), (ByColor, Shuffled)])
+def test_nothing_to_gain_refines_nothing(random_sam, module, data):
+    own, network = callback(random_sam), module().eval()
+    runner, images = trainer(own), DataLoader(data(IMAGES), 2)
+    runner.validate(network, images, verbose=False)
+    assert not own.fitted_config.weights.refine
+    (second,) = runner.validate(network, images, verbose=False)
+    assert second["val/miou_refined"] == second["val/miou_raw"]
 
 
 def test_classes_that_the_user_freezes_keep_their_pixels(random_sam):

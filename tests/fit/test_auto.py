@@ -82,10 +82,7 @@ def test_an_image_is_refined_with_weights_that_never_saw_it():
 def test_targets_of_other_images_end_in_refining_nothing():
     images = [image(index) for index in range(16)]
     targets = [sample.target for sample in images]
-    shuffled = [
-        replace(sample, target=targets[index - 1], raw=targets[index - 1])
-        for index, sample in enumerate(images)
-    ]
+    shuffled = [replace(sample, target=targets[index - 1]) for index, sample in enumerate(images)]
     auto = fitted(shuffled)
     assert not auto.fitted.final.refine
     assert not any(weights.refine for weights in auto.fitted.folds)
