@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -49,9 +50,12 @@ def main(arguments: list[str] | None = None) -> None:
             CONTROL: partial(fitted.control, pair),
         }
         chosen = {n: of_pair[n] for n in (RAW, *(options.methods or of_pair)) if n in of_pair}
-        counts[pair] = count_pair(root, pair, options.split, chosen, options)
+        if options.kept:
+            counts[pair] = kept_counts(pair, options.split, chosen, options.output)
+        else:
+            counts[pair] = count_pair(root, pair, options.split, chosen, options)
     text = page(counts, {pair: class_names(root, pair) for pair in counts}, options.split)
-    if AUTO in next(iter(counts.values())):
+    if all(AUTO in of_pair for of_pair in counts.values()):
         found = [f"- {pair}: {fitted.found(pair)}" for pair in counts]
         text += "\n".join(
             ["", "## What the fit of `auto` found on the validation split", "", *found, ""]
@@ -87,6 +91,19 @@ def build_methods(sam: Promptable, cache: EmbeddingCache) -> dict[str, Refine]:
     return methods
 
 
+def kept_counts(
+    pair: str, split: str, methods: Iterable[str], output: Path
+) -> dict[str, np.ndarray]:
+    """Return as `count_pair` does what earlier runs have counted on every image of a pair."""
+    kept = [dict(np.load(path)) for path in sorted(_folder(output, split, pair).glob("*.npz"))]
+    whole = [name for name in methods if kept and all(name in image for image in kept)]
+    return {name: np.stack([image[name] for image in kept]) for name in whole}
+
+
+def _folder(output: Path, split: str, pair: str) -> Path:
+    return output / split / pair.replace(" ", "_").replace(",", "")
+
+
 @torch.no_grad()
 def count_pair(
     root: Path, pair: str, split: str, methods: dict[str, Refine], options: argparse.Namespace
@@ -102,7 +119,7 @@ def count_pair(
     """
     num_classes = len(class_names(root, pair))
     collected: dict[str, list[np.ndarray]] = {name: [] for name in methods}
-    folder = options.output / split / pair.replace(" ", "_").replace(",", "")
+    folder = _folder(options.output, split, pair)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for number, example in enumerate(track(examples(root, pair, split), description=pair)):
@@ -130,6 +147,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="CamVid's other two pairs as well")
     parser.add_argument("--methods", nargs="+", help="besides raw, instead of all")
     parser.add_argument("--again", nargs="+", help="methods to run anew")
+    parser.add_argument("--kept", action="store_true", help="run nothing, show earlier runs")
     parser.add_argument("--limit", type=int, help="images of each pair, to see that it runs")
     parser.add_argument("--output", type=Path, default=Path("outputs/domains"))
     return parser.parse_args(arguments)

@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.domains import run
 from benchmarks.domains.counts import count, interval, miou, share_hurt, worst_class
+from benchmarks.domains.page import page
 from benchmarks.domains.pairs import IGNORED
 
 
@@ -57,6 +58,25 @@ def test_gains_and_losses_by_hand():
     assert change == pytest.approx(-100 * metric(raw, target)[2].item(), abs=1e-4)
 
 
+def test_a_method_that_a_pair_lacks_is_a_dash_and_has_no_mean():
+    raw, refined, target = maps(0)
+    both = {
+        name: np.stack([count(*own, 4) for own in zip(labels, target, strict=True)])
+        for name, labels in (("raw", raw), ("fast", refined), ("slow", refined))
+    }
+    few = {name: both[name] for name in ("raw", "fast")}
+    classes = dict.fromkeys(("one", "other"), tuple("abcd"))
+    text = page({"one": few, "other": both}, classes, "val")
+    gain = miou(both["fast"][:, 0]) - miou(both["raw"][:, 0])
+    rows = [line.split(" | ") for line in text.splitlines()]
+    (mean,) = (row for row in rows if row[0] == "| **mean**")
+    assert mean[-2:] == [f"**{gain:+.2f}**", "- |"]
+    one, other = (next(row for row in rows if row[0] == f"| {name}") for name in ("one", "other"))
+    assert one[3].startswith(f"{gain:+.2f} (")
+    assert one[4] == "- |"
+    assert other[4].startswith(f"{gain:+.2f} (")
+
+
 @pytest.mark.data
 @pytest.mark.slow
 def test_one_image_of_two_pairs(data_root, tmp_path, monkeypatch, capsys):
@@ -65,11 +85,14 @@ def test_one_image_of_two_pairs(data_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SAMREFINE_DATA", str(data_root))
     values = ["--limit", "1", "--pairs", "nuclei", "CamVid ESPNet", "--output", str(tmp_path)]
     run.main([*values, "--methods", "fast", "mode filter, 5 px"])
-    page = (tmp_path / "QUALITY.md").read_text()
-    assert page in capsys.readouterr().out
-    rows = [line for line in page.splitlines() if line.startswith("| nuclei | 1 |")]
+    written = (tmp_path / "QUALITY.md").read_text()
+    assert written in capsys.readouterr().out
+    rows = [line for line in written.splitlines() if line.startswith("| nuclei | 1 |")]
     assert len(rows) == 1
     # Kept: the second run computes nothing.
     monkeypatch.setattr(run, "count", lambda *_: pytest.fail("counted again"))
     run.main([*values, "--methods", "fast", "mode filter, 5 px"])
-    assert (tmp_path / "QUALITY.md").read_text() == page
+    assert (tmp_path / "QUALITY.md").read_text() == written
+    monkeypatch.setattr(run, "examples", lambda *_: pytest.fail("predicted again"))
+    run.main([*values, "--methods", "fast", "mode filter, 5 px", "default", "--kept"])
+    assert (tmp_path / "QUALITY.md").read_text() == written
