@@ -302,14 +302,13 @@ def measure_model(
             if repeat == 0:
                 measure_peaks(sam, 40, peaks)
             print(f"{name}, {threads} thread(s): repeat {repeat + 1} of {repeats}", flush=True)
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "segment-anything"))
     return {
         "model": name,
         "trained": trained,
-        "where": processor if device.type == "cuda" else f"{threads} core{'s' * (threads > 1)}",
-        "machine": f"{processor}; {versions}; Python {platform.python_version()}; "
-        f"{repeats} repeats, medians",
+        "where": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{threads} core{'s' * (threads > 1)}",
+        "machine": machine(device, f"{repeats} repeats, medians"),
         "encoders": medians(encoders),
         "refinements": [
             {"regions": count, "height": height, "width": width, "costs": medians(costs)}
@@ -389,6 +388,13 @@ def keep(results: Mapping[str, Any]) -> None:
     """Store figures beside those that were not measured again, and write the page."""
     RESULTS.write_text(json.dumps(stored() | results, indent=1) + "\n")
     write_page()
+
+
+def machine(device: torch.device, about: str) -> str:
+    """Name the processor and the versions of what ran on it."""
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "segment-anything"))
+    return f"{processor}; {versions}; Python {platform.python_version()}; {about}"
 
 
 def _processor() -> str:

@@ -41,7 +41,8 @@ def write_page() -> None:
 
 def page(results: Mapping[str, Any]) -> str:
     """Format the figures of models, each with the cores it ran on, and of bf16 on CamVid."""
-    figures = [results[key] for key in sorted(results) if key not in ("bf16", "padding")]
+    apart = ("bf16", "padding", "presets")
+    figures = [results[key] for key in sorted(results) if key not in apart]
     machines = list(dict.fromkeys(figure["machine"] for figure in figures))
     head = (
         "# What a refinement costs\n\n"
@@ -53,7 +54,8 @@ def page(results: Mapping[str, Any]) -> str:
         "`python -m benchmarks.speed --write` writes this page.\n\n"
         f"Machine: {'; '.join(machines)}.\n"
     )
-    parts = [head, bars(results), *map(section, figures), _bf16(results.get("bf16"))]
+    presets = presets_section(results["presets"]) if "presets" in results else ""
+    parts = [head, presets, bars(results), *map(section, figures), _bf16(results.get("bf16"))]
     parts.append(padding(results))
     parts.append(NOTES.read_text())  # what was tried, by hand
     return "\n".join(part for part in parts if part)
@@ -91,6 +93,29 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """Format a Markdown table, its first column left aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def presets_section(figures: Mapping[str, Any]) -> str:
+    """Format what `benchmarks.speed_presets` measured: a row a preset, a column a data set."""
+    pairs = figures["pairs"]
+    presets = [key.removesuffix(" cold") for key in pairs["all"] if key.endswith(" cold")]
+    rows = [
+        [f"`{preset}`", *(f"{of[f'{preset} {epoch}']:.2f}" for of in pairs.values())]
+        for epoch in ("cold", "cached")
+        for preset in presets
+    ]
+    for index, row in enumerate(rows):
+        row.insert(1, "first look" if index < len(presets) else "cached")
+    default, encoder = pairs["all"]["default cold"], pairs["all"]["our encoder"]
+    return (
+        "## Every preset, `vit_t`, 1 core\n\n"
+        "Validation images and the predictions of their networks, in bf16 if the processor has it; "
+        "`auto` with its control and the sampling of pixels. The target for the first look of "
+        f"`default` was 2; measured {default:.2f}, which is {default / encoder:.1f} forwards of "
+        f"this package's encoder ({encoder:.2f}). Made by "
+        "`python -m benchmarks.speed_presets --write`.\n\n"
+        f"Machine: {figures['machine']}.\n\n" + table(["preset", "look", *pairs], rows)
+    )
 
 
 def section(figures: Mapping[str, Any]) -> str:

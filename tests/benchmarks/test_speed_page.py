@@ -91,3 +91,15 @@ def test_core_counts_measured_apart_share_a_page(files):
     assert "## Targets" in page
     assert page.count("a machine") == 1
     assert page == speed_report.page(json.loads((files / "speed.json").read_text()))
+
+
+def test_presets_stand_beside_what_was_measured_before(files):
+    cold, cached = {"default cold": 0.9, "fast cold": 0.5}, {"default cached": 0.2}
+    every = {"our encoder": 0.3, **cold, **cached, "fast cached": 0.1}
+    speed.keep({"vit_b, 1 core": figures()})
+    speed.keep({"presets": {"machine": "a machine", "pairs": {"scenes": every, "all": every}}})
+    page = (files / "SPEED.md").read_text()
+    assert "## vit_b, random weights, 1 core" in page
+    assert "measured 0.90, which is 3.0 forwards of this package's encoder (0.30)" in page
+    assert "| `default` | first look | 0.90 | 0.90 |" in page
+    assert "| `fast` | cached | 0.10 | 0.10 |" in page
