@@ -1,11 +1,14 @@
-"""The quickstart notebook runs from top to bottom, and has its outputs stored."""
+"""The notebooks run from top to bottom, and have their outputs stored."""
 
 import re
+import runpy
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
+from torchmetrics.functional.classification import multiclass_jaccard_index
 
 pytestmark = pytest.mark.slow
 
@@ -50,3 +53,22 @@ def test_quickstart_shows_accepted_and_rejected_regions(tmp_path):
     assert strict.count("rejected:") > loose.count("rejected:")
     pictures = [out for cell in code for out in cell.outputs if "image/png" in out.get("data", {})]
     assert len(pictures) == 3
+
+
+def test_your_model_measures_three_choices(tmp_path):
+    pytest.importorskip("segmentation_models_pytorch")
+    notebook = read(NOTEBOOKS / "your_model.ipynb")
+    execute(notebook, tmp_path)
+    printed = "".join(out.get("text", "") for cell in code_cells(notebook) for out in cell.outputs)
+    rows = re.findall(r"^(\w+) +raw (\S+) -> (\S+), gain between", printed, re.MULTILINE)
+    assert [name for name, _, _ in rows] == ["fast", "fitted", "tuned"]
+
+    project = runpy.run_path(str(tmp_path / "project.py"))
+    model, loader = project["Segmenter"](), project["Data"]().test_dataloader()
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    model.load_state_dict(checkpoint["state_dict"])
+    with torch.no_grad():
+        predicted = torch.cat([model.eval()(batch["image"]).argmax(dim=1) for batch in loader])
+    target = torch.cat([batch["mask"] for batch in loader])
+    expected = multiclass_jaccard_index(predicted, target, num_classes=2).item()
+    assert [float(raw) for _, raw, _ in rows] == pytest.approx([expected] * 3, abs=1e-3)
