@@ -9,21 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_samrefine.adapters.candidates import Roles, is_image, is_single, of
+from lightning_samrefine.adapters.candidates import Found, Roles, hint_at_missing
 from lightning_samrefine.adapters.custom_adapter import checked_image, checked_probs, unpack
 from lightning_samrefine.adapters.denormalize import Denormalize
+from lightning_samrefine.adapters.layouts.conversion import FoundTensors, convert
+from lightning_samrefine.adapters.layouts.overlapping import scores_by_class
 from lightning_samrefine.adapters.layouts.padding import Padding, RealParts
-from lightning_samrefine.adapters.nested import Samples, describe, leaves
+from lightning_samrefine.adapters.layouts.volumes import Slices, find_slices
+from lightning_samrefine.adapters.nested import Samples, describe
 from lightning_samrefine.adapters.network_scores import QUERIES, query_masks
 from lightning_samrefine.adapters.role_search import MissingTargetError, RoleSearch
 from lightning_samrefine.adapters.scores import (
     SCORES_KINDS,
     BinaryKind,
     ScoresKind,
-    probs_behind_labels,
-    to_probs,
 )
-from lightning_samrefine.adapters.target_values import to_labels, whole_numbers
+from lightning_samrefine.adapters.target_values import whole_numbers
+from lightning_samrefine.utils.validation import WrongValuesError
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ class RefineInputs:
         probs: (B, C, H, W) float32 in [0, 1], the raw probabilities.
         labels: (B, H, W) int64, the raw prediction; values outside [0, C) mean "unknown".
         targets: (B, H, W) int64, or None without targets.
-        groups: B names; images of one group, such as the frames of a video, are neighbors. None
+        parts: P names of the parts that every image of the batch is split into, the slices of a
+            volume or the binary maps of overlapping classes; B is then P times the number of
+            images, whose parts follow one another.
+        groups: B names; images of one group, such as the slices of a volume, are neighbors. None
             if every image is one of its own.
     """
 
@@ -46,24 +51,38 @@ class RefineInputs:
     probs: Samples
     labels: Samples
     targets: Samples | None
+    parts: tuple[str, ...] = ("",)
     groups: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def part(self, index: int) -> tuple[int, int]:
+        """Return which part of its image a sample is, and the number of parts."""
+        return index % len(self.parts), len(self.parts)
+
+    def named(self, names: Sequence[str], separator: str = ", ") -> list[str]:
+        """Return a name for each sample: that of its image, followed by that of its part."""
+        if len(self.parts) == 1:
+            return list(names)
+        return [f"{name}{separator}{part}" for name in names for part in self.parts]
+
     def first(self, count: int) -> RefineInputs:
-        """Return the first ``count`` samples."""
-        return self._each(lambda values: values[:count])
+        """Return the samples of the first ``count`` images, all parts of each."""
+        end = count * len(self.parts)
+        return self._each(lambda values: values[:end], self.parts)
 
     def take(self, indices: Sequence[int]) -> RefineInputs:
-        """Return the samples with these indices, in this order, as lists."""
-        return self._each(lambda values: [values[i] for i in indices])
+        """Return the samples with these indices, in this order, as lists, each a whole."""
+        return self._each(lambda values: [values[i] for i in indices], ("",))
 
-    def _each(self, change: Callable[[Any], Any]) -> RefineInputs:
+    def _each(self, change: Callable[[Any], Any], parts: tuple[str, ...]) -> RefineInputs:
         changed: dict[str, Any] = {
-            name: None if values is None else change(values) for name, values in vars(self).items()
+            name: None if values is None else change(values)
+            for name, values in vars(self).items()
+            if name != "parts"
         }
-        return RefineInputs(**changed)
+        return RefineInputs(parts=parts, **changed)
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,8 @@ class Reading:
         kind: The kind of scores they were converted as.
         has_network_probs: (B,) bool, label maps with the network's probabilities, or None.
         padding: What was cut off, or None.
+        slices: The slices of volumes, or None.
+        is_overlapping: Whether ``kind`` is that of a binary map for each class.
         colors: How the image's channels became RGB, in words; empty where they are RGB.
     """
 
@@ -86,6 +107,8 @@ class Reading:
     has_network_probs: Tensor | None = None
     padding: RealParts | None = None
     colors: str = ""
+    slices: Slices | None = None
+    is_overlapping: bool = False
 
 
 AdapterFunction = Callable[[Any, Any, Tensor | None], RefineInputs | Mapping[str, Any]]
@@ -110,6 +133,8 @@ class BatchAdapter:
         target_key: Key of the target.
         scores_key: Key of the scores; ``"forward"`` for the tensor captured by the forward hook.
         scores_kind: Kind of scores, see `to_probs`.
+        slice_axis: Axis of volumes (B, C, D, H, W) whose slices are images.
+        class_names: C names, for the parts of overlapping classes; None for "0", "1", …
         rgb: Undoes the image's normalization.
         binary: Determines the kind of scores of one channel.
         padding: Finds what is cut off from a padded batch.
@@ -130,6 +155,8 @@ class BatchAdapter:
     target_key: str | None = None
     scores_key: str | None = None
     scores_kind: ScoresKind = "auto"
+    slice_axis: int = 2
+    class_names: Sequence[str] | None = None
     rgb: Denormalize = field(default_factory=Denormalize)
     binary: BinaryKind = field(default_factory=BinaryKind)
     padding: Padding = field(default_factory=Padding)
@@ -202,9 +229,19 @@ class BatchAdapter:
             TypeError: As in a call.
         """
         kind = self.scores_kind
+        found = batch if self.function is None else self.function(batch, outputs, captured)
+        key = self.image_key if self.function is None else None
+        slices = find_slices(found, key, self.slice_axis, self.rgb.shows)
+        if slices is not None:
+            found, batch, outputs, captured = map(slices.cut, (found, batch, outputs, captured))
+            given = ()  # the network was given volumes
         if self.function is not None:
-            found = self.function(batch, outputs, captured)
             if isinstance(found, RefineInputs):
+                if self.scores_kind == "multilabel":
+                    raise TypeError(
+                        "adapter must return a mapping with 'logits' or 'probs' and a multi-hot "
+                        "'target' with scores_kind='multilabel', got RefineInputs"
+                    )
                 return Reading(self._checked(found), None, kind)
             roles, kind = unpack(found)
             roles = roles if self.needs_target else replace(roles, target=None)
@@ -233,17 +270,54 @@ class BatchAdapter:
             raise error(self._not_found(missing, batch, outputs, seen))
         if given and captured is not None and self.function is None and self.scores_key is None:
             search.check_view(roles, captured, given)
-        if kind == "auto" and self._num_classes == 2 and _has_one_channel(scores.value):
-            kind = self.binary(scores.value, str(scores.path[-1]) if scores.path else "")
-        found_padding = None
+        is_overlapping = self.scores_kind == "multilabel"
+        kind = self._kind_of_one_channel(scores, kind)
+        padding = None
         if self.function is None:
             container = batch if image.source == "batch" else outputs
-            found_padding = self.padding(container, image.value, image.source)
+            padding = self.padding(container, image.value, image.source)
         returned = scores.source == "outputs" and self.scores_key is None
-        inputs, has_network_probs = self._convert(
-            roles, kind, found_padding, captured if returned else None
+        tensors = FoundTensors(
+            self._move(image.value),
+            self._move(scores.value),
+            None if target is None else self._move(target.value),
+            self._move(captured) if returned else None,
         )
-        return Reading(inputs, roles, kind, has_network_probs, found_padding, str(self.rgb))
+        converted = convert(tensors, kind, self._num_classes, self.rgb, padding, is_overlapping)
+        parts = slices.names if slices is not None else ("",)
+        if is_overlapping:
+            parts = tuple(f"{part}/{c}".strip("/") for part in parts for c in self._class_names)
+        inputs = RefineInputs(
+            converted.images, converted.probs, converted.labels, converted.targets, parts
+        )
+        colors, has_probs = str(self.rgb), converted.has_network_probs
+        return Reading(inputs, roles, kind, has_probs, padding, colors, slices, is_overlapping)
+
+    def _kind_of_one_channel(self, scores: Found, kind: ScoresKind) -> ScoresKind:
+        """Return the kind of scores; that of a single map with overlapping classes."""
+        name = str(scores.path[-1]).lower() if scores.path else ""
+        value = scores.value
+        if kind == "multilabel":
+            for known in ("logits", "probs"):
+                if known.rstrip("s") in name:
+                    return known
+            try:
+                return self.binary(scores_by_class(value), name)
+            except WrongValuesError:
+                raise
+            except ValueError as error:
+                raise ValueError(
+                    "scores must be named 'logits' or 'probs' if those of overlapping classes lie "
+                    f"in [0, 1], got {scores}"
+                ) from error
+        if kind == "auto" and self._num_classes == 2 and _has_one_channel(value):
+            return self.binary(value, name)
+        return kind
+
+    @property
+    def _class_names(self) -> tuple[str, ...]:
+        names = self.class_names or map(str, range(self._num_classes))
+        return tuple(name.replace("/", "_") for name in names)
 
     @property
     def _num_classes(self) -> int:
@@ -258,7 +332,7 @@ class BatchAdapter:
             for role in missing
         )
         queries = "scores" in missing and query_masks(outputs, self._num_classes)
-        hint = f"The step returned {QUERIES}. " if queries else _hint(missing, batch)
+        hint = f"The step returned {QUERIES}. " if queries else hint_at_missing(missing, batch)
         return (
             f"No {wanted} found. {hint}The batch is {describe(batch)}; the step returned "
             f"{describe(outputs)}; forward hooks saw {seen}. Scores are float "
@@ -272,75 +346,6 @@ class BatchAdapter:
         if self.device is None or value is None:
             return value
         return value.to(self.device) if isinstance(value, Tensor) else list(map(self._move, value))
-
-    def _convert(
-        self, roles: Roles, kind: ScoresKind, padding: RealParts | None, captured: Tensor | None
-    ) -> tuple[RefineInputs, Tensor | None]:
-        """Convert what was found, and cut the padding off.
-
-        Returns:
-            The inputs, and ``has_network_probs`` of `Reading`.
-        """
-        assert roles.image is not None  # and neither are the scores, after `read` has checked
-        assert roles.scores is not None
-        image, scores = self._move(roles.image.value), self._move(roles.scores.value)
-        target = None if roles.target is None else self._move(roles.target.value)
-        numbers = [len(one) for one in (image, scores, target) if one is not None]
-        in_lists = not all(
-            isinstance(one, Tensor) for one in (image, scores, target) if one is not None
-        )
-        if in_lists and len(set(numbers)) > 1:
-            raise ValueError(
-                "image, scores and target must have equal numbers of samples, got "
-                f"{str(numbers)[1:-1]}"
-            )
-        real = image if padding is None else padding.cut(image)
-        images = self._to_rgb(real)
-        probs, labels = self._to_probs(scores, kind, image, real)
-        if len(probs) != len(images):
-            copies = (
-                ": copies along the batch, as of test-time augmentation, must be merged into one, "
-                "for example by a step that returns {'logits': merged}"
-            )
-            raise ValueError(
-                f"scores must be of the image's {len(images)} samples, got {len(probs)}"
-                + (copies if len(images) and len(probs) % len(images) == 0 else "")
-            )
-        has_network_probs = None
-        if captured is not None:
-            probs, has_network_probs = probs_behind_labels(
-                probs, labels, scores, kind, self._move(captured)
-            )
-        if padding is not None:
-            probs, labels = padding.cut(probs), padding.cut(labels)
-            target = None if target is None else padding.cut(target)
-        targets: Samples | None = None
-        if isinstance(target, Tensor) and isinstance(labels, Tensor):
-            targets = to_labels(target, labels)
-        elif target is not None:
-            pairs = zip(target, labels, strict=True)
-            targets = [to_labels(one[None], own[None])[0] for one, own in pairs]
-        return RefineInputs(images, probs, labels, targets), has_network_probs
-
-    def _to_rgb(self, image: Samples) -> Samples:
-        if isinstance(image, Tensor):
-            return self.rgb(image)
-        self.rgb.settle(image)
-        return [self.rgb(one[None])[0] for one in image]
-
-    def _to_probs(
-        self, scores: Samples, kind: ScoresKind, image: Samples, real: Samples
-    ) -> tuple[Samples, Samples]:
-        """Convert scores of the images, or in a list those of their real parts."""
-        if isinstance(scores, Tensor) and isinstance(image, Tensor):
-            hw = (image.shape[-2], image.shape[-1])
-            return to_probs(scores.detach(), kind, self._num_classes, hw)
-        parts = []
-        for one, padded, own in zip(scores, image, real, strict=True):
-            of = padded if one.shape[-2:] == padded.shape[-2:] else own
-            hw = (of.shape[-2], of.shape[-1])
-            parts.append(to_probs(one.detach()[None], kind, self._num_classes, hw))
-        return [probs[0] for probs, _ in parts], [labels[0] for _, labels in parts]
 
     def _checked(self, inputs: RefineInputs) -> RefineInputs:
         if inputs.targets is None and self.needs_target:
@@ -374,21 +379,6 @@ class BatchAdapter:
             if inputs.targets is None
             else _each(lambda target: whole_numbers(target, "adapter: targets"), inputs.targets),
         )
-
-
-def _hint(missing: Sequence[str], batch: Any) -> str:
-    """Return a sentence about mistakes that are visible in a batch's shapes, else ``""``."""
-    found = of("batch", leaves(batch))
-    images = [one for one in found if is_image(one.value)]
-    if "image" in missing and len(images) > 1:
-        keys = " or ".join(f"image_key={one.key!r}" for one in images)
-        return f"The batch has {len(images)} images: name the one that SAM sees, with {keys}. "
-    if not images and any(isinstance(one.value, Tensor) and is_single(one.value) for one in found):
-        return (
-            "Tensors must have a batch dimension, got what looks like one sample: a DataLoader "
-            "with batch_size=None yields these, one with batch_size=1 batches of one. "
-        )
-    return ""
 
 
 def _has_one_channel(scores: Samples) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from lightning_samrefine.adapters.nested import Leaf, Samples, describe
+from lightning_samrefine.adapters.nested import Leaf, Samples, describe, leaves
 
 HOOK_KEY = "forward"
 IMAGE_NAMES = (
@@ -163,3 +163,18 @@ def has_pixels(value: Samples) -> bool:
 def items(value: Samples) -> list[Tensor]:
     """Return batches: the tensor itself, or each list entry as a batch of one."""
     return [value] if isinstance(value, Tensor) else [item[None] for item in value]
+
+
+def hint_at_missing(missing: Sequence[str], batch: Any) -> str:
+    """Return a sentence about mistakes that are visible in a batch's shapes, else ``""``."""
+    found = of("batch", leaves(batch))
+    images = [one for one in found if is_image(one.value)]
+    if "image" in missing and len(images) > 1:
+        keys = " or ".join(f"image_key={one.key!r}" for one in images)
+        return f"The batch has {len(images)} images: name the one that SAM sees, with {keys}. "
+    if not images and any(isinstance(one.value, Tensor) and is_single(one.value) for one in found):
+        return (
+            "Tensors must have a batch dimension, got what looks like one sample: a DataLoader "
+            "with batch_size=None yields these, one with batch_size=1 batches of one. "
+        )
+    return ""

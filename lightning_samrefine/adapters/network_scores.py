@@ -31,7 +31,9 @@ QUERIES = (
 
 
 def network_scores(outputs: Any, num_classes: int) -> list[Leaf]:
-    """Return the candidates for a network's scores, float (B, C, H, W); one if it is clear.
+    """Return the candidates for a network's scores, one if it is clear.
+
+    They are float (B, C, H, W), or (B, C, D, H, W) of volumes.
 
     A usual name such as ``"out"`` of torchvision's networks and ``"logits"`` of transformers'
     precedes a single tensor of that shape. Networks do not return targets: ``"mask"`` and the like
@@ -42,7 +44,7 @@ def network_scores(outputs: Any, num_classes: int) -> list[Leaf]:
     def fits(leaf: Leaf) -> bool:
         return (
             isinstance(leaf.value, Tensor)
-            and is_score_map(leaf.value, num_classes)
+            and is_score_map(_as_map(leaf.value), num_classes)
             and not any(leaf.value is mask for mask in queries)
         )
 
@@ -58,6 +60,11 @@ def network_scores(outputs: Any, num_classes: int) -> list[Leaf]:
             or not is_something_else(leaf.path)
         )
     ]
+
+
+def _as_map(value: Tensor) -> Tensor:
+    """Return volumes with one dimension fewer, and other tensors as they are."""
+    return value.flatten(2, 3) if value.ndim == 5 else value
 
 
 def query_masks(outputs: Any, num_classes: int) -> list[Tensor]:

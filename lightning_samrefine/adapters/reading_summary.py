@@ -36,11 +36,18 @@ def summarize(reading: Reading, ignore_index: int | None = None) -> str:
             parts[0] += f", {reading.colors}"
         if roles.target is not None:
             parts.append(f"target {roles.target}")
-        kind = kind_of(items(roles.scores.value)[0], reading.kind)
+        scores = items(roles.scores.value)[0]
+        if reading.is_overlapping:
+            one_map = kind_of(scores.flatten(0, 1)[:, None], reading.kind)
+            kind = f"{one_map.removesuffix(' of class 1')} of {scores.shape[1]} overlapping classes"
+        else:
+            kind = kind_of(scores, reading.kind)
         replaced = reading.has_network_probs
         is_replaced = replaced is not None and bool(replaced.all())
         source = ", with the probabilities of the forward hook's scores" if is_replaced else ""
         parts.append(f"scores {roles.scores}, {kind}{source}")
+    if reading.slices is not None:
+        parts.append(str(reading.slices))
     if reading.padding is not None:
         parts.append(str(reading.padding))
     return f"reads {'; '.join([*parts, *shares])}"

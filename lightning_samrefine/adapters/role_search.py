@@ -30,6 +30,7 @@ from lightning_samrefine.adapters.candidates import (
     of,
     same_size,
 )
+from lightning_samrefine.adapters.layouts.overlapping import is_multi_hot
 from lightning_samrefine.adapters.nested import (
     Samples,
     at_key,
@@ -87,9 +88,10 @@ class RoleSearch:
         """
         image, target = self._image_and_target(batch, outputs)
         search = ScoresSearch(self.num_classes, self.scores_key, self.scores_kind)
+        known = target if target is not None and self._fits_target(target.value) else None
         # Unsuitable shapes raise in the conversion.
         shown = image if image is not None and self.shows(image.value) else None
-        scores = search(batch, outputs, captured, shown, target)
+        scores = search(batch, outputs, captured, shown, known)
         if scores is not None and scores.source == "outputs" and self.scores_key is None:
             self._check_crop(outputs, image, scores)
         return Roles(image, target, scores)
@@ -145,7 +147,9 @@ class RoleSearch:
         images = self._candidates(batch, outputs, self.image_key, 0, IMAGE_NAMES, self.shows)
         if not self.needs_target:
             return self._one_image(images), None
-        targets = self._candidates(batch, outputs, self.target_key, 1, TARGET_NAMES, is_target)
+        targets = self._candidates(
+            batch, outputs, self.target_key, 1, TARGET_NAMES, self._fits_target
+        )
         if self.image_key is None and self.target_key is None:
             returned = self._returned_sample(outputs, images)
             if returned is not None:
@@ -153,6 +157,11 @@ class RoleSearch:
         if not images or not targets:
             return self._one_image(images), self._one_target(targets)
         return self._pair(images, targets)
+
+    def _fits_target(self, value: Samples) -> bool:
+        if self.scores_kind == "multilabel":
+            return is_multi_hot(value, self.num_classes)
+        return is_target(value)
 
     def _candidates(
         self,
@@ -180,7 +189,7 @@ class RoleSearch:
             later = [
                 leaf for leaf in leaves(batch) if len(leaf.path) == 1 and leaf.path[0] in _LATER
             ]
-            by_position += [one for one in of("batch", later) if is_target(one.value)]
+            by_position += [one for one in of("batch", later) if self._fits_target(one.value)]
         in_outputs = names if position == 0 else TARGET_NAMES_IN_OUTPUTS
         for found in (by_name, by_position, of("outputs", named(outputs, in_outputs))):
             fitting = [one for one in found if fits(one.value)]
@@ -234,7 +243,7 @@ class RoleSearch:
         truths = [
             one
             for one in of("outputs", named(outputs, TARGET_NAMES_IN_OUTPUTS))
-            if is_target(one.value)
+            if self._fits_target(one.value)
         ]
         if not returned or not truths or not images or same_size(returned[0], images[0]):
             return None

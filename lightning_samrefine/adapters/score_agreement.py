@@ -85,12 +85,12 @@ class ScoresAgreement:
         self, value: Samples, sizes: list[tuple[int, int]]
     ) -> list[tuple[Tensor, Tensor]]:
         """Return (C, H, W) probabilities and (H, W) labels of each sample."""
-        maps = []
+        maps: list[tuple[Tensor, Tensor]] = []
         for index, item in enumerate(value):
             own_size = (item.shape[-2], item.shape[-1])
             size = sizes[min(index, len(sizes) - 1)] if sizes else own_size
             probs, labels = to_probs(item[None], self.kind, self.num_classes, size)
-            maps.append((probs[0], labels[0]))
+            maps += zip(probs, labels, strict=True)  # several of overlapping classes
         return maps
 
 

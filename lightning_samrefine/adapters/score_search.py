@@ -24,6 +24,7 @@ from lightning_samrefine.adapters.candidates import (
     of,
     shares_memory,
 )
+from lightning_samrefine.adapters.layouts.overlapping import is_multi_hot
 from lightning_samrefine.adapters.nested import Leaf, Samples, at_key, leaves, named
 from lightning_samrefine.adapters.network_scores import (
     OTHER_PATTERN,
@@ -99,15 +100,13 @@ class ScoresSearch:
             ]
             return by_key[0] if by_key else None
 
-        # An unsuitable shape raises in the conversion.
-        target = target if target is not None and is_target(target.value) else None
         given = [one.value for one in (image, target) if one is not None]
         queries = query_masks(outputs, self.num_classes)
         singles = _single_samples(outputs)
 
         def possible(found: Found) -> bool:
             return (
-                _fits_scores(found.value, self.num_classes)
+                _fits_scores(found.value, self.num_classes, self.kind)
                 and not any(found.value is mask for mask in (*queries, *singles))
                 and (image is None or not is_copy(found.value, image.value))
                 and not any(shares_memory(found.value, one) for one in given)
@@ -141,7 +140,9 @@ class ScoresSearch:
             if not weak:
                 # A usual name with an unsuitable shape: the conversion raises about the shape.
                 sole = [Leaf((), outputs)] if isinstance(outputs, Tensor) else []
-                sole = [leaf for leaf in sole if _fits_scores(leaf.value, self.num_classes)]
+                sole = [
+                    leaf for leaf in sole if _fits_scores(leaf.value, self.num_classes, self.kind)
+                ]
                 misfits = [
                     one
                     for one in of("outputs", [*named(outputs, SCORES_NAMES), *sole])
@@ -316,8 +317,10 @@ def _are_signed_or_probs(samples: Samples) -> bool:
     )
 
 
-def _fits_scores(value: Samples, num_classes: int) -> bool:
+def _fits_scores(value: Samples, num_classes: int, kind: ScoresKind) -> bool:
     """Whether a value under a usual name can be scores, including label maps and binary maps."""
+    if kind == "multilabel":
+        return is_multi_hot(value, num_classes)
     return all(
         is_score_map(item, num_classes)
         or (item.ndim == 4 and item.shape[1] == num_classes and one_hot_labels(item) is not None)

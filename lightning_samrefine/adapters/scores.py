@@ -13,8 +13,8 @@ from torch.nn import functional as nnf
 from lightning_samrefine.adapters.nested import Samples
 from lightning_samrefine.utils.validation import WrongValuesError
 
-SCORES_KINDS = ("auto", "logits", "probs", "labels")
-ScoresKind: TypeAlias = Literal["auto", "logits", "probs", "labels"]
+SCORES_KINDS = ("auto", "logits", "probs", "labels", "multilabel")
+ScoresKind: TypeAlias = Literal["auto", "logits", "probs", "labels", "multilabel"]
 
 _SUM_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _DEFAULT_SUM_TOLERANCE = 1e-3
@@ -77,6 +77,8 @@ def is_label_map(scores: Tensor, kind: ScoresKind) -> bool:
 
 def kind_of(scores: Tensor, kind: ScoresKind) -> str:
     """Return the kind of scores that `to_probs` reads, in words."""
+    if kind == "multilabel":
+        return kind_of(scores.flatten(0, 1)[:, None], "auto")
     if is_label_map(scores, kind):
         return "label map"
     maps = scores[:, None] if scores.ndim == 3 else scores
@@ -171,6 +173,8 @@ def to_probs(
         ValueError: Another shape, a size that is not the image's over an integer stride,
             probabilities outside [0, 1], or binary class maps that overlap.
     """
+    if kind == "multilabel":
+        return to_probs(scores.flatten(0, 1)[:, None], "auto", 2, image_hw)
     channels = 1 if scores.ndim == 3 else scores.shape[1] if scores.ndim == 4 else 0
     fits = channels == num_classes or (channels == 1 and num_classes == 2)
     is_binary = fits and kind != "logits" and _is_binary(scores)
@@ -296,7 +300,7 @@ def _warn_of_sums(maps: Tensor) -> None:
             "scores must sum to 1 over the classes to be read as probabilities, got sums from "
             f"{float(total.min()):.4g} to {float(total.max()):.4g} and values from {low:.4g} to "
             f"{high:.4g}: they are read as logits. Set scores_kind='probs' if they are a sigmoid "
-            "for each class, 'logits' if they are not",
+            "for each class, 'multilabel' if classes overlap, 'logits' if they are logits",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -312,7 +316,7 @@ def _refuse_overlap(maps: Tensor) -> NoReturn:
     raise ValueError(
         f"scores must be logits, probabilities or one class a pixel, got values of 0 and 1 only, "
         f"with no class or several in {share:.1%} of the pixels. Return the probabilities, "
-        "or set scores_kind='probs' or 'logits' to have them taken as they are"
+        "or set scores_kind='multilabel' if classes overlap, 'probs' or 'logits' if not"
     )
 
 

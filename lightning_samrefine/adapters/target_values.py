@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_samrefine.adapters.layouts.overlapping import overlaps
 from lightning_samrefine.adapters.nested import Samples
 from lightning_samrefine.utils.validation import WrongValuesError, as_integer
 
@@ -256,9 +257,15 @@ def to_labels(target: Tensor, labels: Tensor) -> Tensor:
 
 def _shape_hint(target: Tensor, labels: Tensor) -> str:
     if target.ndim == 4 and target.shape[0] == len(labels) and target.shape[2:] == labels.shape[1:]:
+        if overlaps(target):
+            return (
+                f". These look like multi-hot targets of {target.shape[1]} classes that overlap: "
+                "set scores_kind='multilabel'"
+            )
         return (
             f". These look like {target.shape[1]} channels of one-hot targets: argmax them over "
-            "dim 1, in the dataset or an adapter"
+            "dim 1, in the dataset or an adapter, or set scores_kind='multilabel' if classes may "
+            "overlap"
         )
     return "; targets of another size need an adapter"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_samrefine.adapters.batch_adapter import AdapterFunction, BatchAdapter
 from lightning_samrefine.adapters.denormalize import Denormalize
 from lightning_samrefine.adapters.layouts.padding import Padding
+from lightning_samrefine.adapters.layouts.volumes import checked_axis
 from lightning_samrefine.adapters.scores import ScoresKind
 from lightning_samrefine.config import PRESETS, RefineConfig
 from lightning_samrefine.config_files import is_refine_file, read_refine, refine_from_mapping
@@ -73,6 +74,7 @@ class SharedArguments:
         image_channels: Sequence[int] | None = None,
         image_stretch: tuple[float, float] | None = None,
         padding_key: str | Literal[False] | None = None,
+        slice_axis: int = 2,
         adapter: AdapterFunction | None = None,
         target_key: str | None = None,
         group_key: str | None = None,
@@ -96,7 +98,7 @@ class SharedArguments:
             checkpoint=checkpoint,
             num_classes=parse_num_classes(num_classes, names),
             class_names=names,
-            refine=parse_refine(refine),
+            refine=_of_overlapping(parse_refine(refine), scores_kind),
             precision=precision,
             adapter=BatchAdapter(
                 image_key=image_key,
@@ -105,11 +107,31 @@ class SharedArguments:
                 scores_kind=scores_kind,
                 rgb=Denormalize(image_mean, image_std, image_range, image_channels, image_stretch),
                 padding=Padding(padding_key),
+                slice_axis=checked_axis(slice_axis),
                 function=adapter,
                 needs_target=needs_target,
             ),
             group_key=group_key,
         )
+
+
+def _of_overlapping(refine: RefineConfig, scores_kind: ScoresKind) -> RefineConfig:
+    """Return the thresholds of binary maps if classes overlap: there is no fit for these.
+
+    Raises:
+        ValueError: Thresholds of single classes, or fitted weights.
+    """
+    if scores_kind != "multilabel":
+        return refine
+    if refine.weights == "auto":
+        refine = replace(refine, weights=None)
+    for name in ("classes", "class_pred_iou_thresh", "class_names", "weights"):
+        if getattr(refine, name) is not None:
+            raise ValueError(
+                f"refine: {name} must be None with scores_kind='multilabel', which refines every "
+                f"class as a binary map of its own, got {getattr(refine, name)!r}"
+            )
+    return refine
 
 
 def check_sam(sam: Any, checkpoint: Any, precision: Any) -> None:

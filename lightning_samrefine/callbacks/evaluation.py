@@ -29,6 +29,7 @@ from lightning_samrefine.callbacks.run_state import RunState
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fit.auto import TOO_FEW, AutoFusion
 from lightning_samrefine.metrics.comparison import RefinementComparison
+from lightning_samrefine.metrics.overlapping import OverlappingComparison
 from lightning_samrefine.reporting.loggers import safe_names
 
 
@@ -93,14 +94,15 @@ class Evaluation:
         num_classes = state.num_classes
         names = safe_names(options.class_names or map(str, range(num_classes)), trainer.loggers)
         self._capture = ScoresCapture(pl_module, num_classes)
+        comparison = OverlappingComparison if state.is_overlapping else RefinementComparison
         # New ones each time: metric states from an epoch under inference_mode could not be
         # updated in a later one under no_grad.
         self._loaders = [
             LoaderEvaluation(
                 loader,
-                RefinementComparison(
-                    num_classes, options.ignore_index, names, options.trimap_width
-                ).to(trainer.strategy.root_device),
+                comparison(num_classes, options.ignore_index, names, options.trimap_width).to(
+                    trainer.strategy.root_device
+                ),
                 presenter.panels if draws else 0,
                 presenter.gallery(trainer, num_classes, options.ignore_index),
                 has_control=state.auto is not None,
@@ -145,7 +147,8 @@ class Evaluation:
             if not trainer.sanity_checking:
                 loader.lose(batch_size(batch))
             return
-        names = sample_names(batch, len(inputs), batch_label(trainer, batch_idx))
+        images = len(inputs) // len(inputs.parts)
+        names = inputs.named(sample_names(batch, images, batch_label(trainer, batch_idx)))
         inputs = loader.real(inputs)
         if trainer.sanity_checking:
             loader.rehearse(inputs)

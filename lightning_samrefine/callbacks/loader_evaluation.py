@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
+from lightning_samrefine.adapters.layouts.overlapping import labels_as_class
 from lightning_samrefine.callbacks.repeated_samples import RealSamples
 from lightning_samrefine.metrics.comparison import RefinementComparison
+from lightning_samrefine.metrics.overlapping import OverlappingComparison, foreground
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.reporting.panels import PanelPicker
 from lightning_samrefine.reporting.report.gallery_entries import Gallery
@@ -32,7 +34,7 @@ class LoaderEvaluation:
     def __init__(
         self,
         dataloader: Any,
-        comparison: RefinementComparison,
+        comparison: RefinementComparison | OverlappingComparison,
         panels: int,
         gallery: Gallery | None = None,
         has_control: bool = False,
@@ -42,22 +44,25 @@ class LoaderEvaluation:
         self.picker = PanelPicker(panels)
         self.gallery = gallery
         self._has_control = has_control
+        self._parts = 1  # of an image of the batches before
 
     def real(self, inputs: RefineInputs) -> RefineInputs:
         """Count the next batch, and return it without the samples that the sampler repeats."""
-        return inputs.first(self._samples.take(len(inputs)))
+        self._parts = len(inputs.parts)
+        return inputs.first(self._samples.take(len(inputs) // self._parts))
 
     def lose(self, count: int) -> None:
         """Count a batch of ``count`` samples that could not be read."""
-        lost = self._samples.take(count)
+        lost = self._samples.take(count) * self._parts
         self.comparison.counts.update(images=lost, failed=lost)
 
     def rehearse(self, inputs: RefineInputs) -> None:
         """Add the B real samples of a sanity check: the raw predictions alone, without SAM."""
         assert inputs.targets is not None
         self.comparison.counts.update(images=len(inputs))
-        for labels, target in zip(inputs.labels, inputs.targets, strict=True):
-            self.comparison.update(labels, labels, target)
+        for index, labels in enumerate(inputs.labels):
+            part = inputs.part(index)
+            self.comparison.update(labels, labels, inputs.targets[index], part=part)
 
     @torch.no_grad()
     def add(
@@ -79,16 +84,20 @@ class LoaderEvaluation:
         counts = self.comparison.counts
         counts.update(images=len(inputs), seconds=seconds)
         for index, refinement in enumerate(refinements):
-            raw, target = inputs.labels[index], inputs.targets[index]
+            raw, target, part = inputs.labels[index], inputs.targets[index], inputs.part(index)
             if refinement is None:
                 control = raw if self._has_control else None
-                self.comparison.update(raw, raw, target, control=control)
+                self.comparison.update(raw, raw, target, control=control, part=part)
                 counts.update(failed=1)
                 continue
             refined, regions = refinement.labels, refinement.regions
             counts.update(regions=len(regions), accepted=len(refinement.pred_iou))
             control = refinement.control
-            (found,) = self.comparison.update(raw, refined, target, regions, control)
+            (found,) = self.comparison.update(raw, refined, target, regions, control, part)
+            if isinstance(self.comparison, OverlappingComparison):
+                c = part[0] % self.comparison.num_classes
+                raw, refined, target = (labels_as_class(x, c) for x in (raw, refined, target))
+                regions, found = foreground(regions, found, c)
             image, name = inputs.images[index], names[index]
             self.picker.offer(name, image, raw, refined, target, found.valid, regions)
             if self.gallery is not None:

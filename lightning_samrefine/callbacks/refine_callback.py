@@ -102,7 +102,8 @@ class SAMRefineCallback(SAMCallback):
             ``"0"``; None searches, see docs/reading.md.
         target_key: Where the target is.
         scores_key: Where the scores are in what the step returned, or in the batch.
-        scores_kind: ``"logits"``, ``"probs"``, ``"labels"``, or ``"auto"`` to decide by the values.
+        scores_kind: ``"logits"``, ``"probs"``, ``"labels"``, or ``"auto"`` to decide by the values;
+            ``"multilabel"`` for overlapping classes, each refined and measured on its own.
         group_key: Where the batch has each image's scene, patient or video, such as ``"scene"``:
             no image is refined with weights that were fitted to another one of its group. None
             for images that are not neighbors.
@@ -115,6 +116,8 @@ class SAMRefineCallback(SAMCallback):
             for images of any range.
         padding_key: Where the pad mask or the sizes (h, w) of images padded to one size are; the
             padding is cut off. None searches usual names, see docs/reading.md; False cuts nothing.
+        slice_axis: Axis of volumes (B, C, D, H, W) whose slices SAM sees: 2, 3 or 4, such as 4 for
+            MONAI's (B, C, H, W, D).
         adapter: A callable ``(batch, outputs, captured)`` that replaces the search and returns
             `lightning_samrefine.adapters.batch_adapter.RefineInputs`, or a mapping with ``image``,
             ``target`` and one of ``logits``, ``probs`` and ``labels``.
@@ -174,6 +177,7 @@ class SAMRefineCallback(SAMCallback):
         image_channels: Sequence[int] | None = None,
         image_stretch: tuple[float, float] | None = None,
         padding_key: str | Literal[False] | None = None,
+        slice_axis: int = 2,
         adapter: AdapterFunction | None = None,
         name: str | None = None,
         group_key: str | None = None,
@@ -196,6 +200,7 @@ class SAMRefineCallback(SAMCallback):
                 image_channels=image_channels,
                 image_stretch=image_stretch,
                 padding_key=padding_key,
+                slice_axis=slice_axis,
                 adapter=adapter,
                 group_key=group_key,
             )

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.adapters.candidates import Roles
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
+from lightning_samrefine.adapters.layouts.overlapping import repeated
 from lightning_samrefine.adapters.nested import describe
 from lightning_samrefine.adapters.reading_summary import summarize
 from lightning_samrefine.adapters.role_search import MissingTargetError
@@ -30,10 +31,15 @@ from lightning_samrefine.fit.auto import AutoFusion, FittedFusion
 from lightning_samrefine.models import Promptable, load_sam
 from lightning_samrefine.models.base import accepts_masks, drop_derived
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
+from lightning_samrefine.refine.cache.keys import image_digest
 from lightning_samrefine.refine.class_filter import check_classes
 from lightning_samrefine.refine.refiner import Refiner
 from lightning_samrefine.refine.results import Refinement
+from lightning_samrefine.utils.device import Download
 from lightning_samrefine.utils.validation import WrongValuesError
+
+# Of embeddings, for the classes of a batch's images.
+_SHARED_GB = 0.5
 
 
 class RunState:
@@ -70,6 +76,9 @@ class RunState:
         fitted: FittedFusion | None = None,
     ) -> None:
         self._owner, self._shared, self._fitted = owner, shared, fitted
+        if self.is_overlapping and cache is None:
+            # The maps of an image's classes follow one another, and share its embedding.
+            cache = EmbeddingCache("memory", _SHARED_GB)
         self._auto_refiner: AutoRefiner | None = None
         self._warn_once = _WarnOnce(owner, counted_in)
         sam = shared.sam
@@ -113,6 +122,11 @@ class RunState:
         assert self._adapter.num_classes is not None
         return self._adapter.num_classes
 
+    @property
+    def is_overlapping(self) -> bool:
+        """Whether each class is a binary map of its own."""
+        return self._shared.adapter.scores_kind == "multilabel"
+
     def bind(self, pl_module: LightningModule) -> None:
         """Settle the number of classes, after the module's own setup and before any evaluation.
 
@@ -125,12 +139,16 @@ class RunState:
             return
         num_classes = self._shared.num_classes or num_classes_of(pl_module)
         try:
-            self._check_targets = TargetCheck(num_classes, self._ignore_index)
+            maps = 2 if self.is_overlapping else num_classes
+            self._check_targets = TargetCheck(maps, self._ignore_index)
         except ValueError as error:
             raise MisconfigurationException(f"{self._owner}: {error}") from error
         check_classes(self.config, num_classes, self._shared.class_names)
         self._adapter = replace(
-            self._shared.adapter, num_classes=num_classes, device=self.sam.device
+            self._shared.adapter,
+            num_classes=num_classes,
+            class_names=self._shared.class_names,
+            device=self.sam.device,
         )
         if self.config.weights == "auto":
             names = self._shared.class_names or map(str, range(num_classes))
@@ -229,8 +247,11 @@ class RunState:
             if inputs.targets is not None:
                 self._check_targets(inputs.targets, dataloader_idx)
             if group_key is not None:
-                groups = names_under(batch, group_key, len(inputs), "group_key")
-                inputs = replace(inputs, groups=list(map(str, groups)))
+                count = len(inputs.parts)
+                groups = names_under(batch, group_key, len(inputs) // count, "group_key")
+                inputs = replace(inputs, groups=repeated(list(map(str, groups)), count))
+            elif reading.slices is not None and self.auto is not None:
+                inputs = replace(inputs, groups=_volumes(inputs))
         except MissingTargetError:
             if dataloader_idx in self._understood or len(self._without_targets) + 1 >= loaders:
                 raise
@@ -269,6 +290,13 @@ class RunState:
             sam, device = self._borrowed
             drop_derived(sam)
             sam.module.to(device)
+
+
+def _volumes(inputs: RefineInputs) -> list[str]:
+    """Return a name for each slice, that of its volume: a hash of the first slice."""
+    count = len(inputs.parts)
+    first = Download(*inputs.images[::count]).wait()
+    return repeated([image_digest(image) for image in first], count)
 
 
 def _batches(refiner: Refiner) -> Callable[[RefineInputs], list[Refinement]]:

@@ -94,6 +94,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         image_channels: The channels that become RGB.
         image_stretch: The percentiles that become black and white.
         padding_key: Where the pad mask or the sizes of padded images are.
+        slice_axis: The axis along which volumes are sliced.
         adapter: Replaces the search for image and scores; no target is needed.
 
     Attributes:
@@ -141,6 +142,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         image_channels: Sequence[int] | None = None,
         image_stretch: tuple[float, float] | None = None,
         padding_key: str | Literal[False] | None = None,
+        slice_axis: int = 2,
         adapter: AdapterFunction | None = None,
     ) -> None:
         shared = SharedArguments.of(
@@ -159,6 +161,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
             image_channels=image_channels,
             image_stretch=image_stretch,
             padding_key=padding_key,
+            slice_axis=slice_axis,
             adapter=adapter,
             needs_target=False,
         )
@@ -262,7 +265,8 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         if inputs is None:
             self.counts.unread += batch_size(batch)
             return
-        stems = find_stems(batch, len(inputs), self.stem_key, batch_indices)
+        images = len(inputs) // len(inputs.parts)
+        stems = inputs.named(find_stems(batch, images, self.stem_key, batch_indices), "/")
         if trainer.predict_loop.num_dataloaders > 1:
             stems = [f"{dataloader_idx}/{stem}" for stem in stems]
         samples = zip(inputs.images, inputs.labels, inputs.probs, strict=True)
@@ -325,6 +329,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
                 "image_channels": rgb.channels,
                 "image_stretch": rgb.stretch,
                 "padding_key": adapter.padding.key,
+                "slice_axis": None if adapter.slice_axis == 2 else adapter.slice_axis,
                 "adapter": getattr(adapter.function, "__qualname__", None),
             },
         )

@@ -79,7 +79,8 @@ class ImageComparison:
     """What one image adds to a comparison.
 
     Attributes:
-        matrices: (C, C + 1) int64 confusion matrices, raw and refined.
+        matrices: (C, C + 1) int64 confusion matrices, raw and refined; (C + 1, C + 1) of
+            overlapping classes.
         changes: The changed pixels.
         valid: (H, W) bool, the pixels that are scored.
         scores: The regions' IoUs, None if regions were not given or have no masks.
@@ -136,6 +137,8 @@ class RefinementComparison(nn.Module):
         self.images = ImageTotals(num_classes)
         self.calibration = RegionCalibration()
         self.counts = RefinementCounts()
+        # Of the image whose parts are being added.
+        self._matrices: list[Tensor] = []
 
     def update(
         self,
@@ -144,6 +147,7 @@ class RefinementComparison(nn.Module):
         target: Tensor,
         regions: Regions | None = None,
         control: Tensor | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> list[ImageComparison]:
         """Add one image or a batch.
 
@@ -153,6 +157,8 @@ class RefinementComparison(nn.Module):
             target: (…, H, W) integer.
             regions: The prompted regions of a single image, measured as well.
             control: (H, W) integer, the labels of a single image that are refined without SAM.
+            part: Index and number of the parts of one image that are added one by one, as the
+                slices of a volume: they are resampled together.
 
         Returns:
             One entry an image.
@@ -165,7 +171,7 @@ class RefinementComparison(nn.Module):
         height, width = target.shape[-2:]
         maps = (labels.reshape(-1, height, width) for labels in (raw, refined, target))
         return [
-            self._add(one, other, truth, regions, control)
+            self._add(one, other, truth, regions, control, part)
             for one, other, truth in zip(*maps, strict=True)
         ]
 
@@ -176,6 +182,7 @@ class RefinementComparison(nn.Module):
         target: Tensor,
         regions: Regions | None,
         control: Tensor | None,
+        part: tuple[int, int],
     ) -> ImageComparison:
         valid = valid_pixels(target, self.num_classes, self.ignore_index)
         distances = border_distances(*target.shape)
@@ -192,7 +199,13 @@ class RefinementComparison(nn.Module):
         # Without a control, too: torchmetrics warns of a metric that was never updated.
         shown = slice(0) if control is None else slice(None)
         self.control.update((target if control is None else control)[shown], target[shown])
-        self.images.update(*matrices)
+        self._matrices = (
+            list(matrices)
+            if part[0] == 0
+            else [one + other for one, other in zip(self._matrices, matrices, strict=True)]
+        )
+        if part[0] == part[1] - 1:
+            self.images.update(*self._matrices)
         changes = ChangedPixels(raw, refined, target, valid)
         self.changes.update(changes)
         scores = region_changes = None

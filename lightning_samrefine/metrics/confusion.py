@@ -182,7 +182,7 @@ def matrix_scores(matrix: Tensor, ignore_index: int | None = None) -> dict[str, 
         "miou": iou.nanmean(),
         "mdice": dice.nanmean(),
         "class_acc": recall.nanmean(),
-        "pixel_acc": hits.sum() / true.sum(),
+        "pixel_acc": matrix.diagonal().sum().double() / matrix.sum(),
         "fwiou": (true * iou.nan_to_num()).sum() / true.sum(),
     }
 
@@ -190,11 +190,13 @@ def matrix_scores(matrix: Tensor, ignore_index: int | None = None) -> dict[str, 
 def class_totals(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the pixels of every class that are right, that are its own, and predicted as it.
 
-    These are three (…, C) int64 tensors, of (…, C, C + 1) matrices.
+    These are three (…, C) int64 tensors, of (…, C, C + 1) matrices or, of overlapping classes,
+    (…, C + 1, C + 1).
     """
-    num_classes = matrix.shape[-2]
-    hits = matrix.diagonal(dim1=-2, dim2=-1)
-    return hits, matrix.sum(dim=-1), matrix[..., :num_classes].sum(dim=-2)
+    num_classes = matrix.shape[-1] - 1
+    of_classes = matrix[..., :num_classes, :]
+    hits = of_classes.diagonal(dim1=-2, dim2=-1)
+    return hits, of_classes.sum(dim=-1), matrix[..., :num_classes].sum(dim=-2)
 
 
 def unscored(scores: Tensor, ignore_index: int | None) -> Tensor:

@@ -72,6 +72,10 @@ class TuneCallback(SAMCallback):
         **shared: Any,
     ) -> None:
         arguments = SharedArguments.of(sam=sam, **shared)
+        if arguments.adapter.scores_kind == "multilabel":
+            raise ValueError(
+                "scores_kind must be of one class a pixel in a tuning, got 'multilabel'"
+            )
         given = arguments.refine
         base = RefineConfig.preset("auto") if given.weights is None else given
         self.fit_config = replace(base, weights="auto")
@@ -145,6 +149,11 @@ class TuneCallback(SAMCallback):
         inputs = state.read(
             batch, outputs, self._capture, dataloader_idx, self._loaders, self.ignore_index
         )
+        if inputs is not None and len(inputs.parts) > 1:
+            raise MisconfigurationException(
+                "image must be (B, c, H, W) in a tuning, got volumes of "
+                f"{len(inputs.parts)} slices, which it would take for independent images"
+            )
         if inputs is not None:
             self._visit(state.refiner, inputs)
 

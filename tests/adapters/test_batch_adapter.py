@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs, to_labels
+from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.adapters.denormalize import Denormalize
+from lightning_samrefine.adapters.target_values import to_labels
 
 B, C, H, W = 2, 4, 6, 8
 GENERATOR = torch.Generator().manual_seed(0)

@@ -78,6 +78,7 @@ SITUATIONS = [
         LOGITS,
     ),
     lambda: ({**SAMPLE, "pixel_mask": VALID}, LOGITS),
+    lambda: ({"image": IMAGE, "mask": ((LOGITS + OTHER) > -1).long()}, LOGITS),
     lambda: (SAMPLE, {"pred": LOGITS.clamp(min=0)}),
     lambda: (SAMPLE, {"pred": (LOGITS + OTHER > -1).float()}),
     lambda: ({"image": IMAGE}, LOGITS),

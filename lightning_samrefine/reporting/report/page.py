@@ -203,7 +203,7 @@ def _means(result: ComparisonResult) -> Iterator[dict[str, Any]]:
 
 def _classes(result: ComparisonResult) -> Iterator[dict[str, Any]]:
     colors = _hex_colors(len(result.class_names))
-    pixels = result.matrices["raw"][-1].sum(dim=1)
+    pixels = result.matrices["raw"][-1].sum(dim=1)[: len(result.class_names)]
     for index, name in enumerate(result.class_names):
         raw, refined = (result.scores[side]["iou"][index].item() for side in SIDES)
         if math.isnan(raw) and math.isnan(refined):
