@@ -3,7 +3,7 @@
 python -m benchmarks.reliability                        # everything, about half an hour on a core
 python -m benchmarks.reliability --parts kills memory   # these again; the others stay as they were
 
-Each part runs in processes of its own and ends in an error where anything is lost; what was
+Each part runs in processes of its own and ends in an error if anything is lost; what was
 counted is kept in reliability.json, from which the page is written. CI runs the same parts with
 smaller numbers, as tests.
 """
@@ -215,7 +215,7 @@ def page(results: Mapping[str, Figures]) -> str:
     text = f"""# What was tried, and what was lost
 
 `python -m benchmarks.reliability` on CPU, with a tiny random SAM and images of 40 by 32 and
-60 by 48 pixels. Every part ends in an error where something is lost, so a row exists only where
+60 by 48 pixels. Every part ends in an error if something is lost, so a row exists only if
 nothing was.
 
 | tried | count | lost |
@@ -229,7 +229,7 @@ nothing was.
 
 Private memory changed at a rate of {slope:.2f} GiB a million images over these {images:,}. Resident
 memory also holds pages of files, of libraries for the most part, which a machine that is short of
-memory takes away: where it falls, that is why; a rise would count.
+memory takes away: a fall comes from that; a rise would count.
 """
     return text
 

@@ -228,7 +228,7 @@ def test_fit_without_a_test_set_reports_the_validation(folder, tmp_path, capsys)
         (["callback.max_batches=0"], r"^callback: max_batches must be an integer .*got 0"),
         (
             ["data.val.predictions=null"],
-            r"must hold prediction or probs, got image, name, mask; set",
+            r"must hold prediction or probs, got image, name, folder, mask; set",
         ),
         (["data.val.labels=/no/labels"], r"^labels must be a folder, got /no/labels"),
         (["task=test"], r"^data\.test must be set, because this run needs .*, got val$"),

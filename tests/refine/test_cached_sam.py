@@ -14,6 +14,7 @@ from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine.cache import embedding_cache
 from lightning_samrefine.refine.cache.cached_sam import CachedSam
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
+from lightning_samrefine.refine.cache.keys import image_digest
 from lightning_samrefine.refine.cache.stores import MemoryStore
 from lightning_samrefine.refine.decode import encode_images
 from lightning_samrefine.testing import CHECKS
@@ -147,3 +148,12 @@ def test_a_refiner_keeps_the_users_model_and_wraps_it(sam):
     assert torch.equal(found.labels, expected.labels)
     assert torch.equal(found.probs, expected.probs)
     assert own.cache.stats.misses == 2
+
+
+@pytest.mark.parametrize("padding", [True, False])
+def test_an_image_has_one_hash_however_it_is_encoded(random_sam, padding):
+    """A fit tells images by it: its folds depend neither on padding nor on a cache."""
+    image, probs = blobs()
+    config = RefineConfig.preset("fast", min_region_area=1, encode_padding=padding)
+    (found,) = Refiner(random_sam, config, cache="memory").predict([image], [probs])
+    assert found.digest == image_digest(image.numpy())

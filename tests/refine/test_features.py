@@ -129,7 +129,7 @@ def test_a_lacking_feature_is_named():
     ("changes", "message"),
     [
         ({"probs": torch.rand(H, W)}, "probs must be of shape"),
-        ({"color_bins": None}, "both"),
+        ({"color_bins": None}, "color_ratios and color_bins must be given together"),
         ({"color_bins": torch.zeros(H, W + 1)}, "color_bins must be of shape"),
         ({"region_votes": torch.rand(C + 1, 2, 2)}, "region_votes must have 3 dimensions"),
         ({"region_votes": torch.rand(C, 2)}, "region_votes must have 3 dimensions"),

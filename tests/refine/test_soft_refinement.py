@@ -357,7 +357,11 @@ class TestRefiner:
         image, probs = blobs()
         first = refiner(image, probs)
         uncached = Refiner(random_sam, config)(image, probs)
-        monkeypatch.setattr(random_sam, "encode_images", lambda _: pytest.fail("embedded again"))
+        monkeypatch.setattr(
+            random_sam,
+            "encode_images",
+            lambda images, padding=True: pytest.fail("embedded again"),
+        )
         predict = random_sam.predict_masks
 
         def regions_only(embedding, prompts, multimask_output=False):

@@ -205,11 +205,13 @@ def _claims(
         name = str(path[-1]).lower()
         if key is not None and ".".join(map(str, path)) != key:
             continue
-        mask = _mask(value, count, padded_hw)
-        if mask is not None and (key is not None or name in _MASK_NAMES):
+        may_be_mask = key is not None or name in _MASK_NAMES
+        may_be_sizes = key is not None or name in _SIZE_NAMES
+        mask = _mask(value, count, padded_hw) if may_be_mask else None
+        if mask is not None:
             boxes = zip(_READINGS, (_rectangles(mask), _rectangles(~mask)), strict=True)
             yield _Claim(path, True, value, {k: v for k, v in boxes if v is not None})
-        elif mask is None and (key is not None or name in _SIZE_NAMES):
+        elif may_be_sizes:
             pairs = _pairs(value, count)
             if pairs:
                 yield _Claim(path, False, value, _boxes_of_sizes(pairs, padded_hw))

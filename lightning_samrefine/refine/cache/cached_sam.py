@@ -32,6 +32,7 @@ class _ImageBatch:
 
     images: list[Tensor]
     digests: list[str] | None
+    keys: list[str] | None
     dtype: torch.dtype | None
     padding: bool
     embeddings: dict[int, Embedding] = field(default_factory=dict)
@@ -53,6 +54,11 @@ class LazyEmbedding:
     def digest(self) -> str | None:
         """The image's hash, None if it could not be hashed."""
         return None if self.batch.digests is None else self.batch.digests[self.index]
+
+    @property
+    def key(self) -> str | None:
+        """The embedding's key, None if the image could not be hashed."""
+        return None if self.batch.keys is None else self.batch.keys[self.index]
 
 
 class CachedSam:
@@ -140,12 +146,13 @@ class CachedSam:
         """
         images = list(images)
         digests = self.cache.digests(images)
+        keys = digests
         if digests is not None and not padding and can_skip_padding(self.sam):
-            digests = [
+            keys = [
                 f"{digest} without padding" if self._is_padded(image) else digest
                 for digest, image in zip(digests, images, strict=True)
             ]
-        batch = _ImageBatch(images, digests, active_autocast(self.device), padding)
+        batch = _ImageBatch(images, digests, keys, active_autocast(self.device), padding)
         return [LazyEmbedding(batch, index) for index in range(len(images))]
 
     def predict_masks(
@@ -192,7 +199,7 @@ class CachedSam:
 
         kept = self.cache.fetch(
             self.sam,
-            _digests(embeddings),
+            _keys(embeddings),
             active_autocast(self.device),
             compute,
             len(embeddings),
@@ -218,13 +225,13 @@ class CachedSam:
                 with autocast(dtype, self.device):
                     return encode_images(self.sam, images, self._images_at_once, padding)
 
-            found = self.cache.fetch(self.sam, _digests(pending), dtype, compute, len(pending))
+            found = self.cache.fetch(self.sam, _keys(pending), dtype, compute, len(pending))
             for one, embedding in zip(pending, found, strict=True):
                 one.batch.embeddings[one.index] = embedding
         return [one.batch.embeddings[one.index] for one in embeddings]
 
 
-def _digests(embeddings: Sequence[LazyEmbedding]) -> list[str] | None:
-    """Return the images' hashes; None if one of them could not be hashed."""
-    found = [one.digest for one in embeddings if one.digest is not None]
+def _keys(embeddings: Sequence[LazyEmbedding]) -> list[str] | None:
+    """Return the embeddings' keys; None if an image could not be hashed."""
+    found = [one.key for one in embeddings if one.key is not None]
     return found if len(found) == len(embeddings) else None
