@@ -59,12 +59,17 @@ class RefineConfig:
             ``unsupported_weight``, ``color_weight`` and ``crf_weight``. ``"auto"``: the callback
             fits them to the images of its evaluations; until it has, and without a callback, the
             soft fusion is used. None for the soft fusion.
+        window: Side in image pixels of the square windows that SAM looks at one by one, in images
+            with a longer side. ``"auto"``: SAM's own input size, in images whose long side exceeds
+            1.5 times that. None: SAM looks at whole images.
+        window_overlap: In [0, 0.5]. Share of a window that it has in common with the next one,
+            over which the votes of their masks blend.
 
     Raises:
         TypeError: A value of the wrong type.
         ValueError: A value outside its range; ``points_per_side``, ``color_weight``,
-            ``crf_weight`` or ``weights`` without ``unsupported_weight``; neither region nor point
-            prompts; fitted weights of other classes than ``class_names``.
+            ``crf_weight``, ``weights`` or ``window`` without ``unsupported_weight``; neither region
+            nor point prompts; fitted weights of other classes than ``class_names``.
     """
 
     score_thresh: float = 0.0
@@ -85,6 +90,8 @@ class RefineConfig:
     class_pred_iou_thresh: Mapping[int, float] | None = field(default=None, hash=False)
     class_names: tuple[str, ...] | None = None
     weights: FusionWeights | Literal["auto"] | None = field(default=None, repr=False)
+    window: int | Literal["auto"] | None = None
+    window_overlap: float = 0.25
 
     def __post_init__(self) -> None:
         for name, (in_range, accepted) in _FLOATS.items():
@@ -100,7 +107,12 @@ class RefineConfig:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         points = check_count("points_per_side", self.points_per_side, least=0)
         object.__setattr__(self, "points_per_side", points)
-        for name in ("points_per_side", "color_weight", "crf_weight", "weights"):
+        if self.window not in (None, "auto"):
+            side = check_count(
+                "window", self.window, least=32, alternative="pixels, 'auto' or None"
+            )
+            object.__setattr__(self, "window", side)
+        for name in ("points_per_side", "color_weight", "crf_weight", "weights", "window"):
             if getattr(self, name) and not self.unsupported_weight:
                 raise ValueError(
                     f"unsupported_weight must be above 0 with {name}, got {name} "
@@ -195,6 +207,7 @@ _FLOATS: Mapping[str, tuple[Callable[[float], bool], str]] = {
     # Beyond it the product of a float32 probability and its factor may overflow.
     "color_weight": (lambda value: 0 <= value <= 8, "[0, 8]"),
     "crf_weight": (lambda value: 0 <= value < math.inf, "[0, inf)"),
+    "window_overlap": (lambda value: 0 <= value <= 0.5, "[0, 0.5]"),
 }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine import RefineConfig
-from lightning_samrefine.refine.fusion.color_model import weigh_by_color
+from lightning_samrefine.refine.fusion.color_model import color_ratios, weigh_by_color
 from lightning_samrefine.refine.fusion.crf import smooth
 
 Refine = Callable[[Tensor, Tensor], Tensor]
@@ -57,7 +57,8 @@ def dense_crf(
 def without_sam(image: Tensor, probs: Tensor) -> Tensor:
     """Do what `default` does besides asking SAM: what remains of its gain is SAM's."""
     config = RefineConfig.preset("default")
-    weighted = weigh_by_color(probs, image, config.color_weight, config.stride)
+    ratios = color_ratios(probs, image, config.stride)
+    weighted = weigh_by_color(probs, image, ratios, config.color_weight)
     return smooth(weighted, image, config.crf_weight).argmax(dim=0)
 
 

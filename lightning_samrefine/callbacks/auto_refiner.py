@@ -13,7 +13,7 @@ from lightning_samrefine.refine.cache.keys import image_digest
 from lightning_samrefine.refine.class_filter import restore_frozen_classes
 from lightning_samrefine.refine.fusion.features import FeatureMaps
 from lightning_samrefine.refine.fusion.fitted import control_labels, feature_maps, fuse_fitted
-from lightning_samrefine.refine.mask_predictions import MaskPredictions
+from lightning_samrefine.refine.mask_predictions import ImagePredictions
 from lightning_samrefine.refine.refiner import Refiner
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.device import Download
@@ -28,6 +28,7 @@ class AutoRefiner:
         auto: The weights, and the sample for the next fit.
         ignore_index: Target value that is not a class, None for none.
         config: In place of the refiner's own.
+        with_probs: Whether refinements have refined probabilities.
 
     Attributes:
         auto: As given.
@@ -39,8 +40,10 @@ class AutoRefiner:
         auto: AutoFusion,
         ignore_index: int | None,
         config: RefineConfig | None = None,
+        with_probs: bool = False,
     ) -> None:
         self._refiner, self.auto, self._ignore_index = refiner, auto, ignore_index
+        self._with_probs = with_probs
         self._config = config or refiner.config
         self._samples = False
 
@@ -75,7 +78,7 @@ class AutoRefiner:
             for index, (predictions, key) in enumerate(found):
                 self._sample(inputs, index, key, feature_maps(predictions, self._config))
 
-    def _predict(self, inputs: RefineInputs) -> list[tuple[MaskPredictions, str]]:
+    def _predict(self, inputs: RefineInputs) -> list[tuple[ImagePredictions, str]]:
         """Return every image's masks, and the hash that tells it from others in any run."""
         predicted = list(
             self._refiner.predict(inputs.images, inputs.probs, inputs.labels, self._config)
@@ -91,7 +94,7 @@ class AutoRefiner:
         self.auto.sample.add(key, maps, target, raw, group, self._ignore_index)
 
     def _refine(
-        self, inputs: RefineInputs, index: int, predictions: MaskPredictions, key: str
+        self, inputs: RefineInputs, index: int, predictions: ImagePredictions, key: str
     ) -> Refinement:
         maps = feature_maps(predictions, self._config)
         if self._samples and inputs.targets is not None:
@@ -101,10 +104,10 @@ class AutoRefiner:
         control = control_labels(predictions.raw, maps, self.auto.control_for(group))
         return replace(refined, control=control)
 
-    def _fuse(self, predictions: MaskPredictions, group: str, maps: FeatureMaps) -> Refinement:
+    def _fuse(self, predictions: ImagePredictions, group: str, maps: FeatureMaps) -> Refinement:
         weights = self.auto.weights_for(group)
         if weights is None:
-            return self._refiner.fuse(predictions, self._config)
+            return self._refiner.fuse(predictions, self._config, self._with_probs)
         config, raw = replace(self._config, weights=weights), predictions.raw
-        refined = fuse_fitted(predictions, config, self._refiner.sam, maps)
+        refined = fuse_fitted(predictions, config, self._refiner.sam, self._with_probs, maps)
         return restore_frozen_classes(refined, raw.probs, raw.labels, config.classes)

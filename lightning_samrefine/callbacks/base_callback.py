@@ -82,6 +82,7 @@ class SAMCallback(Callback):
         cache: EmbeddingCache | None = None,
         ignore_index: IgnoreIndex = None,
         fitted: FittedFusion | None = None,
+        with_probs: bool = False,
     ) -> None:
         """Load SAM on the Trainer's device; see `RunState` for the arguments.
 
@@ -93,7 +94,7 @@ class SAMCallback(Callback):
         check_trainer(name, trainer)
         self._release()
         self._attached = RunState(
-            name, self._FAILURES, self.shared, device, cache, ignore_index, fitted
+            name, self._FAILURES, self.shared, device, cache, ignore_index, fitted, with_probs
         )
 
     def _release(self) -> None:

@@ -56,6 +56,7 @@ class RunState:
         cache: Keeps embeddings, None for none.
         ignore_index: Target value that is not counted; unused if no targets are read.
         fitted: Weights that an earlier run fitted, for ``refine="auto"``.
+        with_probs: Whether refinements have refined probabilities.
 
     Attributes:
         refiner: Refines single images, and raises if one fails; `refine` does not.
@@ -74,11 +75,13 @@ class RunState:
         cache: EmbeddingCache | None = None,
         ignore_index: IgnoreIndex = None,
         fitted: FittedFusion | None = None,
+        with_probs: bool = False,
     ) -> None:
         self._owner, self._shared, self._fitted = owner, shared, fitted
         if self.is_overlapping and cache is None:
             # The maps of an image's classes follow one another, and share its embedding.
             cache = EmbeddingCache("memory", _SHARED_GB)
+        self._with_probs = with_probs
         self._auto_refiner: AutoRefiner | None = None
         self._warn_once = _WarnOnce(owner, counted_in)
         sam = shared.sam
@@ -91,7 +94,9 @@ class RunState:
                 sam.module.to(device)
             self.refiner = Refiner(sam, shared.refine, shared.precision, cache)
         self.cache = cache
-        self._safe = SafeRefiner(_batches(self.refiner), self.sam.device, self._warn_once)
+        self._safe = SafeRefiner(
+            _batches(self.refiner, with_probs), self.sam.device, self._warn_once
+        )
         self._adapter: BatchAdapter | None = None
         # One a loader, for each settles the range of its own images.
         self._adapters: dict[int, BatchAdapter] = {}
@@ -154,7 +159,9 @@ class RunState:
             names = self._shared.class_names or map(str, range(num_classes))
             auto = AutoFusion(tuple(names), self._fitted, self.config.classes)
             ignored = settle_ignore_index(self._ignore_index, num_classes)
-            self._auto_refiner = AutoRefiner(self.refiner, auto, ignored)
+            self._auto_refiner = AutoRefiner(
+                self.refiner, auto, ignored, with_probs=self._with_probs
+            )
             self._safe = SafeRefiner(self._auto_refiner, self.sam.device, self._warn_once)
         masks = "" if accepts_masks(self.sam) else ", which takes no mask prompts,"
         rank_zero_info(
@@ -299,11 +306,11 @@ def _volumes(inputs: RefineInputs) -> list[str]:
     return repeated([image_digest(image) for image in first], count)
 
 
-def _batches(refiner: Refiner) -> Callable[[RefineInputs], list[Refinement]]:
+def _batches(refiner: Refiner, with_probs: bool) -> Callable[[RefineInputs], list[Refinement]]:
     """Return a refiner's `refine_batch` as a function of `RefineInputs`."""
 
     def refine(inputs: RefineInputs) -> list[Refinement]:
-        return refiner.refine_batch(inputs.images, inputs.probs, inputs.labels)
+        return refiner.refine_batch(inputs.images, inputs.probs, inputs.labels, with_probs)
 
     return refine
 

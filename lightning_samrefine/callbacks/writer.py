@@ -202,7 +202,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         self.shared = self._given
         if self._given.refine.weights == "auto":
             self.shared = replace(self._given, refine=fitted_config(trainer, self._given.refine))
-        self._attach(trainer)
+        self._attach(trainer, with_probs=self.probs is not None)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

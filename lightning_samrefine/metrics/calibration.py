@@ -63,6 +63,8 @@ def score_regions(regions: Regions, raw: Tensor, target: Tensor, valid: Tensor) 
     Raises:
         ValueError: Regions without masks.
     """
+    if regions.windows:
+        return _score_windows(regions, raw, target, valid)
     if regions.masks is None:
         raise ValueError("regions must have masks, as a refinement returns them, got none")
     (height, width), (rows, columns) = target.shape, regions.masks.shape[1:]
@@ -94,6 +96,21 @@ def score_regions(regions: Regions, raw: Tensor, target: Tensor, valid: Tensor) 
             iou[index, 1] = mask_hits / mask_union
     raw_iou, mask_iou = torch.from_numpy(iou).T
     return RegionScores(raw_iou, mask_iou, _windows(masks, height, width))
+
+
+def _score_windows(regions: Regions, raw: Tensor, target: Tensor, valid: Tensor) -> RegionScores:
+    """Measure the regions of every window inside it."""
+    iou, windows = [torch.empty(2, 0, dtype=torch.float64)], [torch.empty(0, 4)]
+    for own in regions.windows:
+        if len(own.table) == 0:
+            continue
+        scores = score_regions(own.regions, *(own.window.of(maps) for maps in (raw, target, valid)))
+        iou.append(torch.stack([scores.raw_iou, scores.mask_iou]))
+        offset = torch.tensor([own.window.left, own.window.top] * 2)
+        found = scores.windows.any(dim=1, keepdim=True)
+        windows.append(torch.where(found, scores.windows + offset, 0.0))
+    raw_iou, mask_iou = torch.cat(iou, dim=1)
+    return RegionScores(raw_iou, mask_iou, torch.cat(windows))
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ class RefinementComparison(nn.Module):
         scores = region_changes = None
         pred_iou = true_iou = torch.empty(0)
         better = torch.empty(0, dtype=torch.bool)
-        if regions is not None and regions.masks is not None:
+        if regions is not None and regions.have_masks:
             scores = score_regions(regions, raw, target, valid)
             kept = scores.measured
             pred_iou, true_iou = regions.pred_iou[kept], scores.mask_iou[kept]

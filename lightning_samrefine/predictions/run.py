@@ -131,6 +131,7 @@ class PredictionRun:
         probs = None
         if self._probs is not None:
             full = raw_probs if refinement is None else refinement.probs
+            assert full is not None  # wanted, for they are written
             probs = storable_probs(full, self._probs)
         row = _row(stem, found, labels.shape, refinement)
         self._counts.written += 1

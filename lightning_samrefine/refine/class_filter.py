@@ -91,10 +91,13 @@ def restore_frozen_classes(
     raw = torch.where(known, labels, num_classes)
     refined = torch.where(refinement.labels == labels, raw, refinement.labels)
     taken_back = (refined != raw) & (frozen[raw] | frozen[refined])
-    literal = refinement.literal_probs
+
+    def restored(refined: Tensor | None) -> Tensor | None:
+        return None if refined is None else torch.where(taken_back, probs, refined)
+
     return replace(
         refinement,
         labels=torch.where(taken_back, labels, refinement.labels),
-        probs=torch.where(taken_back, probs, refinement.probs),
-        literal_probs=None if literal is None else torch.where(taken_back, probs, literal),
+        probs=restored(refinement.probs),
+        literal_probs=restored(refinement.literal_probs),
     )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_samrefine.models.base import Promptable
 from lightning_samrefine.refine.raw_prediction import RawPrediction
 from lightning_samrefine.refine.regions import RegionSet
+from lightning_samrefine.refine.windows import Window
 from lightning_samrefine.utils.precision import active_autocast
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ class MaskPredictions:
         region_masks: N packed masks, or None.
         mask_proposals: Masks of the point grid; None without a grid or without a region.
         digest: The image's hash, None if no cache needed it.
+        window: The part of an image that ``raw`` is, which may be at a lower resolution; None for
+            the image itself.
     """
 
     raw: RawPrediction
@@ -41,6 +46,55 @@ class MaskPredictions:
     region_masks: MaskProposals | None = None
     mask_proposals: MaskProposals | None = None
     digest: str | None = None
+    window: Window | None = None
+
+    @property
+    def classes(self) -> np.ndarray:
+        """(N,) int64, the regions' classes."""
+        return self.regions.classes
+
+    @property
+    def looks(self) -> tuple[MaskPredictions, ...]:
+        """The looks at the image, as `WindowPredictions` has them: this one."""
+        return (self,)
+
+    @property
+    def in_image(self) -> Window:
+        """The part of the image that SAM looked at."""
+        return self.window or Window(0, 0, *self.raw.image_hw)
+
+
+@dataclass(frozen=True)
+class WindowPredictions:
+    """Everything SAM predicted for the windows of one image.
+
+    Attributes:
+        raw: The image and its raw prediction.
+        looks: At the windows of `split_windows`, in their order, and last, if there are regions
+            larger than a window, at the whole image.
+        windows: Number of windows.
+        overlap: Pixels over which the votes of neighboring windows blend.
+        digest: The image's hash, None if no cache needed it.
+    """
+
+    raw: RawPrediction
+    looks: tuple[MaskPredictions, ...]
+    windows: int
+    overlap: int
+    digest: str | None = None
+
+    @property
+    def classes(self) -> np.ndarray:
+        """(N,) int64, the classes of all looks' regions."""
+        return np.concatenate([look.classes for look in self.looks])
+
+    @property
+    def pred_iou(self) -> Tensor:
+        """(N,) float32 on the CPU, SAM's predicted IoUs of all looks' regions."""
+        return torch.cat([look.pred_iou for look in self.looks])
+
+
+ImagePredictions: TypeAlias = MaskPredictions | WindowPredictions
 
 
 def finite_iou(pred_iou: Tensor, logits: Tensor) -> Tensor:

@@ -59,6 +59,10 @@ class MaskProposals:
     def __getitem__(self, chosen: slice | Tensor) -> MaskProposals:
         return MaskProposals(self.packed[chosen], self.pred_iou[chosen], self.mask_hw)
 
+    def inside(self) -> Tensor:
+        """Return the masks, (K, h_n, w_n) bool."""
+        return self.probs() > 0.5
+
     def inside_at(self, y: Tensor, x: Tensor) -> Tensor:
         """Return (K, N) bool, whether N pixels of the low-resolution grid are in each mask.
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_samrefine.refine.windows import Window
 
 
 @dataclass(frozen=True)
@@ -16,19 +20,55 @@ class RawPrediction:
     Attributes:
         image: (3, H, W) uint8 RGB.
         probs: (C, H, W) float32, L; `check_range` looks at their values.
-        labels: (H, W) int64, S; values outside [0, C) are unknown.
-        labels_are_argmax: Whether the labels are known to be the argmax of the probabilities.
+        given_labels: (H, W) int64; None for the argmax of the probabilities.
     """
 
     image: Tensor
     probs: Tensor
-    labels: Tensor
-    labels_are_argmax: bool = False
+    given_labels: Tensor | None = None
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(H, W) int64, S; values outside [0, C) are unknown."""
+        return first_argmax(self.probs) if self.given_labels is None else self.given_labels
 
     @property
     def image_hw(self) -> tuple[int, int]:
         """(H, W)."""
-        return self.labels.shape[0], self.labels.shape[1]
+        return self.probs.shape[1], self.probs.shape[2]
+
+    def part(self, window: Window) -> RawPrediction:
+        """Return a window's view of it, whose argmax is computed when it is needed."""
+        labels = self.given_labels
+        return RawPrediction(
+            window.of(self.image),
+            window.of(self.probs),
+            None if labels is None else window.of(labels),
+        )
+
+    def resized(self, hw: tuple[int, int]) -> RawPrediction:
+        """Return it at a lower resolution (h, w)."""
+        rows, columns = (
+            torch.arange(size, device=self.probs.device) * length // size
+            for size, length in zip(hw, self.image_hw, strict=True)
+        )
+        if self.given_labels is not None:
+            labels = self.given_labels[rows][:, columns]
+        else:
+            labels = first_argmax(torch.stack([own[rows][:, columns] for own in self.probs]))
+        # A map at a time, for an intermediate result is as large as the map.
+        return RawPrediction(
+            torch.stack([_shrunk(own, hw).round().to(torch.uint8) for own in self.image]),
+            torch.stack([_shrunk(own, hw) for own in self.probs]),
+            labels,
+        )
+
+
+def _shrunk(plane: Tensor, hw: tuple[int, int]) -> Tensor:
+    shrunk = F.interpolate(
+        plane[None, None].float(), hw, mode="bilinear", align_corners=False, antialias=True
+    )
+    return shrunk[0, 0].clamp(0, 255)
 
 
 def read_predictions(
@@ -58,8 +98,8 @@ def read_predictions(
     for index in range(len(images)):
         check_image_and_probs(images[index], probs[index], device)
         own = probs[index].float()
-        own_labels = first_argmax(own) if labels is None else checked_labels(labels[index], own)
-        read.append(RawPrediction(images[index], own, own_labels, labels is None))
+        given = None if labels is None else checked_labels(labels[index], own)
+        read.append(RawPrediction(images[index], own, given))
     return read
 
 

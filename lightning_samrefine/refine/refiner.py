@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -22,38 +21,31 @@ from torch import Tensor
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fusion_weights import FusionWeights
 from lightning_samrefine.models.base import (
-    Embedding,
     Promptable,
     accepts_points,
     drop_derived,
     has_multimask_output,
 )
-from lightning_samrefine.refine.cache.cached_sam import CachedSam
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, make_cache
 from lightning_samrefine.refine.class_filter import (
     check_classes,
-    regions_of_refined_classes,
     restore_frozen_classes,
-)
-from lightning_samrefine.refine.decode import (
-    Decoded,
-    decode_prompts,
-    decodes_jointly,
-    encode_images,
 )
 from lightning_samrefine.refine.fusion.algorithm4 import fuse_by_algorithm4
 from lightning_samrefine.refine.fusion.fitted import fuse_fitted
 from lightning_samrefine.refine.fusion.soft import fuse_soft
-from lightning_samrefine.refine.mask_predictions import MaskPredictions
-from lightning_samrefine.refine.mask_proposals import MaskProposals, propose_masks_of_images
-from lightning_samrefine.refine.prompts import build_prompts
-from lightning_samrefine.refine.raw_prediction import RawPrediction, read_predictions
-from lightning_samrefine.refine.regions import PendingSplit, RegionSet, begin_split
+from lightning_samrefine.refine.mask_predictions import (
+    ImagePredictions,
+)
+from lightning_samrefine.refine.mask_predictor import MaskPredictor
+from lightning_samrefine.refine.raw_prediction import read_predictions
 from lightning_samrefine.refine.results import Refinement
-from lightning_samrefine.utils.memory import ChunkSize, images_at_once, prompts_at_once
 from lightning_samrefine.utils.precision import autocast, autocast_dtype
 
 _log = logging.getLogger(__name__)
+
+# On a GPU, which encodes and decodes them together.
+_WINDOWS_AT_ONCE = 8
 
 
 class Refiner:
@@ -116,9 +108,7 @@ class Refiner:
         self.config = _possible(config or RefineConfig.preset("default"), sam)
         self.precision = precision
         self.cache = make_cache(cache, cache_gb)
-        self._model = sam if self.cache is None else CachedSam(sam, self.cache)
-        self._prompts_at_once, self._images_at_once = ChunkSize(), ChunkSize()
-        self._warned_of_left_out = False
+        self._predictor = MaskPredictor(sam, precision, self.cache)
         self.recheck_weights()
 
     def recheck_weights(self) -> None:
@@ -133,7 +123,13 @@ class Refiner:
         if self.cache is not None:
             self.cache.recheck(self.sam.module)
 
-    def __call__(self, image: Tensor, probs: Tensor, labels: Tensor | None = None) -> Refinement:
+    def __call__(
+        self,
+        image: Tensor,
+        probs: Tensor,
+        labels: Tensor | None = None,
+        with_probs: bool = True,
+    ) -> Refinement:
         """Refine one image's prediction.
 
         Args:
@@ -141,12 +137,15 @@ class Refiner:
             probs: (C, H, W) float in [0, 1] on SAM's device, the raw per-class probabilities L.
             labels: (H, W) integer, the raw label map S; the argmax of ``probs`` if None. Values
                 outside [0, C) are unknown: no regions of their own, yet a mask may cover them.
+            with_probs: Whether the refinement has refined probabilities, which take as much memory
+                as ``probs``; labels alone are computed in strips.
 
         Raises:
             TypeError: A wrong type or dtype.
             ValueError: A wrong shape, device or range, NaN included.
         """
-        return self.refine_batch([image], [probs], None if labels is None else [labels])[0]
+        given = None if labels is None else [labels]
+        return self.refine_batch([image], [probs], given, with_probs)[0]
 
     @torch.no_grad()
     def refine_batch(
@@ -154,6 +153,7 @@ class Refiner:
         images: Sequence[Tensor] | Tensor,
         probs: Sequence[Tensor] | Tensor,
         labels: Sequence[Tensor] | Tensor | None = None,
+        with_probs: bool = True,
     ) -> list[Refinement]:
         """Refine B images, each of its own size, in order; arguments as for one image.
 
@@ -161,7 +161,8 @@ class Refiner:
             TypeError: A wrong type or dtype.
             ValueError: A wrong count, shape, device or range.
         """
-        return [self.fuse(predictions) for predictions in self.predict(images, probs, labels)]
+        predicted = self.predict(images, probs, labels)
+        return [self.fuse(predictions, with_probs=with_probs) for predictions in predicted]
 
     @torch.no_grad()
     def predict(
@@ -170,7 +171,7 @@ class Refiner:
         probs: Sequence[Tensor] | Tensor,
         labels: Sequence[Tensor] | Tensor | None = None,
         config: RefineConfig | None = None,
-    ) -> Iterator[MaskPredictions]:
+    ) -> Iterator[ImagePredictions]:
         """Predict the masks of every region and of the point grid on several images (steps 0 to 7).
 
         Args:
@@ -192,32 +193,22 @@ class Refiner:
         read = read_predictions(images, probs, labels, self.sam.device)
         for raw in read:
             check_classes(config, len(raw.probs))
-        # All begin before the first is waited for.
-        splits = [
-            begin_split(
-                raw.labels,
-                raw.probs,
-                config.score_thresh,
-                config.stride,
-                config.min_region_area,
-                config.max_regions,
-            )
-            for raw in read
-        ]
-        with self._autocast():
-            regions, embeddings = self._split_and_encode(read, splits, config)
-            self._warn_of_left_out(regions)
-            proposals = self._propose(read, embeddings, config)
-        return self._decode(read, regions, embeddings, proposals, config)
+        return self._predictor(read, config)
 
     @torch.no_grad()
-    def fuse(self, predictions: MaskPredictions, config: RefineConfig | None = None) -> Refinement:
+    def fuse(
+        self,
+        predictions: ImagePredictions,
+        config: RefineConfig | None = None,
+        with_probs: bool = True,
+    ) -> Refinement:
         """Accept or reject regions and fuse their masks into maps (steps 8 to 12).
 
         Args:
             predictions: From `predict`; they are not changed, so they can be fused again with
                 another acceptance or fusion at the cost of the fusion.
             config: In place of the refiner's own.
+            with_probs: As for a call with one image.
         """
         config, raw = self._acting(config), predictions.raw
         if isinstance(config.weights, FusionWeights):
@@ -225,118 +216,11 @@ class Refiner:
         else:
             fusion = fuse_soft if config.unsupported_weight else fuse_by_algorithm4
         with autocast(None, self.sam.device):  # whatever the caller's
-            fused = fusion(predictions, config, self.sam)
+            fused = fusion(predictions, config, self.sam, with_probs)
         return restore_frozen_classes(fused, raw.probs, raw.labels, config.classes)
 
     def _acting(self, config: RefineConfig | None) -> RefineConfig:
         return self.config if config is None else _possible(config, self.sam)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        device = self.sam.device
-        return autocast(autocast_dtype(self.precision, device), device)
-
-    def _split_and_encode(
-        self,
-        read: Sequence[RawPrediction],
-        splits: Sequence[PendingSplit],
-        config: RefineConfig,
-    ) -> tuple[list[RegionSet], dict[int, Embedding]]:
-        """Find every image's regions, and encode the images that have any.
-
-        Returns:
-            B sets of regions, and the embeddings by the images' indices. Without a region an image
-            is not encoded (step 4).
-        """
-        regions: list[RegionSet] = []
-        embeddings: dict[int, Embedding] = {}
-        at_once = images_at_once(self.sam.device, len(splits))
-        for start in range(0, len(splits), at_once):
-            part = range(start, min(start + at_once, len(splits)))
-            regions.extend(
-                regions_of_refined_classes(splits[i].finish(), config.classes) for i in part
-            )
-            chosen = [i for i in part if len(regions[i]) > 0]
-            if chosen:
-                images = [read[i].image for i in chosen]
-                encoded = encode_images(
-                    self._model, images, self._images_at_once, config.encode_padding
-                )
-                embeddings.update(zip(chosen, encoded, strict=True))
-        return regions, embeddings
-
-    def _warn_of_left_out(self, regions: Sequence[RegionSet]) -> None:
-        worst = max(regions, key=lambda found: found.left_out, default=None)
-        if worst is None or worst.left_out == 0 or self._warned_of_left_out:
-            return
-        self._warned_of_left_out = True
-        _log.warning(
-            "An image has %d regions; the largest %d are prompted (max_regions), the others keep "
-            "their raw prediction. Further such images are not reported.",
-            len(worst) + worst.left_out,
-            len(worst),
-        )
-
-    def _propose(
-        self,
-        read: Sequence[RawPrediction],
-        embeddings: Mapping[int, Embedding],
-        config: RefineConfig,
-    ) -> dict[int, MaskProposals]:
-        """Return the mask proposals of the encoded images by their indices."""
-        if not config.points_per_side or not embeddings:
-            return {}
-        proposals = propose_masks_of_images(
-            self._model,
-            list(embeddings.values()),
-            [read[i].image_hw for i in embeddings],
-            config.points_per_side,
-            self._batch_size(config),
-            self._prompts_at_once,
-        )
-        return dict(zip(embeddings, proposals, strict=True))
-
-    @torch.no_grad()
-    def _decode(
-        self,
-        read: Sequence[RawPrediction],
-        regions: Sequence[RegionSet],
-        embeddings: Mapping[int, Embedding],
-        proposals: Mapping[int, MaskProposals],
-        config: RefineConfig,
-    ) -> Iterator[MaskPredictions]:
-        """Prompt with the images' regions (steps 5 to 7); without a region SAM is not used."""
-        at_once = len(read) if decodes_jointly(self.sam, config) else 1
-        for start in range(0, len(read), at_once):
-            part = range(start, min(start + at_once, len(read)))
-            prompted = [i for i in part if config.prompt_regions and i in embeddings]
-            prompts = [
-                build_prompts(regions[i], self.sam, read[i].image_hw, config) for i in prompted
-            ]
-            mask_hws = [self.sam.mask_hw(read[i].image_hw) for i in prompted]
-            with self._autocast():
-                outputs = decode_prompts(
-                    self._model,
-                    [embeddings[i] for i in prompted],
-                    prompts,
-                    self._batch_size(config),
-                    self._prompts_at_once,
-                    mask_hws if config.unsupported_weight else None,
-                )
-            decoded = dict(zip(prompted, outputs, strict=True))
-            for i in part:
-                own = decoded.pop(i, None) or Decoded(torch.zeros(len(regions[i])))
-                yield MaskPredictions(
-                    raw=read[i],
-                    regions=regions[i],
-                    pred_iou=own.pred_iou,
-                    low_res_logits=own.low_res_logits,
-                    region_masks=own.packed,
-                    mask_proposals=proposals.get(i),
-                    digest=embeddings[i].digest if self.cache and i in embeddings else None,
-                )
-
-    def _batch_size(self, config: RefineConfig) -> int:
-        return config.max_prompts_per_batch or prompts_at_once(self.sam.device)
 
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:

@@ -48,6 +48,18 @@ class RegionSet:
         rows = ("classes", "boxes", "points", "scores", "component_ids")
         return replace(self, **{name: getattr(self, name)[selected] for name in rows})
 
+    def larger_than(self, side: float) -> RegionSet:
+        """Keep the regions with two pixels farther apart than this, in columns or rows."""
+        if side <= 0:
+            return self
+        distances = self.boxes[:, 2:] - self.boxes[:, :2]
+        return self.select((distances > side).any(axis=1))
+
+    def without_maps(self) -> RegionSet:
+        """Drop the maps, which take a quarter of the raw probabilities' memory."""
+        unused = np.broadcast_to(np.zeros(1, np.uint32), self.components.shape)
+        return replace(self, components=unused, probs=self.probs.new_empty(0))
+
     def mask_of(self, selected: np.ndarray) -> Tensor:
         """Return the union of the (N,) bool selected regions, (h_d, w_d) bool on SAM's device."""
         table = np.zeros(int(self.components.max()) + 1, dtype=bool)

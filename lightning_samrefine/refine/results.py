@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_samrefine.refine.mask_proposals import MaskProposals
 from lightning_samrefine.refine.regions import RegionSet
+from lightning_samrefine.refine.windows import Window
 from lightning_samrefine.utils.device import upload
 
 
@@ -40,7 +42,8 @@ class Region:
 class Regions:
     """All N prompted regions of one image, in the order of docs/algorithm4.md, step 3.
 
-    Everything but the masks is on the CPU.
+    Everything but the masks is on the CPU. With windows they come window by window; what several
+    windows see of a region is a region in each of them.
 
     Attributes:
         classes: (N,) int64 in [0, C).
@@ -52,8 +55,9 @@ class Regions:
         pred_iou: (N,) float32, SAM's predicted IoU, see `Region`.
         accepted: (N,) bool, ``pred_iou`` above the threshold.
         masks: (N, h, w) bool on SAM's device, SAM's masks at its own low resolution, cropped to the
-            part of the frame that the image fills. None without masks.
+            part of the frame that the image fills. None without masks, and with windows.
         left_out: Number of further regions, beyond ``max_regions``.
+        windows: The same regions with their masks, window by window; empty without windows.
     """
 
     classes: Tensor
@@ -65,6 +69,12 @@ class Regions:
     accepted: Tensor
     masks: Tensor | None = None
     left_out: int = 0
+    windows: tuple[WindowRegions, ...] = ()
+
+    @property
+    def have_masks(self) -> bool:
+        """Whether the masks are known, here or window by window."""
+        return self.masks is not None or any(own.packed is not None for own in self.windows)
 
     def __len__(self) -> int:
         return self.classes.shape[0]
@@ -84,6 +94,26 @@ class Regions:
 
 
 @dataclass(frozen=True)
+class WindowRegions:
+    """The regions that were prompted in one window.
+
+    Attributes:
+        window: The part of the image.
+        table: The regions in the window's pixels, without their masks.
+        packed: Their masks; None without masks.
+    """
+
+    window: Window
+    table: Regions
+    packed: MaskProposals | None
+
+    @property
+    def regions(self) -> Regions:
+        """The regions in the window's pixels, with their masks."""
+        return replace(self.table, masks=None if self.packed is None else self.packed.inside())
+
+
+@dataclass(frozen=True)
 class Refinement:
     """The refined prediction of one image (docs/algorithm4.md, step 12).
 
@@ -91,10 +121,11 @@ class Refinement:
 
     Attributes:
         labels: (H, W) int64, S'.
-        probs: (C, H, W) float32, the probabilities that the labels come from. At refined pixels
-            they sum to 1 and the label is their argmax; all other pixels have the raw
-            probabilities. Refined are, with an ``unsupported_weight`` (presets ``default`` and
-            ``fast``), the pixels that a mask reaches, and in Algorithm 4 the covered ones.
+        probs: (C, H, W) float32, the probabilities that the labels come from; None if they were not
+            wanted. At refined pixels they sum to 1 and the label is their argmax; all other pixels
+            have the raw probabilities. Refined are, with an ``unsupported_weight`` (presets
+            ``default`` and ``fast``), the pixels that a mask reaches, and in Algorithm 4 the
+            covered ones.
         covered: (H, W) bool, in Algorithm 4 Σ_c L'_c > 0 as step 10 leaves it: an accepted mask
             lies on the pixel, and the raw probability of its class there is above 0. With an
             ``unsupported_weight``: a mask proposal or an accepted region's mask lies on it. With
@@ -111,7 +142,7 @@ class Refinement:
     """
 
     labels: Tensor
-    probs: Tensor
+    probs: Tensor | None
     covered: Tensor
     pred_iou: Tensor
     boxes: Tensor
@@ -125,7 +156,7 @@ class Refinement:
         cls,
         regions: Regions,
         labels: Tensor,
-        probs: Tensor,
+        probs: Tensor | None,
         covered: Tensor | None = None,
         literal_probs: Tensor | None = None,
     ) -> Refinement:
@@ -145,9 +176,9 @@ class Refinement:
             labels=labels,
             probs=probs,
             covered=covered,
-            pred_iou=upload(regions.pred_iou[kept], probs.device),
-            boxes=upload(regions.boxes[kept], probs.device),
-            classes=upload(regions.classes[kept], probs.device),
+            pred_iou=upload(regions.pred_iou[kept], labels.device),
+            boxes=upload(regions.boxes[kept], labels.device),
+            classes=upload(regions.classes[kept], labels.device),
             regions=regions,
             literal_probs=literal_probs,
         )
@@ -159,7 +190,6 @@ def region_table(
     stride: int,
     pred_iou: Tensor,
     accepted: np.ndarray,
-    masks: Tensor | None,
 ) -> Regions:
     """Bring N regions from the working grid to image pixels (step 12).
 
@@ -169,7 +199,6 @@ def region_table(
         stride: r.
         pred_iou: (N,) float32 on the CPU.
         accepted: (N,) bool.
-        masks: (N, h, w) bool, or None.
     """
     height, width = image_hw
     extents = (regions.boxes + np.array([0, 0, 1, 1])) * stride
@@ -183,6 +212,44 @@ def region_table(
         scores=torch.from_numpy(regions.scores),
         pred_iou=pred_iou,
         accepted=torch.from_numpy(accepted),
-        masks=masks,
         left_out=regions.left_out,
+    )
+
+
+def join_windows(windows: Sequence[WindowRegions]) -> Regions:
+    """List the regions of all windows in the image's pixels."""
+
+    def joined(name: str, of_xy: int = 0) -> Tensor:
+        parts = []
+        for own in windows:
+            values = getattr(own.table, name)
+            offset = torch.tensor([own.window.left, own.window.top] * of_xy)
+            parts.append(values + offset if of_xy else values)
+        return torch.cat(parts)
+
+    return Regions(
+        classes=joined("classes"),
+        boxes=joined("boxes", of_xy=2),
+        extents=joined("extents", of_xy=2),
+        points=joined("points", of_xy=1),
+        scores=joined("scores"),
+        pred_iou=joined("pred_iou"),
+        accepted=joined("accepted"),
+        left_out=sum(own.table.left_out for own in windows),
+        windows=tuple(windows),
+    )
+
+
+def scaled(table: Regions, source_hw: tuple[int, int], target_hw: tuple[int, int]) -> Regions:
+    """Bring regions that were found at another resolution to that of the image."""
+    if source_hw == target_hw:
+        return table
+    x, y = target_hw[1] / source_hw[1], target_hw[0] / source_hw[0]
+    # In float64, so that the image's last row stays inside it.
+    factors = torch.tensor([x, y], dtype=torch.float64)
+    return replace(
+        table,
+        boxes=(table.boxes * factors.repeat(2)).float(),
+        extents=(table.extents * factors.repeat(2)).float(),
+        points=(table.points * factors).float(),
     )

@@ -88,7 +88,7 @@ class PanelPicker:
         if not self._takes(gain):
             return
         # SAM's masks would keep a megabyte an image, on its device.
-        light = replace(regions, masks=None)
+        light = replace(regions, masks=None, windows=())
         labels = (raw.cpu(), refined.cpu(), target.cpu())
         self._keep(Panel(name, gain, image.cpu(), *labels, valid.cpu(), light))
 

@@ -69,11 +69,9 @@ class Sweep:
             fused: dict[bytes, Tensor] = {}
             for iou in self.grid.pred_iou_thresh:
                 fusing = replace(config, pred_iou_thresh=iou)
-                accepted = accepted_regions(
-                    fusing, predictions.regions.classes, predictions.pred_iou
-                )
+                accepted = accepted_regions(fusing, predictions.classes, predictions.pred_iou)
                 if (key := accepted.tobytes()) not in fused:
-                    fused[key] = refiner.fuse(predictions, fusing).labels
+                    fused[key] = refiner.fuse(predictions, fusing, with_probs=False).labels
                 found.append(fused[key])
         return found
 
@@ -139,4 +137,4 @@ def _refined(refiner: Refiner, config: RefineConfig, inputs: RefineInputs, index
     if not probs.isfinite().all():
         return raw
     (predictions,) = refiner.predict([image], [probs], [raw], config)
-    return refiner.fuse(predictions, config).labels
+    return refiner.fuse(predictions, config, with_probs=False).labels

@@ -122,12 +122,14 @@ def test_predict_needs_images(folder, tmp_path):
 def test_thresholds_reach_the_refiner_and_the_saved_config(folder, tmp_path):
     # An image-driven mask counts whatever the threshold, so a preset without them.
     values = overrides(folder, "refine=fast", "refine.pred_iou_thresh=1.0", "refine.stride=4")
+    values.append("refine.window=32")
     result, metrics = execute(tmp_path, *values)
     assert metrics["val/refine_accept_rate"] == 0
     assert metrics["val/miou_gain"] == 0
     assert result == metrics["val/miou_raw"]
     saved = OmegaConf.load(tmp_path / "config.yaml")
     assert (saved.refine.pred_iou_thresh, saved.refine.stride) == (1.0, 4)
+    assert saved.refine.window == 32
     assert saved.callback.class_names == CLASSES
     assert (saved.callback.num_classes, saved.callback.ignore_index) == (4, 255)
 
@@ -221,6 +223,8 @@ def test_fit_without_a_test_set_reports_the_validation(folder, tmp_path, capsys)
         (["ckpt_path=/no/such.ckpt"], r"^ckpt_path must be a file, got /no/such\.ckpt"),
         (["refine.pred_iou_thresh=2"], r"^refine: pred_iou_thresh must be a number in .*, got 2"),
         (["refine.stride=half"], r"^refine: stride must be .*, got 'half' of type str"),
+        (["refine.window=16"], r"^refine: window must be an integer of at least 32 .*got 16"),
+        (["refine.window=half"], r"^refine: window must be .*'auto' or None, got 'half'"),
         (["+refine.iou=0.7"], r"^refine: RefineConfig has no field iou; its fields are"),
         (["data.class_names=null"], r"^data: num_classes or class_names must be set, got neither"),
         (["data._target_=nowhere.Data"], r"^data: Error .*'nowhere\.Data'.*No module named"),

@@ -14,7 +14,7 @@ from tiny_random_sam import OfficialSam, build_random_sam
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.models.base import Prompts
 from lightning_samrefine.models.sam import SamPromptable
-from lightning_samrefine.refine import refiner as refiner_module
+from lightning_samrefine.refine import mask_predictor as predictor_module
 from lightning_samrefine.refine.decode import decode_prompts, decodes_jointly
 from lightning_samrefine.utils.memory import ChunkSize
 
@@ -162,8 +162,8 @@ def test_a_refiner_that_decodes_jointly_gives_the_same(config, monkeypatch):
     apart = Refiner(sam, config, "32").refine_batch(*scenes())
     assert {len(call) for call in calls} == {1}
     calls.clear()
-    monkeypatch.setattr(refiner_module, "decodes_jointly", lambda sam, config: True)
-    monkeypatch.setattr(refiner_module, "prompts_at_once", lambda device: 32)
+    monkeypatch.setattr(predictor_module, "decodes_jointly", lambda sam, config: True)
+    monkeypatch.setattr(predictor_module, "prompts_at_once", lambda device: 32)
     together = Refiner(sam, config, "32").refine_batch(*scenes())
     assert config.prompt_regions == any(len(call) == 2 for call in calls)
     for one, other in zip(apart, together, strict=True):

@@ -5,9 +5,13 @@ import pytest
 import torch
 from random_predictions import blobs
 
-from lightning_samrefine.refine.fusion.color_model import weigh_by_color
+from lightning_samrefine.refine.fusion.color_model import color_ratios, weigh_by_color
 
 pytestmark = pytest.mark.numerical
+
+
+def weighed(probs, image, weight, stride):
+    return weigh_by_color(probs, image, color_ratios(probs, image, stride), weight)
 
 
 def naively(probs, image, weight, stride):
@@ -67,7 +71,7 @@ class TestColors:
         image = (image // 3 + 60).to(torch.uint8)  # few bins, so that many pixels share one
         expected = naively(probs, image, 1.3, stride)
         before = probs.clone()
-        found = weigh_by_color(probs, image, 1.3, stride)
+        found = weighed(probs, image, 1.3, stride)
         np.testing.assert_allclose(found.numpy(), expected, atol=2e-4)
         assert torch.equal(probs, before)
         assert (found - probs).abs().max() > 0.05
@@ -75,7 +79,7 @@ class TestColors:
     def test_the_sky_between_branches_is_found(self):
         image, probs, sky = sky_behind_a_tree()
         assert (probs.argmax(0) == 0).sum() < sky.sum()
-        assert torch.equal(weigh_by_color(probs, image, 1.3, 2).argmax(0) == 0, sky)
+        assert torch.equal(weighed(probs, image, 1.3, 2).argmax(0) == 0, sky)
 
     def test_a_rare_class_is_no_worse_for_being_rare(self):
         """A pole of the street's own gray keeps what the prediction says of it."""
@@ -83,30 +87,30 @@ class TestColors:
         probs = torch.full((2, 40, 40), 0.01)
         probs[0] = 0.99
         probs[:, :, 20] = torch.tensor([0.4, 0.6])[:, None]
-        assert torch.equal(weigh_by_color(probs, image, 1.3, 1).argmax(0), probs.argmax(0))
+        assert torch.equal(weighed(probs, image, 1.3, 1).argmax(0), probs.argmax(0))
 
     def test_pixels_without_probabilities_stay_without(self):
         image, probs = blobs()
         probs[:, :5] = 0
-        found = weigh_by_color(probs, image, 1.3, 2)
+        found = weighed(probs, image, 1.3, 2)
         assert (found[:, :5] == 0).all()
         torch.testing.assert_close(found[:, 5:].sum(0), torch.ones_like(found[0, 5:]))
 
     def test_every_color_has_a_bin(self):
         corners = torch.tensor([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)])
         image = corners.T[:, :, None].to(torch.uint8)
-        found = weigh_by_color(torch.full((3, 8, 1), 1 / 3), image, 1.0, 1)
+        found = weighed(torch.full((3, 8, 1), 1 / 3), image, 1.0, 1)
         torch.testing.assert_close(found, torch.full((3, 8, 1), 1 / 3))
 
     def test_a_permutation_of_the_classes_permutes_the_result(self):
         image, probs = blobs(4)
         order = torch.tensor([2, 0, 3, 1])
-        found = weigh_by_color(probs[order], image, 1.3, 2)
-        torch.testing.assert_close(found, weigh_by_color(probs, image, 1.3, 2)[order])
+        found = weighed(probs[order], image, 1.3, 2)
+        torch.testing.assert_close(found, weighed(probs, image, 1.3, 2)[order])
 
     def test_the_largest_weight_gives_numbers(self):
         image, probs = blobs(4)
         probs[3] = 0
         probs[3, 0, 0] = 1e-6
-        found = weigh_by_color(probs, image, 8.0, 1)
+        found = weighed(probs, image, 8.0, 1)
         torch.testing.assert_close(found.sum(0), torch.ones_like(found[0]))

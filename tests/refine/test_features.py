@@ -9,8 +9,13 @@ import torch.nn.functional as F
 
 from lightning_samrefine.fusion_weights import FEATURES, LogLinear
 from lightning_samrefine.refine.fusion.features import FeatureMaps, class_scores
+from lightning_samrefine.refine.windows import WindowMaps
 
 C, H, W, BINS = 3, 12, 10, 7
+
+
+def whole(votes: torch.Tensor) -> WindowMaps:
+    return WindowMaps.whole(votes, (H, W))
 
 
 def maps(seed: int = 0, **without: None) -> FeatureMaps:
@@ -23,7 +28,7 @@ def maps(seed: int = 0, **without: None) -> FeatureMaps:
         "probs": rand(C, H, W).mul(4).softmax(dim=0),
         "color_ratios": rand(C, BINS) * 3,
         "color_bins": torch.randint(BINS, (H, W), generator=generator, dtype=torch.int32),
-        "region_votes": rand(C, 6, 5),
+        "region_votes": whole(rand(C, 6, 5)),
     }
     return FeatureMaps(**{**given, **without})
 
@@ -52,7 +57,7 @@ def expected(found: FeatureMaps) -> np.ndarray:
                 np.log(np.maximum(found.probs.numpy().mean(axis=(1, 2)), 1e-5))[:, None, None],
                 found.probs.shape,
             ),
-            np.log(resized(found.region_votes) + 0.2),
+            np.log(resized(found.region_votes.maps(0)) + 0.2),
         ]
     )
 
@@ -94,7 +99,7 @@ def test_preset_weights_are_the_product_of_the_soft_fusion():
         return F.interpolate(votes[None], (H, W), mode="bilinear")[0]
 
     product = found.probs.clamp(min=1e-4) * ratios.clamp(min=1e-2) ** 1.3
-    product *= resized(found.region_votes) + 0.2
+    product *= resized(found.region_votes.maps(0)) + 0.2
     got = found.fuse(LogLinear.preset(FEATURES, C))
     torch.testing.assert_close(got, product / product.sum(dim=0), atol=1e-5, rtol=1e-4)
 
@@ -111,7 +116,7 @@ def test_extreme_evidence_is_finite():
         torch.eye(3)[:, :, None].expand(3, 3, W).contiguous(),
         torch.zeros(C, BINS),
         torch.zeros(3, W, dtype=torch.int64),
-        torch.zeros(C, 6, 5),
+        whole(torch.zeros(C, 6, 5)),
     )
     assert zero.at(torch.arange(3 * W)).isfinite().all()
     assert found.fuse(LogLinear(FEATURES, (50.0,) * 4, (0.0,) * C)).isfinite().all()
@@ -131,8 +136,14 @@ def test_a_lacking_feature_is_named():
         ({"probs": torch.rand(H, W)}, "probs must be of shape"),
         ({"color_bins": None}, "color_ratios and color_bins must be given together"),
         ({"color_bins": torch.zeros(H, W + 1)}, "color_bins must be of shape"),
-        ({"region_votes": torch.rand(C + 1, 2, 2)}, "region_votes must have 3 dimensions"),
-        ({"region_votes": torch.rand(C, 2)}, "region_votes must have 3 dimensions"),
+        (
+            {"region_votes": WindowMaps.whole(torch.rand(C + 1, 2, 2), (H, W))},
+            "region_votes must have 3 dimensions",
+        ),
+        (
+            {"region_votes": WindowMaps.whole(torch.rand(C, 2), (H, W))},
+            "region_votes must have 3 dimensions",
+        ),
         ({"color_ratios": torch.rand(C - 1, BINS)}, "color_ratios must have 2 dimensions"),
     ],
 )

@@ -66,7 +66,7 @@ def test_region_votes_are_pred_iou_times_the_mean_probability_inside(predicted):
     maps = feature_maps(found, CONFIG)
     masks, pred_iou, purity, classes = regions(found)
     want = votes(masks, pred_iou * purity, classes)
-    np.testing.assert_allclose(maps.region_votes.numpy(), want, atol=1e-5)
+    np.testing.assert_allclose(maps.region_votes.maps(0).numpy(), want, atol=1e-5)
     assert maps.names == ("raw", "color", "presence", "region_votes")
 
 
@@ -136,6 +136,6 @@ def test_an_image_without_masks_is_fused_by_what_it_has(predicted):
     found = predicted(config)
     maps = feature_maps(found, config)
     assert maps.names == FEATURES
-    assert not maps.region_votes.any()
+    assert not maps.region_votes.maps(0).any()
     refined = refine(found, config, fusion_weights())
     assert torch.equal(refined.labels, maps.fuse(fusion_weights().fusion).argmax(dim=0))

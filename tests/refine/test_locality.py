@@ -52,7 +52,7 @@ def scene(seed: int, config: RefineConfig) -> MaskPredictions:
         rough = torch.nn.functional.interpolate(rough, GRID, mode="bilinear")[:, 0]
         mask_proposals = MaskProposals(pack_masks(rough), torch.linspace(0.95, 0.75, 6), GRID)
     return MaskPredictions(
-        RawPrediction(image, probs, probs.argmax(0), labels_are_argmax=True),
+        RawPrediction(image, probs),
         regions,
         pred_iou=ious,
         region_masks=region_masks,

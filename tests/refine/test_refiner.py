@@ -8,7 +8,7 @@ from random_predictions import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.config import PRESETS
-from lightning_samrefine.refine import refiner as refiner_module
+from lightning_samrefine.refine import mask_predictor as predictor_module
 from lightning_samrefine.refine import regions
 from lightning_samrefine.utils.device import Download
 from lightning_samrefine.utils.precision import autocast_dtype
@@ -237,7 +237,7 @@ def three(size=(48, 60)):
 
 
 def test_on_a_gpu_an_image_is_split_while_the_one_before_is_encoded(refiner, events, monkeypatch):
-    monkeypatch.setattr(refiner_module, "images_at_once", lambda device, count: 1)
+    monkeypatch.setattr(predictor_module, "images_at_once", lambda device, count: 1)
     refiner.refine_batch(*three())
     assert events == [
         *(("enqueue", i) for i in range(3)),
@@ -259,7 +259,7 @@ def test_on_the_cpu_all_images_are_embedded_in_one_call(refiner, events):
 def test_the_order_of_the_work_changes_no_bit(random_sam, config, monkeypatch):
     config = replace(config, pred_iou_thresh=0.3, min_region_area=1)
     together = Refiner(random_sam, config, "32").refine_batch(*three())
-    monkeypatch.setattr(refiner_module, "images_at_once", lambda device, count: 1)
+    monkeypatch.setattr(predictor_module, "images_at_once", lambda device, count: 1)
     in_steps = Refiner(random_sam, config, "32").refine_batch(*three())
     for one, other in zip(together, in_steps, strict=True):
         assert torch.equal(one.labels, other.labels)

@@ -20,6 +20,7 @@ from lightning_samrefine.refine.fusion.mask_votes import (
     masks_at,
     mean_probs,
     on_mask_grid,
+    support_factors,
     weigh,
 )
 from lightning_samrefine.refine.mask_proposals import (
@@ -29,6 +30,7 @@ from lightning_samrefine.refine.mask_proposals import (
     point_grid,
     propose_masks,
 )
+from lightning_samrefine.refine.windows import WindowMaps
 
 pytestmark = pytest.mark.numerical
 
@@ -177,6 +179,11 @@ def _iou(a, b):
     return (a & b).sum() / max((a | b).sum(), 1)
 
 
+def weighed(probs, votes):
+    factors = WindowMaps.whole(support_factors([votes], [0.05]), probs.shape[1:])
+    return weigh(probs, factors, slice(0, probs.shape[1]))
+
+
 def shrunk(probs):
     return on_mask_grid(probs, (21, 30))
 
@@ -223,7 +230,8 @@ class TestSupport:
         for x, y, c in [(0.5, 0.5, 0), (0.99, 0.01, 3), (0.2, 0.7, 1)]:
             at = masks.probs()[:, int(y * 21), int(x * 30)] > 0.5
             holding = masks.pred_iou[at & (stands_for == c)]
-            best, found = masks_at(masks, stands_for, torch.tensor([[x, y]]), torch.tensor([c]))
+            best, at_point = masks_at(masks, stands_for, torch.tensor([[x, y]]), torch.tensor([c]))
+            found = at_point.inside()
             assert best.item() == (holding.max().item() if len(holding) else 0)
             assert found[0, int(y * 21), int(x * 30)] == (len(holding) > 0)
             chosen = masks.probs()[masks.pred_iou == best] > 0.5
@@ -261,18 +269,17 @@ class TestSupport:
         probs = random_probs()
         classes = torch.zeros(4, 42, 60)
         classes[1, :20] = 0.6
-        refined, covered = weigh(probs, [MaskVotes(classes, (classes[1] > 0).float())], [0.05])
+        refined = weighed(probs, MaskVotes(classes, (classes[1] > 0).float()))
         torch.testing.assert_close(refined[:, 25:], probs[:, 25:])
         weighted = probs[:, :15] * torch.tensor([0.05, 0.65, 0.05, 0.05]).view(4, 1, 1)
         torch.testing.assert_close(refined[:, :15], weighted / weighted.sum(0))
-        assert torch.equal(covered, classes[1] > 0)
 
     def test_a_permutation_of_the_classes_permutes_the_result(self):
         masks, probs, order = packed_masks(), random_probs(), torch.tensor([2, 0, 3, 1])
         image = blobs(size=(42, 60))[0]
 
         def refine(maps):
-            refined, _ = weigh(maps, [MaskVotes.of_image(masks, shrunk(maps))[0]], [0.05])
+            refined = weighed(maps, MaskVotes.of_image(masks, shrunk(maps))[0])
             return smooth(refined, image, 4.0)
 
         torch.testing.assert_close(refine(probs[order]), refine(probs)[order])

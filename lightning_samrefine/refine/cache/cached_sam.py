@@ -133,19 +133,25 @@ class CachedSam:
         """Bring (N, m, m) logits to (N, H, W) float32."""
         return self.sam.postprocess_masks(low_res_logits, image_hw)
 
-    def encode_images(self, images: Sequence[Tensor], padding: bool = True) -> list[Embedding]:
+    def encode_images(
+        self,
+        images: Sequence[Tensor],
+        padding: bool = True,
+        digests: Sequence[str] | None = None,
+    ) -> list[Embedding]:
         """Hash images, each uint8 (3, H, W); on CUDA the CPU waits once for all of them.
 
         Args:
             images: The images.
             padding: See `lightning_samrefine.models.base.UnpaddedPromptable`. An image that has
                 other embeddings without padding has other keys as well.
+            digests: The images' hashes if they are known.
 
         Returns:
             A `LazyEmbedding` an image.
         """
         images = list(images)
-        digests = self.cache.digests(images)
+        digests = self.cache.digests(images) if digests is None else list(digests)
         keys = digests
         if digests is not None and not padding and can_skip_padding(self.sam):
             keys = [

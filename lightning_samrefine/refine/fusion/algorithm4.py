@@ -7,6 +7,8 @@ Segmentation" (ICCV 2025, arXiv 2411.09219).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ _PIXELS_AT_ONCE = 2**22
 
 
 def fuse_by_algorithm4(
-    predictions: MaskPredictions, config: RefineConfig, sam: Promptable
+    predictions: MaskPredictions, config: RefineConfig, sam: Promptable, with_probs: bool = True
 ) -> Refinement:
     """Accept masks by their predicted IoU and let them compete pixel by pixel.
 
@@ -31,6 +33,7 @@ def fuse_by_algorithm4(
         predictions: With the logits of every region; they are not changed.
         config: τ_iou and the stride.
         sam: Brings masks to full resolution.
+        with_probs: Whether the refinement has probabilities.
 
     Raises:
         ValueError: Predictions without logits, made for another fusion.
@@ -45,9 +48,8 @@ def fuse_by_algorithm4(
     accepted = accepted_regions(config, regions.classes, predictions.pred_iou)
     rows, columns = sam.mask_hw(raw.image_hw)
     masks = torch.stack([own[:rows, :columns] > 0 for own in logits]) if len(logits) else None
-    table = region_table(
-        regions, raw.image_hw, config.stride, predictions.pred_iou, accepted, masks
-    )
+    table = region_table(regions, raw.image_hw, config.stride, predictions.pred_iou, accepted)
+    table = replace(table, masks=masks)
     if not accepted.any():  # steps 4 and 8
         return Refinement.of(table, raw.labels, raw.probs, literal_probs=raw.probs)
 
@@ -61,6 +63,8 @@ def fuse_by_algorithm4(
             fused.add(own, int(regions.classes[index]))
     failed = None if accepted.all() else regions.mask_of(~accepted)
     labels, literal_probs, covered = fused.finish(failed)
+    if not with_probs:
+        return Refinement.of(table, labels, None, covered)
     return Refinement.of(table, labels, fused.probs(), covered, literal_probs)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_samrefine.refine.fusion.mask_votes import class_parts
 
 _RADII = (1, 3)  # of the neighbors above, below, left and right, in pixels
+REACH = max(_RADII)  # no pixel depends on others beyond it
 _COLOR_SIGMA = 10.0  # of 0 to 255, as a standard deviation over the three channels together
 _MIN_PROB = 1e-4
 _MAX_EXPONENT = 80.0  # of float32

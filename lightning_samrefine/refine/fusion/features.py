@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.fusion_weights import FEATURES, LogLinear
+from lightning_samrefine.refine.windows import WindowMaps
 
 # Smallest value inside a logarithm.
 _FLOORS = {"raw": 1e-4, "color": 1e-2, "presence": 1e-5}
@@ -36,7 +37,7 @@ class FeatureMaps:
         color_ratios: (C, B) float32, p(class | color) / p(class) for each color bin; None without
             colors.
         color_bins: (H, W) integer in [0, B), each pixel's color bin; None without colors.
-        region_votes: (C, h, w) float32 in [0, 1], votes of the masks of prompted regions; None if
+        region_votes: (C, h, w) maps in [0, 1], votes of the masks of prompted regions; None if
             regions were not prompted.
 
     Raises:
@@ -46,7 +47,7 @@ class FeatureMaps:
     probs: Tensor
     color_ratios: Tensor | None = None
     color_bins: Tensor | None = None
-    region_votes: Tensor | None = None
+    region_votes: WindowMaps | None = None
 
     def __post_init__(self) -> None:
         if self.probs.dim() != 3:
@@ -59,8 +60,11 @@ class FeatureMaps:
                 f"color_bins must be of shape {tuple(image_hw)}, that of the image, got "
                 f"{tuple(self.color_bins.shape)}"
             )
-        for name, dims in (("color_ratios", 2), ("region_votes", 3)):
-            value = getattr(self, name)
+        votes = None if self.region_votes is None else self.region_votes.maps(0)
+        for name, dims, value in (
+            ("color_ratios", 2, self.color_ratios),
+            ("region_votes", 3, votes),
+        ):
             if value is not None and (value.dim() != dims or len(value) != num_classes):
                 raise ValueError(
                     f"{name} must have {dims} dimensions, the first of {num_classes} classes, got "
@@ -89,11 +93,15 @@ class FeatureMaps:
         out = self.probs.new_empty(len(names), num_classes, len(pixels))
         for row, name in enumerate(names):
             for c in range(num_classes):
-                out[row, c] = self._plane(name, c).reshape(-1)[pixels]
+                out[row, c] = self._values(name, c, pixels)
         return out
 
-    def fuse(self, weights: LogLinear) -> Tensor:
-        """Return the refined probabilities, (C, H, W) float32, summing to 1 over the classes.
+    def fuse(self, weights: LogLinear, rows: slice | None = None) -> Tensor:
+        """Return the refined probabilities, (C, n, W) float32, summing to 1 over the classes.
+
+        Args:
+            weights: Of the features.
+            rows: With start and stop; all H of them if None.
 
         Raises:
             ValueError: A feature that this image lacks, or weights of another number of classes.
@@ -103,13 +111,14 @@ class FeatureMaps:
             raise ValueError(
                 f"weights must be those of {len(self.probs)} classes, got {weights.num_classes}"
             )
-        scores = torch.empty_like(self.probs, memory_format=torch.contiguous_format)
+        rows = rows or slice(0, self.probs.shape[1])
+        scores = torch.empty_like(self.probs[:, rows], memory_format=torch.contiguous_format)
         for c, bias in enumerate(weights.biases):
             # One class at a time stays in a CPU's cache.
             score = scores[c].fill_(bias)
             for name, weight in zip(names, weights.weights, strict=True):
                 if weight:
-                    score.add_(self._plane(name, c), alpha=weight)
+                    score.add_(self._values(name, c, rows), alpha=weight)
         return scores.softmax(dim=0)
 
     def _present(self, features: Sequence[str]) -> tuple[str, ...]:
@@ -121,26 +130,41 @@ class FeatureMaps:
             )
         return tuple(features)
 
-    def _plane(self, name: str, c: int) -> Tensor:
-        """Return one feature of one class, (H, W) float32."""
+    @cached_property
+    def _shares(self) -> list[Tensor]:
+        """The mean probability of each class."""
+        return [own.mean() for own in self.probs]
+
+    def _values(self, name: str, c: int, where: slice | Tensor) -> Tensor:
+        """Return one feature of one class, float32.
+
+        Args:
+            name: The feature.
+            c: The class.
+            where: Rows, with start and stop, or (N,) int64 indices into the flattened image.
+        """
+        probs = _taken(self.probs[c], where)
         if name == "raw":
-            return self.probs[c].clamp(min=_FLOORS[name]).log_()
+            return probs.clamp(min=_FLOORS[name]).log_()
         if name == "presence":
-            share = self.probs[c].mean().clamp(min=_FLOORS[name]).log()
-            return share.expand(self.probs.shape[1:])
+            return self._shares[c].clamp(min=_FLOORS[name]).log().expand_as(probs)
         if name == "color":
             assert self.color_ratios is not None
             assert self.color_bins is not None
             ratios = self.color_ratios[c].clamp(min=_FLOORS[name]).log_()
-            return ratios[self.color_bins.long()]
+            return ratios[_taken(self.color_bins, where).long()]
         assert self.region_votes is not None
-        resized = F.interpolate(
-            self.region_votes[c][None, None].float(),
-            self.probs.shape[1:],
-            mode="bilinear",
-            align_corners=False,
-        )
-        return resized[0, 0].add_(_OFFSET).log_()
+        of_class = slice(c, c + 1)
+        if isinstance(where, slice):
+            votes = self.region_votes.rows(where, of_class)[0]
+        else:
+            everywhere = slice(0, self.probs.shape[1])
+            votes = _taken(self.region_votes.rows(everywhere, of_class)[0], where)
+        return votes.add_(_OFFSET).log_()
+
+
+def _taken(plane: Tensor, where: slice | Tensor) -> Tensor:
+    return plane[where] if isinstance(where, slice) else plane.reshape(-1)[where]
 
 
 def class_scores(weights: LogLinear, features: Tensor) -> Tensor:

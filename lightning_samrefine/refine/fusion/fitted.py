@@ -11,35 +11,42 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.fusion_weights import FusionWeights
+from lightning_samrefine.fusion_weights import FusionWeights, LogLinear
 from lightning_samrefine.models.base import Promptable
 from lightning_samrefine.refine.acceptance import accepted_regions
 from lightning_samrefine.refine.class_filter import restore_frozen_classes
-from lightning_samrefine.refine.fusion.color_model import color_ratios
+from lightning_samrefine.refine.fusion.color_model import color_bins, color_ratios
 from lightning_samrefine.refine.fusion.features import FeatureMaps
+from lightning_samrefine.refine.fusion.looks import image_maps, image_regions, look_regions
 from lightning_samrefine.refine.fusion.mask_votes import MaskVotes, mean_probs, on_mask_grid
-from lightning_samrefine.refine.mask_predictions import MaskPredictions
-from lightning_samrefine.refine.raw_prediction import RawPrediction, first_argmax
-from lightning_samrefine.refine.results import Refinement, region_table
+from lightning_samrefine.refine.fusion.strips import fuse_strips, strips
+from lightning_samrefine.refine.mask_predictions import ImagePredictions, MaskPredictions
+from lightning_samrefine.refine.raw_prediction import RawPrediction
+from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.device import upload
 
 
-def feature_maps(predictions: MaskPredictions, config: RefineConfig) -> FeatureMaps:
+def feature_maps(predictions: ImagePredictions, config: RefineConfig) -> FeatureMaps:
     """Collect what the features of one image are computed from.
 
     Args:
         predictions: SAM's masks; regions without an accepted mask have no votes.
         config: With ``weights``, and so with region prompts; it decides which masks are accepted.
     """
-    probs = predictions.raw.probs
-    ratios, bins = color_ratios(probs, predictions.raw.image, config.stride)
-    return FeatureMaps(probs, ratios, bins, _region_votes(predictions, config))
+    probs, image = predictions.raw.probs, predictions.raw.image.to(predictions.raw.probs.device)
+    ratios = color_ratios(probs, image, config.stride)
+    bins = torch.empty(probs.shape[1:], dtype=torch.int16, device=probs.device)
+    for rows in strips(probs):
+        bins[rows] = color_bins(image[:, rows])
+    votes = [_region_votes(look, config) for look in predictions.looks]
+    return FeatureMaps(probs, ratios, bins, image_maps(predictions, votes.__getitem__))
 
 
 def fuse_fitted(
-    predictions: MaskPredictions,
+    predictions: ImagePredictions,
     config: RefineConfig,
     sam: Promptable,
+    with_probs: bool = True,
     maps: FeatureMaps | None = None,
 ) -> Refinement:
     """Fuse one image's masks by fitted weights.
@@ -52,6 +59,7 @@ def fuse_fitted(
         predictions: With packed masks of the regions; they are not changed.
         config: Its ``weights`` are of the same classes.
         sam: Not used; masks stay on the model's low-resolution grid.
+        with_probs: Whether the refinement has probabilities.
         maps: From `feature_maps`; computed if None.
 
     Raises:
@@ -59,20 +67,19 @@ def fuse_fitted(
     """
     weights = config.weights
     assert isinstance(weights, FusionWeights)
-    raw, regions, found = predictions.raw, predictions.regions, predictions.region_masks
-    accepted = accepted_regions(config, regions.classes, predictions.pred_iou)
-    masks = None if found is None else found.probs() > 0.5
-    table = region_table(
-        regions, raw.image_hw, config.stride, predictions.pred_iou, accepted, masks
-    )
+    raw = predictions.raw
+    looks = []
+    for look in predictions.looks:
+        accepted = accepted_regions(config, look.classes, look.pred_iou)
+        looks.append(look_regions(look, config.stride, accepted, look.pred_iou, look.region_masks))
+    table = image_regions(predictions, looks)
     if not weights.refine:
-        return Refinement.of(table, raw.labels, raw.probs)
-    fused = (maps or feature_maps(predictions, config)).fuse(weights.fusion)
-    everywhere = torch.ones_like(raw.labels, dtype=torch.bool)
-    refined = Refinement.of(table, _labels(raw, fused), fused, everywhere)
+        return Refinement.of(table, raw.labels, raw.probs if with_probs else None)
+    maps = maps or feature_maps(predictions, config)
+    refined = Refinement.of(table, *_fuse(raw, maps, weights.fusion, with_probs))
     if not weights.frozen_classes:
         return refined
-    refined_classes = np.setdiff1d(np.arange(len(fused)), weights.frozen_classes).tolist()
+    refined_classes = np.setdiff1d(np.arange(len(raw.probs)), weights.frozen_classes).tolist()
     return restore_frozen_classes(refined, raw.probs, raw.labels, refined_classes)
 
 
@@ -84,32 +91,31 @@ def control_labels(raw: RawPrediction, maps: FeatureMaps, weights: FusionWeights
         maps: Its features.
         weights: Their ``control`` is used, for all classes.
     """
-    return _labels(raw, maps.fuse(weights.control))
+    return _fuse(raw, maps, weights.control, with_probs=False)[0]
 
 
-def _labels(raw: RawPrediction, fused: Tensor) -> Tensor:
-    """Return the argmax of the fused probabilities, or the raw label if the fusion changes nothing.
+def _fuse(
+    raw: RawPrediction, maps: FeatureMaps, weights: LogLinear, with_probs: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    def fuse_rows(rows: slice) -> tuple[Tensor, Tensor]:
+        fused = maps.fuse(weights, rows)
+        return fused, torch.ones_like(fused[0], dtype=torch.bool)
 
-    Raw labels need not be the raw probabilities' argmax.
-    """
-    best = first_argmax(fused)
-    raw_best = raw.labels if raw.labels_are_argmax else first_argmax(raw.probs)
-    unknown = (raw.labels < 0) | (raw.labels >= len(fused))
-    return torch.where(unknown | (best != raw_best), best, raw.labels)
+    return fuse_strips(raw, fuse_rows, with_probs)
 
 
-def _region_votes(predictions: MaskPredictions, config: RefineConfig) -> Tensor:
+def _region_votes(look: MaskPredictions, config: RefineConfig) -> Tensor:
     """Let the mask of every accepted region vote for its class, by predicted IoU and purity.
 
     Returns:
         (C, h, w) float32 in [0, 1], the largest vote of a class's masks; 0 without a mask.
     """
-    probs, found = predictions.raw.probs, predictions.region_masks
-    accepted = accepted_regions(config, predictions.regions.classes, predictions.pred_iou)
+    probs, found = look.raw.probs, look.region_masks
+    accepted = accepted_regions(config, look.classes, look.pred_iou)
     if found is None or not accepted.any():
         return probs.new_zeros(len(probs), 1, 1)
     chosen = upload(np.flatnonzero(accepted), probs.device)
-    classes = upload(predictions.regions.classes, probs.device)[chosen]
+    classes = upload(look.classes, probs.device)[chosen]
     masks = found[chosen].probs()
     small = on_mask_grid(probs, found.mask_hw)
     purity = mean_probs(masks, small).gather(0, classes[None])[0]

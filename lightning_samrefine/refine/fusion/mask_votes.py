@@ -8,13 +8,14 @@ survive, and masks may come from any prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.refine.mask_proposals import MaskProposals
+from lightning_samrefine.refine.windows import WindowMaps
 
 # A mask of one class counts for more than a mixed one: weight = pred_iou · purity³.
 _PURITY_POWER = 3
@@ -115,54 +116,60 @@ def normalize_(maps: Tensor) -> Tensor:
     return maps.div_(total.masked_fill_(total == 0, 1))
 
 
-def weigh(
-    probs: Tensor, votes: Sequence[MaskVotes], floors: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Weigh a prediction by the support of its classes.
+def support_factors(votes: Sequence[MaskVotes], floors: Sequence[float]) -> Tensor:
+    """Return (C, h_n, w_n) float32, Π (floor + support): a class without support keeps the floors.
 
     Args:
-        probs: (C, H, W) float32 in [0, 1], L.
         votes: At least one, on one grid.
-        floors: One for each of ``votes``, above 0: the factor of a class without support.
-
-    Returns:
-        (C, H, W) float32, L · Π (floor + support), normalized over the classes unless L is 0 for
-        all of them; (H, W) bool, whether a mask lies on the pixel.
+        floors: One for each of ``votes``, above 0.
     """
     first, *others = votes
     factors = first.classes + floors[0]
     for other, floor in zip(others, floors[1:], strict=True):
         factors *= other.classes + floor
+    return factors
+
+
+def inside_any(votes: Sequence[MaskVotes]) -> Tensor:
+    """Return (1, h_n, w_n) float32 in [0, 1], the largest σ of any mask."""
+    return torch.stack([support.inside for support in votes]).amax(dim=0, keepdim=True)
+
+
+def weigh(probs: Tensor, factors: WindowMaps, rows: slice) -> Tensor:
+    """Weigh rows of a prediction by the support of its classes.
+
+    Args:
+        probs: (C, n, W) float32 in [0, 1], rows of L.
+        factors: Maps of `support_factors`.
+        rows: Which rows they are, with start and stop.
+
+    Returns:
+        (C, n, W) float32, L · factor, normalized over the classes unless L is 0 for all of them.
+    """
     weighted = torch.empty_like(probs, memory_format=torch.contiguous_format)
     for part in class_parts(probs):
-        torch.mul(_resized(factors[part], probs.shape[1:]), probs[part], out=weighted[part])
-    return normalize_(weighted), inside_any(votes, probs.shape[1:]) > 0.5
-
-
-def inside_any(votes: Sequence[MaskVotes], image_hw: Sequence[int]) -> Tensor:
-    """Return (H, W) float32 in [0, 1], the largest σ of any mask; above 0 beside a mask, too."""
-    inside = torch.stack([support.inside for support in votes]).amax(dim=0)
-    return _resized(inside[None], image_hw)[0]
+        torch.mul(factors.rows(rows, part), probs[part], out=weighted[part])
+    return normalize_(weighted)
 
 
 def masks_at(
     masks: MaskProposals, stands_for: Tensor, points: Tensor, classes: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, MaskProposals]:
     """Find the mask of the best predicted IoU that stands for a class at a point.
 
     There are K ≥ 1 masks of the classes ``stands_for``, and N points, XY in [0, 1) as fractions of
     the image's sides, with a class each.
 
     Returns:
-        Its predicted IoU, (N,) float32, and the mask, (N, h_n, w_n) bool; 0 and an empty mask
-        without such a mask.
+        Its predicted IoU, (N,) float32, and the mask; 0 and an empty mask without such a mask.
     """
     height, width = masks.mask_hw
     x = (points[:, 0] * width).long().clamp(0, width - 1)
     y = (points[:, 1] * height).long().clamp(0, height - 1)
     holds = masks.inside_at(y, x) & (stands_for[:, None] == classes)
     pred_iou, best = (holds * masks.pred_iou[:, None]).max(dim=0)
-    return pred_iou, (masks[best].probs() > 0.5) & (pred_iou > 0)[:, None, None]
+    found = masks[best]
+    return pred_iou, replace(found, packed=found.packed * (pred_iou > 0)[:, None])
 
 
 def on_mask_grid(probs: Tensor, mask_hw: tuple[int, int]) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,8 +12,14 @@ from torch import Tensor
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.models.base import Promptable
 from lightning_samrefine.refine.acceptance import accepted_regions
-from lightning_samrefine.refine.fusion.color_model import weigh_by_color
-from lightning_samrefine.refine.fusion.crf import smooth
+from lightning_samrefine.refine.fusion.color_model import color_ratios, weigh_by_color
+from lightning_samrefine.refine.fusion.crf import REACH, smooth
+from lightning_samrefine.refine.fusion.looks import (
+    image_maps,
+    image_regions,
+    look_regions,
+    looks_at_once,
+)
 from lightning_samrefine.refine.fusion.mask_votes import (
     MaskVotes,
     class_parts,
@@ -18,13 +27,14 @@ from lightning_samrefine.refine.fusion.mask_votes import (
     masks_at,
     mean_probs,
     on_mask_grid,
+    support_factors,
     weigh,
 )
-from lightning_samrefine.refine.mask_predictions import MaskPredictions
+from lightning_samrefine.refine.fusion.strips import fuse_strips
+from lightning_samrefine.refine.mask_predictions import ImagePredictions, MaskPredictions
 from lightning_samrefine.refine.mask_proposals import MaskProposals
-from lightning_samrefine.refine.raw_prediction import first_argmax
 from lightning_samrefine.refine.regions import RegionSet
-from lightning_samrefine.refine.results import Refinement, region_table
+from lightning_samrefine.refine.results import Refinement, WindowRegions
 from lightning_samrefine.utils.device import upload
 
 # Factor of a class without support by regions' masks, in multiples of the ``unsupported_weight``:
@@ -32,7 +42,9 @@ from lightning_samrefine.utils.device import upload
 _SECOND_FLOOR = 10
 
 
-def fuse_soft(predictions: MaskPredictions, config: RefineConfig, sam: Promptable) -> Refinement:
+def fuse_soft(
+    predictions: ImagePredictions, config: RefineConfig, sam: Promptable, with_probs: bool = True
+) -> Refinement:
     """Fuse mask proposals, the masks of prompted regions, or both.
 
     With both, the masks of accepted regions count twice: among all masks, and in a factor of their
@@ -47,19 +59,73 @@ def fuse_soft(predictions: MaskPredictions, config: RefineConfig, sam: Promptabl
         predictions: With packed masks of the regions if these are prompted; they are not changed.
         config: Its ``unsupported_weight`` is above 0.
         sam: Not used; masks stay on the model's low-resolution grid.
+        with_probs: Whether the refinement has probabilities.
 
     Raises:
         ValueError: Predictions without the masks of prompted regions, made for another fusion.
     """
-    raw, regions = predictions.raw, predictions.regions
-    probs, labels = raw.probs, raw.labels
-    evidence = probs
-    if config.color_weight and len(regions) > 0:
-        evidence = weigh_by_color(probs, raw.image, config.color_weight, config.stride)
+    raw = predictions.raw
+
+    @lru_cache(looks_at_once(predictions, REACH))
+    def votes(index: int) -> _Votes:
+        return _votes(predictions.looks[index], config)
+
+    # Of a large image they are computed again when its strips are fused, for all are too many.
+    each = [(own.regions, own.has_masks) for own in map(votes, range(len(predictions.looks)))]
+    table = image_regions(predictions, [regions for regions, _ in each])
+    if not any(has_masks for _, has_masks in each):
+        return Refinement.of(table, raw.labels, raw.probs if with_probs else None)
+    probs, image, height = raw.probs, raw.image.to(raw.probs.device), raw.image_hw[0]
+    factors = image_maps(predictions, lambda index: votes(index).factors)
+    inside = image_maps(predictions, lambda index: votes(index).inside)
+    ratios: Tensor | None = None
+    if config.color_weight and len(table) > 0:
+        ratios = color_ratios(probs, image, config.stride)
+
+    def fuse_rows(rows: slice) -> tuple[Tensor, Tensor]:
+        # With the neighbors that smoothing reaches.
+        reach = REACH if config.crf_weight else 0
+        start = max(0, rows.start - reach)
+        wide = slice(start, min(height, rows.stop + reach))
+        refined, colors = probs[:, wide], image[:, wide]
+        if ratios is not None:
+            refined = weigh_by_color(refined, colors, ratios, config.color_weight)
+        refined = weigh(refined, factors, wide)
+        if config.crf_weight:
+            refined = smooth(refined, colors, config.crf_weight)
+        refined = refined[:, rows.start - start : rows.stop - start]
+        own = inside.rows(rows)[0]
+        for part in class_parts(refined):
+            torch.where(own > 0, refined[part], probs[part, rows], out=refined[part])
+        return refined, own > 0.5
+
+    return Refinement.of(table, *fuse_strips(raw, fuse_rows, with_probs))
+
+
+@dataclass(frozen=True)
+class _Votes:
+    """What the masks of one look say.
+
+    Attributes:
+        regions: The prompted regions.
+        factors: (C, h, w) float32, the factor of each class.
+        inside: (1, h, w) float32, the largest σ of any mask.
+        has_masks: Whether there is any.
+    """
+
+    regions: WindowRegions
+    factors: Tensor
+    inside: Tensor
+    has_masks: bool
+
+
+def _votes(look: MaskPredictions, config: RefineConfig) -> _Votes:
+    """Collect the votes of one look's masks."""
+    regions, probs = look.regions, look.raw.probs
     votes: list[MaskVotes] = []
-    pred_iou, masks, accepted = predictions.pred_iou, None, np.zeros(len(regions), dtype=bool)
+    pred_iou, masks, accepted = look.pred_iou, None, np.zeros(len(regions), dtype=bool)
     small: Tensor | None = None
-    proposals = predictions.mask_proposals
+    proposals = look.mask_proposals
     if proposals is not None and len(proposals) > 0:
         small = on_mask_grid(probs, proposals.mask_hw)
         from_image, stands_for = MaskVotes.of_image(proposals, small)
@@ -72,40 +138,29 @@ def fuse_soft(predictions: MaskPredictions, config: RefineConfig, sam: Promptabl
     if len(regions) > 0:
         accepted = accepted_regions(config, regions.classes, pred_iou)
     if config.prompt_regions and len(regions) > 0:
-        own = predictions.region_masks
-        if own is None:
+        masks = look.region_masks
+        if masks is None:
             raise ValueError(
                 "predictions must have packed masks of their regions for an unsupported_weight "
                 "above 0, got None"
             )
-        mask_probs = own.probs()
-        masks = mask_probs > 0.5
         if small is None:
-            small = on_mask_grid(probs, own.mask_hw)
-        votes = _with_regions(votes, regions, own, mask_probs, accepted, small)
-    table = region_table(regions, raw.image_hw, config.stride, pred_iou, accepted, masks)
-    if not votes:
-        return Refinement.of(table, labels, probs)
+            small = on_mask_grid(probs, masks.mask_hw)
+        votes = _with_regions(votes, regions, masks, accepted, small)
     floors = (config.unsupported_weight, _SECOND_FLOOR * config.unsupported_weight)
-    refined, covered = weigh(evidence, votes, floors[: len(votes)])
-    if config.crf_weight:
-        refined = smooth(refined, raw.image, config.crf_weight)
-    reached = inside_any(votes, labels.shape) > 0
-    for part in class_parts(refined):
-        torch.where(reached, refined[part], probs[part], out=refined[part])
-    best = first_argmax(refined)
-    unknown = (labels < 0) | (labels >= len(probs))
-    # Labels that are not the probabilities' argmax stay if the refinement changes nothing.
-    raw_best = labels if raw.labels_are_argmax else first_argmax(probs)
-    changed = torch.where(unknown, covered, best != raw_best)
-    return Refinement.of(table, torch.where(changed, best, labels), refined, covered)
+    table = look_regions(look, config.stride, accepted, pred_iou, masks)
+    if not votes:
+        return _Votes(
+            table, probs.new_full((len(probs), 1, 1), floors[0]), probs.new_zeros(1, 1, 1), False
+        )
+    factors = support_factors(votes, floors[: len(votes)])
+    return _Votes(table, factors, inside_any(votes), True)
 
 
 def _with_regions(
     votes: list[MaskVotes],
     regions: RegionSet,
     masks: MaskProposals,
-    mask_probs: Tensor,
     accepted: np.ndarray,
     small: Tensor,
 ) -> list[MaskVotes]:
@@ -115,10 +170,10 @@ def _with_regions(
         votes: Of the mask proposals, or none.
         regions: N of them.
         masks: Theirs.
-        mask_probs: (N, h_n, w_n) float32, σ of all regions' masks.
         accepted: (N,) bool.
         small: (C, h_n, w_n) float32, the raw probabilities on the grid of masks.
     """
+    mask_probs = masks.probs()
     device = mask_probs.device
     classes, pred_iou = upload(regions.classes, device), masks.pred_iou
     # Of all masks, for the rounding of a product depends on their number.

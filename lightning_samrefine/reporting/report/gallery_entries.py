@@ -132,8 +132,8 @@ class Gallery:
     def _add_regions(
         self, name: str, image: Tensor, target: Tensor, regions: Regions, found: ImageComparison
     ) -> None:
-        scores, changes, masks = found.scores, found.region_changes, regions.masks
-        if scores is None or changes is None or masks is None:
+        scores, changes = found.scores, found.region_changes
+        if scores is None or changes is None:
             return
         raw_iou, mask_iou = scores.raw_iou, scores.mask_iou
         for index in scores.measured.nonzero()[:, 0].tolist():
@@ -158,11 +158,8 @@ class Gallery:
                     "after": _number(mask_iou[index].item()),
                     "fixed": fixed,
                     "broken": broken,
-                    "crop": region_crop(
-                        image, target, found.valid, masks[index],
-                        region.class_index, tuple(regions.extents[index].tolist()),
-                    ),
-                }  # fmt: skip
+                    "crop": region_crop(image, target, found.valid, regions, index),
+                }
                 self._keep(places, worth, key, entry, MAX_REGIONS)
 
     def images(self) -> Iterator[str]:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_samrefine.refine.results import Regions
 from lightning_samrefine.reporting.panels import change_kinds, change_table
 from lightning_samrefine.utils.palette import colorize
 
@@ -69,24 +70,28 @@ def image_tiles(
     }
 
 
-def region_crop(
-    image: Tensor, target: Tensor, valid: Tensor, mask: Tensor, c: int, box: tuple[float, ...]
-) -> str:
+def region_crop(image: Tensor, target: Tensor, valid: Tensor, regions: Regions, index: int) -> str:
     """Draw a region and its surroundings, tinted by the agreement of SAM's mask with the truth.
 
     Args:
         image: (3, H, W) uint8 RGB.
         target: (H, W) integer.
         valid: (H, W) bool.
-        mask: (h, w) bool at SAM's low resolution.
-        c: The region's class.
-        box: XYXY in image pixels.
+        regions: With masks.
+        index: The region.
 
     Returns:
         A data URI.
     """
+    for own in regions.windows:
+        if index < len(own.table):
+            image, target, valid = (own.window.of(maps) for maps in (image, target, valid))
+            return region_crop(image, target, valid, own.regions, index)
+        index -= len(own.table)
+    assert regions.masks is not None
+    mask, c = regions.masks[index], int(regions.classes[index])
     height, width = target.shape
-    x0, y0, x1, y1 = box
+    x0, y0, x1, y1 = regions.extents[index].tolist()
     margin = 0.25 * max(x1 - x0, y1 - y0) + 4
     left, top = max(0, int(x0 - margin)), max(0, int(y0 - margin))
     right, bottom = min(width, int(x1 + margin) + 1), min(height, int(y1 + margin) + 1)
