@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from lightning_samrefine.callbacks.writer import SAMRefineWriter
     from lightning_samrefine.config import RefineConfig
     from lightning_samrefine.models import load_sam
+    from lightning_samrefine.refine.refined_segmenter import RefinedSegmenter
     from lightning_samrefine.refine.refiner import Refiner
     from lightning_samrefine.refine.results import Refinement
     from lightning_samrefine.self_check import check
 
 __all__ = [
     "RefineConfig",
+    "RefinedSegmenter",
     "Refinement",
     "Refiner",
     "SAMRefineCallback",
@@ -32,6 +34,7 @@ _HOME = {
     "SAMRefineCallback": "callbacks.refine_callback",
     "SAMRefineWriter": "callbacks.writer",
     "RefineConfig": "config",
+    "RefinedSegmenter": "refine.refined_segmenter",
     "Refinement": "refine.results",
     "Refiner": "refine.refiner",
     "check": "self_check",

@@ -30,14 +30,17 @@ def official_sam() -> OfficialSam:
 
 @pytest.fixture
 def make(random_sam) -> Callable[..., Any]:
-    """Makes the callback of most tests, with the random SAM; arguments replace its own."""
+    """Makes the callback of most tests, with the random SAM, that logs everything.
+
+    Arguments replace its own.
+    """
     from lightning_stubs import NUM_CLASSES, REFINE  # loads Lightning
 
     from lightning_samrefine import SAMRefineCallback
 
     def build(**kwargs: Any) -> SAMRefineCallback:
         return SAMRefineCallback(
-            random_sam, **{"num_classes": NUM_CLASSES, "refine": REFINE, **kwargs}
+            random_sam, **{"num_classes": NUM_CLASSES, "refine": REFINE, "log": "all", **kwargs}
         )
 
     return build

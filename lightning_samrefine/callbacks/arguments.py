@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_samrefine.adapters.batch_adapter import AdapterFunction, BatchAdapter
 from lightning_samrefine.adapters.denormalize import Denormalize
@@ -205,6 +206,30 @@ def check_different(callbacks: Sequence[SAMRefineCallback]) -> None:
             )
 
 
+def fitted_config(trainer: Trainer, config: RefineConfig) -> RefineConfig:
+    """Return a configuration with the weights that one of a Trainer's callbacks has fitted.
+
+    Raises:
+        MisconfigurationException: Several callbacks have fitted weights.
+    """
+    from lightning_samrefine.callbacks.refine_callback import SAMRefineCallback
+
+    callbacks = callbacks_of(trainer, SAMRefineCallback)
+    configs = [(part.name, part.fitted_config) for part in callbacks]
+    fitted = {name: own.weights for name, own in configs if own is not None}
+    if len(fitted) > 1:
+        raise MisconfigurationException(
+            "SAMRefineWriter: refine must be a file such as fitted.yaml if several callbacks have "
+            f"fitted weights, got 'auto' beside those named {', '.join(map(repr, fitted))}"
+        )
+    if not fitted:
+        rank_zero_info(
+            "SAMRefineWriter: without fitted weights refine='auto' refines as 'fast' does; weights "
+            "come from a validation with SAMRefineCallback, or from refine='fitted.yaml'"
+        )
+    return replace(config, weights=next(iter(fitted.values()), None))
+
+
 def parse_refine(refine: Thresholds) -> RefineConfig:
     """Read thresholds: a config, a preset's name, a YAML file, or fields that replace a preset's.
 
@@ -234,6 +259,27 @@ def parse_refine(refine: Thresholds) -> RefineConfig:
         "refine must be a RefineConfig, a preset's name, the path of a .yaml file, or a mapping of "
         f"RefineConfig's fields, got {type(refine).__name__}"
     )
+
+
+def parse_patterns(argument: str, patterns: Sequence[str] | str) -> tuple[str, ...]:
+    """Return names and glob patterns of figures; ``"all"`` is every figure.
+
+    Args:
+        argument: Its name, for the error.
+        patterns: As the user gave them.
+
+    Raises:
+        TypeError: Neither ``"all"`` nor a sequence of strings.
+    """
+    if patterns == "all":
+        return ("*",)
+    several = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    if not several or not all(isinstance(one, str) for one in patterns):
+        raise TypeError(
+            f"{argument} must be 'all' or a sequence of names and patterns of figures, such as "
+            f"['miou_*', 'iou_refined/*'], got {patterns!r}"
+        )
+    return tuple(patterns)
 
 
 def parse_class_names(class_names: Sequence[str] | None) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,8 +84,11 @@ class SAMCallback(Callback):
         ignore_index: IgnoreIndex = None,
         fitted: FittedFusion | None = None,
         with_probs: bool = False,
+        needs_target: bool = True,
     ) -> None:
         """Load SAM on the Trainer's device; see `RunState` for the arguments.
+
+        Without ``needs_target`` batches are read without targets, whatever `shared` has.
 
         Raises:
             MisconfigurationException: A Trainer of pytorch_lightning.
@@ -93,8 +97,11 @@ class SAMCallback(Callback):
         name, device = type(self).__name__, trainer.strategy.root_device
         check_trainer(name, trainer)
         self._release()
+        shared = self.shared
+        if not needs_target:
+            shared = replace(shared, adapter=replace(shared.adapter, needs_target=False))
         self._attached = RunState(
-            name, self._FAILURES, self.shared, device, cache, ignore_index, fitted, with_probs
+            name, self._FAILURES, shared, device, cache, ignore_index, fitted, with_probs
         )
 
     def _release(self) -> None:

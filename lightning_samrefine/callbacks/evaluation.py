@@ -5,18 +5,26 @@ The figures that are logged, and their names, come from `ComparisonResult.figure
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torchmetrics import MetricCollection
 
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.nested import batch_size
 from lightning_samrefine.callbacks.collective import gather_on_zero
 from lightning_samrefine.callbacks.loader_evaluation import LoaderEvaluation
-from lightning_samrefine.callbacks.monitored_figures import warn_monitors, warn_unscored
+from lightning_samrefine.callbacks.monitored_figures import (
+    is_monitored,
+    matches,
+    warn_monitors,
+    warn_unmatched,
+    warn_unscored,
+)
 from lightning_samrefine.callbacks.presenter import (
     Evaluated,
     Presenter,
@@ -26,10 +34,17 @@ from lightning_samrefine.callbacks.presenter import (
 )
 from lightning_samrefine.callbacks.repeated_samples import evaluation_dataloaders
 from lightning_samrefine.callbacks.run_state import RunState
+from lightning_samrefine.callbacks.step_outputs import (
+    add_labels,
+    check_outputs,
+    check_whole,
+)
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fit.auto import TOO_FEW, AutoFusion
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.metrics.overlapping import OverlappingComparison
+from lightning_samrefine.metrics.paired_metrics import PairedMetrics
+from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.reporting.loggers import safe_names
 
 
@@ -44,6 +59,10 @@ class EvaluationOptions:
         class_names: C names, None for "0", "1", …
         name: Part of the names of figures and files, None for no such part.
         refine: The thresholds as the user gave them, for the report.
+        metrics: The user's metrics, or None; their figures are all logged.
+        log: Names and glob patterns of the other figures that are logged.
+        prog_bar: The same of those that the progress bar shows.
+        add_to_outputs: Where refined label maps go in the step's output, None for nowhere.
     """
 
     ignore_index: int | None
@@ -52,6 +71,10 @@ class EvaluationOptions:
     class_names: list[str] | None
     name: str | None
     refine: RefineConfig
+    metrics: MetricCollection | None
+    log: tuple[str, ...]
+    prog_bar: tuple[str, ...]
+    add_to_outputs: str | None
 
     def prefix(self, stage: str) -> str:
         """Return what the names of figures begin with, such as ``"val"`` or ``"val/fast"``."""
@@ -73,6 +96,9 @@ class Evaluation:
         presenter: Shows the results.
         draws: Whether panels and charts are drawn, see `Presenter.draws`.
         fits: Whether ``refine="auto"`` is fitted to the images at the end.
+
+    Attributes:
+        figures: All figures by the names that they are logged under, filled by `finish`.
     """
 
     def __init__(
@@ -91,6 +117,7 @@ class Evaluation:
         self._state, self._options, self._presenter = state, options, presenter
         self._module, self._draws, self._fits = pl_module, draws, fits
         self._evaluated: list[Evaluated] = []
+        self.figures: dict[str, float] = {}
         num_classes = state.num_classes
         names = safe_names(options.class_names or map(str, range(num_classes)), trainer.loggers)
         self._capture = ScoresCapture(pl_module, num_classes)
@@ -106,6 +133,10 @@ class Evaluation:
                 presenter.panels if draws else 0,
                 presenter.gallery(trainer, num_classes, options.ignore_index),
                 has_control=state.auto is not None,
+                metrics=None
+                if options.metrics is None
+                else PairedMetrics(options.metrics, names).to(trainer.strategy.root_device),
+                lists_images=draws or presenter.writes_report(trainer),
             )
             for loader in evaluation_dataloaders(trainer)
         ]
@@ -132,6 +163,8 @@ class Evaluation:
         """
         if not self._options.covers(batch_idx):
             return
+        if (key := self._options.add_to_outputs) is not None:
+            check_outputs(outputs, key)
         inputs = self._state.read(
             batch,
             outputs,
@@ -149,12 +182,20 @@ class Evaluation:
             return
         images = len(inputs) // len(inputs.parts)
         names = inputs.named(sample_names(batch, images, batch_label(trainer, batch_idx)))
-        inputs = loader.real(inputs)
+        check_whole(inputs, key, self._options.metrics)
+        real = loader.real(inputs)
+        refinements: list[Refinement | None] = [None] * len(real)
         if trainer.sanity_checking:
-            loader.rehearse(inputs)
-        elif len(inputs) > 0:
-            refinements, seconds = self._state.refine(inputs, dataloader_idx)
-            loader.add(inputs, refinements, seconds, names)
+            loader.rehearse(real)
+        elif len(real) > 0:
+            refinements, seconds = self._state.refine(real, dataloader_idx)
+            loader.add(real, refinements, seconds, names)
+        if key is None:
+            return
+        if len(real) < len(inputs):  # a sampler's repeats are in the output, but not measured
+            rest = replace(inputs.take(range(len(real), len(inputs))), targets=None)
+            refinements = refinements + self._state.refine(rest, dataloader_idx)[0]
+        add_labels(outputs, key, inputs, refinements)
 
     def check_figures(self, trainer: Trainer) -> None:
         """Warn of figures that may never be logged, before an epoch is trained. Collective."""
@@ -164,7 +205,7 @@ class Evaluation:
         warn_monitors(trainer, self._options.prefix("val"), results)
 
     def finish(self, trainer: Trainer, stage: str) -> list[dict[str, Any]]:
-        """Log the figures of every loader. A collective call.
+        """Measure every loader, and log the chosen figures. A collective call.
 
         Args:
             trainer: The Trainer that runs the evaluation.
@@ -183,10 +224,16 @@ class Evaluation:
                 continue
             warn_unscored(result, "of this evaluation")
             suffix = f"/dataloader_idx_{index}" if len(self._loaders) > 1 else ""
-            figures = result.figures()
+            figures, own = result.figures(), {}
+            if result.counts[0] > 0:
+                own = self._own_figures(trainer, loader)
+                warn_unmatched(self._options.log, [*figures, *own])
             self._log(trainer, stage, suffix, figures)
+            self._log(trainer, stage, suffix, own, always=True)
             where = {"stage": stage, "epoch": trainer.current_epoch, "step": logged_step(trainer)}
-            entries.append({**where, "dataloader_idx": index, **figures, **result.details()})
+            entry = {**where, "dataloader_idx": index, **figures, **own}
+            # One string for a name: checkpoints hold the history.
+            entries.append({sys.intern(name): value for name, value in entry.items()})
             if self._options.class_names is not None:  # in pictures they are what the user wrote
                 result = replace(result, class_names=tuple(self._options.class_names))
             self._evaluated.append(Evaluated(stage, index, suffix, loader, result))
@@ -236,15 +283,39 @@ class Evaluation:
         """Take the forward hooks off the module."""
         self._capture.remove()
 
-    def _log(self, trainer: Trainer, stage: str, suffix: str, figures: Mapping[str, float]) -> None:
+    def _own_figures(self, trainer: Trainer, loader: LoaderEvaluation) -> dict[str, float]:
+        """Return the figures of the user's metrics. A collective call."""
+        if loader.metrics is None:
+            return {}
+        failed = trainer.strategy.reduce_boolean_decision(loader.metrics.failed, all=False)
+        return {} if failed else loader.metrics.figures()
+
+    def _log(
+        self,
+        trainer: Trainer,
+        stage: str,
+        suffix: str,
+        figures: Mapping[str, float],
+        always: bool = False,
+    ) -> None:
+        """Note figures, and log those that the user chose or monitors, or ``always`` all."""
+        chosen: dict[bool, dict[str, float]] = {False: {}, True: {}}
+        for figure, value in figures.items():
+            name = f"{self._options.prefix(stage)}/{figure}{suffix}"
+            self.figures[name] = value
+            in_bar = matches(figure, self._options.prog_bar)
+            logged = always or in_bar or matches(figure, self._options.log)
+            if logged or is_monitored(trainer, name):
+                chosen[in_bar][name] = value
         if trainer.barebones:  # which forbids logging, see `SAMRefineCallback.setup`
             return
-        prefix = self._options.prefix(stage)
-        self._module.log_dict(
-            {f"{prefix}/{key}{suffix}": value for key, value in figures.items()},
-            add_dataloader_idx=False,
-            # The processes hold equal values already; their maximum changes no bit. Without
-            # sync_dist Lightning warns, key by key, that they might differ.
-            sync_dist=True,
-            reduce_fx="max",
-        )
+        for in_bar, values in chosen.items():
+            self._module.log_dict(
+                values,
+                prog_bar=in_bar,
+                add_dataloader_idx=False,
+                # The processes hold equal values already; their maximum changes no bit. Without
+                # sync_dist Lightning warns, key by key, that they might differ.
+                sync_dist=True,
+                reduce_fx="max",
+            )

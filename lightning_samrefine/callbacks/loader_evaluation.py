@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.adapters.layouts.overlapping import labels_as_class
 from lightning_samrefine.callbacks.repeated_samples import RealSamples
-from lightning_samrefine.metrics.comparison import RefinementComparison
+from lightning_samrefine.metrics.comparison import ImageComparison, RefinementComparison
 from lightning_samrefine.metrics.overlapping import OverlappingComparison, foreground
+from lightning_samrefine.metrics.paired_metrics import PairedMetrics
 from lightning_samrefine.refine.results import Refinement
+from lightning_samrefine.reporting.image_table import ImageRow
 from lightning_samrefine.reporting.panels import PanelPicker
 from lightning_samrefine.reporting.report.gallery_entries import Gallery
 
@@ -26,9 +29,12 @@ class LoaderEvaluation:
         panels: Number of images kept for panels.
         gallery: Keeps images and regions for the report, None without one.
         has_control: Whether refinements have the labels of a control without SAM.
+        metrics: The user's metrics, None without any.
+        lists_images: Whether a row is kept for each image.
 
     Attributes:
         picker: The images for panels.
+        rows: The images that were measured, empty without ``lists_images``.
     """
 
     def __init__(
@@ -38,6 +44,8 @@ class LoaderEvaluation:
         panels: int,
         gallery: Gallery | None = None,
         has_control: bool = False,
+        metrics: PairedMetrics | None = None,
+        lists_images: bool = False,
     ) -> None:
         self._samples = RealSamples(dataloader)
         self.comparison = comparison
@@ -45,6 +53,9 @@ class LoaderEvaluation:
         self.gallery = gallery
         self._has_control = has_control
         self._parts = 1  # of an image of the batches before
+        self.metrics = metrics
+        self._lists_images = lists_images
+        self.rows: list[ImageRow] = []
 
     def real(self, inputs: RefineInputs) -> RefineInputs:
         """Count the next batch, and return it without the samples that the sampler repeats."""
@@ -63,6 +74,7 @@ class LoaderEvaluation:
         for index, labels in enumerate(inputs.labels):
             part = inputs.part(index)
             self.comparison.update(labels, labels, inputs.targets[index], part=part)
+            self._measure(labels, labels, inputs.targets[index])
 
     @torch.no_grad()
     def add(
@@ -83,22 +95,46 @@ class LoaderEvaluation:
         assert inputs.targets is not None
         counts = self.comparison.counts
         counts.update(images=len(inputs), seconds=seconds)
+        share = seconds / max(len(inputs), 1)
         for index, refinement in enumerate(refinements):
             raw, target, part = inputs.labels[index], inputs.targets[index], inputs.part(index)
             if refinement is None:
                 control = raw if self._has_control else None
-                self.comparison.update(raw, raw, target, control=control, part=part)
+                (found,) = self.comparison.update(raw, raw, target, control=control, part=part)
+                self._measure(raw, raw, target)
+                self._list(names[index], found, 0, 0, share, failed=True)
                 counts.update(failed=1)
                 continue
             refined, regions = refinement.labels, refinement.regions
-            counts.update(regions=len(regions), accepted=len(refinement.pred_iou))
+            accepted = len(refinement.pred_iou)
+            counts.update(regions=len(regions), accepted=accepted)
             control = refinement.control
             (found,) = self.comparison.update(raw, refined, target, regions, control, part)
+            self._measure(raw, refined, target)
             if isinstance(self.comparison, OverlappingComparison):
                 c = part[0] % self.comparison.num_classes
                 raw, refined, target = (labels_as_class(x, c) for x in (raw, refined, target))
                 regions, found = foreground(regions, found, c)
             image, name = inputs.images[index], names[index]
+            self._list(name, found, len(regions), accepted, share)
             self.picker.offer(name, image, raw, refined, target, found.valid, regions)
             if self.gallery is not None:
                 self.gallery.add(name, image, raw, refined, target, regions, found)
+
+    def _list(
+        self,
+        name: str,
+        found: ImageComparison,
+        regions: int,
+        accepted: int,
+        seconds: float,
+        failed: bool = False,
+    ) -> None:
+        if self._lists_images:
+            ignored = self.comparison.ignore_index
+            row = ImageRow.of(name, found, ignored, regions, accepted, seconds, failed)
+            self.rows.append(row)
+
+    def _measure(self, raw: Tensor, refined: Tensor, target: Tensor) -> None:
+        if self.metrics is not None:
+            self.metrics.update(raw, refined, target)

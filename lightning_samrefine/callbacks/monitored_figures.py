@@ -1,17 +1,62 @@
-"""Warnings, before an epoch is trained, of figures that may never be logged."""
+"""Which figures are logged, and warnings of monitored ones that may never be."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_samrefine.callbacks.arguments import callbacks_of
-from lightning_samrefine.metrics.comparison import SIDES, ComparisonResult
+from lightning_samrefine.metrics.comparison import MEANS, SIDES, ComparisonResult
 
 _CLASS_FIGURES = tuple(f"iou_{side}/" for side in SIDES)
-_MEANS = ("miou_", "trimap_miou_", "boundary_", "mdice_", "pixel_acc_", "class_acc_", "fwiou_")
+_MEANS = tuple(f"{name}_" for name in MEANS)
+# What is logged by default: of the others only those that something monitors.
+DEFAULT_LOG = (
+    "miou_*",
+    "trimap_miou_*",
+    "fitted_gain*",
+    "refine_accept_rate",
+    "refine_ms_per_image",
+    "refine_failed_images",
+)
+DEFAULT_PROG_BAR = ("miou_refined", "miou_gain")
+
+
+def matches(figure: str, patterns: Iterable[str]) -> bool:
+    """Whether a figure's name, without the stage, is one of the names or glob patterns."""
+    return any(fnmatchcase(figure, pattern) for pattern in patterns)
+
+
+def is_monitored(trainer: Trainer, name: str) -> bool:
+    """Whether a callback or scheduler monitors a figure, or puts it into the name of a file.
+
+    Args:
+        trainer: With the callbacks and schedulers that monitor.
+        name: As logged, such as ``"val/iou_refined/road"``.
+    """
+    if any(name == monitor for _, monitor in _monitors(trainer)):
+        return True
+    files = (getattr(callback, "filename", None) for callback in callbacks_of(trainer, Callback))
+    return any(f"{{{name}" in file for file in files if isinstance(file, str))
+
+
+def warn_unmatched(patterns: Sequence[str], figures: Iterable[str]) -> None:
+    """Warn of names and patterns of the user's that no figure of an evaluation has."""
+    figures = list(figures)
+    unmatched = [
+        one
+        for one in patterns  # the fit comes after
+        if not one.startswith("fitted_") and not any(fnmatchcase(name, one) for name in figures)
+    ]
+    if unmatched and patterns != DEFAULT_LOG:
+        rank_zero_warn(
+            f"SAMRefineCallback: log names {', '.join(map(repr, unmatched))}, which no figure of "
+            f"this evaluation matches; without classes they are "
+            f"{', '.join(name for name in figures if '/' not in name)}"
+        )
 
 
 def warn_unscored(result: ComparisonResult, where: str) -> None:

@@ -20,8 +20,19 @@ from lightning_samrefine.callbacks.loader_evaluation import LoaderEvaluation
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.config_files import write_refine
 from lightning_samrefine.metrics.comparison import ComparisonResult
-from lightning_samrefine.reporting.charts import curve_unit, draw_class_bars, draw_reliability
-from lightning_samrefine.reporting.loggers import rasterize, show_pictures
+from lightning_samrefine.reporting.charts import (
+    curve_unit,
+    draw_class_bars,
+    draw_confusions,
+    draw_reliability,
+)
+from lightning_samrefine.reporting.image_table import to_csv
+from lightning_samrefine.reporting.loggers import (
+    rasterize,
+    show_masks,
+    show_pictures,
+    show_table,
+)
 from lightning_samrefine.reporting.panels import draw_panels
 from lightning_samrefine.reporting.report import Gallery, ReportSection, write_report
 from lightning_samrefine.utils.machine import describe_versions
@@ -112,11 +123,15 @@ class Presenter:
         except OSError as error:
             rank_zero_warn(f"SAMRefineCallback: {path} could not be written ({error})")
 
+    def writes_report(self, trainer: Trainer) -> bool:
+        """Whether evaluations are written to the report and to its table of images."""
+        return self.report is not False and not _is_trial(trainer)
+
     def gallery(
         self, trainer: Trainer, num_classes: int, ignore_index: int | None
     ) -> Gallery | None:
         """Return a new gallery for one loader, None without a report."""
-        if self.report is False or _is_trial(trainer):
+        if not self.writes_report(trainer):
             return None
         return Gallery(num_classes, ignore_index, folder=_log_folder(trainer))
 
@@ -146,6 +161,8 @@ class Presenter:
         """
         folder = _log_folder(trainer)
         for evaluated in evaluations:
+            for rows in gather_on_zero(evaluated.loader.rows):
+                evaluated.loader.rows.extend(rows)
             if draws:
                 picker = evaluated.loader.picker
                 for panels in gather_on_zero(picker.panels()):
@@ -173,7 +190,10 @@ class Presenter:
                     "Versions": describe_versions(),
                 }
                 # By stage: the test set first.
-                write_report(path, [part for _, part in sorted(self._sections.items())], facts)
+                sections = [part for _, part in sorted(self._sections.items())]
+                write_report(path, sections, facts)
+                table = to_csv((section.title, section.rows) for section in sections)
+                path.with_name(_table_name(path.stem)).write_text(table, encoding="utf-8")
         except Exception as error:  # a full disk, a font, a plugin: none is worth the run
             rank_zero_warn(
                 f"SAMRefineCallback: panels or report were not written to {folder} "
@@ -191,6 +211,7 @@ class Presenter:
         headline = path.stem.replace("_", " ")
         pictures = {
             "class_iou": rasterize(draw_class_bars(result, f"IoU by class, {headline}")),
+            "confusions": rasterize(draw_confusions(result)),
             "reliability": rasterize(draw_reliability(result.calibration)),
         }
         panels = evaluated.loader.picker.panels()
@@ -200,6 +221,12 @@ class Presenter:
         prefix = stage if self.name is None else f"{stage}/{self.name}"
         named = {f"{prefix}/{key}{evaluated.suffix}": value for key, value in pictures.items()}
         show_pictures(trainer.loggers, named, step)
+        show_table(
+            trainer.loggers, f"{prefix}/images{evaluated.suffix}", evaluated.loader.rows, step
+        )
+        show_masks(
+            trainer.loggers, f"{prefix}/masks{evaluated.suffix}", panels, result.class_names, step
+        )
         if panels:
             folder.mkdir(parents=True, exist_ok=True)
             pictures["panels"].save(_free(path))
@@ -239,6 +266,7 @@ class Presenter:
             result=evaluated.result,
             gallery=gallery,
             curve=same if in_epochs else (),
+            rows=evaluated.loader.rows,
         )
 
 
@@ -258,6 +286,11 @@ def batch_label(trainer: Trainer, batch_idx: int) -> str:
     """Return a batch's name for the user, with the process if there are several."""
     rank = f"rank {trainer.global_rank}, " if trainer.world_size > 1 else ""
     return f"{rank}batch {batch_idx}"
+
+
+def _table_name(stem: str) -> str:
+    """Return the name of the table of images beside a report: ``images.csv`` of ``report``."""
+    return f"{stem.replace('report', 'images') if 'report' in stem else f'{stem}_images'}.csv"
 
 
 def _is_trial(trainer: Trainer) -> bool:

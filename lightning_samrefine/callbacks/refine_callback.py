@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
 from lightning_samrefine.adapters.batch_adapter import AdapterFunction
@@ -26,17 +26,23 @@ from lightning_samrefine.callbacks.arguments import (
     callbacks_of,
     check_different,
     parse_name,
+    parse_patterns,
 )
 from lightning_samrefine.callbacks.base_callback import SAMCallback
 from lightning_samrefine.callbacks.evaluation import Evaluation, EvaluationOptions
+from lightning_samrefine.callbacks.monitored_figures import DEFAULT_LOG, DEFAULT_PROG_BAR
 from lightning_samrefine.callbacks.presenter import Presenter
+from lightning_samrefine.callbacks.step_outputs import Prediction, parse_key
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fit.auto import FittedFusion
+from lightning_samrefine.metrics.paired_metrics import parse_metrics
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, make_cache
 from lightning_samrefine.utils.validation import check_count
 
 _STAGES = ("fit", "validate", "test")
+# What a resumed fit goes on with, by attribute.
+_OF_A_FIT = ("history", "_history_start", "_validations")
 
 
 class SAMRefineCallback(SAMCallback):
@@ -44,20 +50,18 @@ class SAMRefineCallback(SAMCallback):
 
     Logs in ``validate`` (alone and inside ``fit``) under ``val/`` and in ``test`` under ``test/``:
     ``miou_raw``, ``miou_refined``, ``miou_gain`` and its 95% interval ``miou_gain_low|high``,
-    ``iou_raw/<class>``, ``iou_refined/<class>``, ``trimap_miou_*``, ``boundary_iou_*``,
-    ``refine_fixed_px``, ``refine_broken_px``, ``refine_accept_rate``, ``refine_ms_per_image`` and
-    more, see `lightning_samrefine.metrics.comparison.ComparisonResult.figures`. With
-    ``refine="auto"`` also ``miou_without_sam``, the control, and after the fit the cross-validated
-    ``fitted_gain``, ``fitted_gain_without_sam`` and their difference ``fitted_gain_by_sam``, see
-    `lightning_samrefine.fit.verdict.Verdict.figures`. With several dataloaders every name ends in
-    ``/dataloader_idx_<i>``, as Lightning's own do. The sanity check reads batches without SAM, and
-    warns of monitored figures that may never be logged.
+    ``trimap_miou_*``, ``refine_accept_rate``, ``refine_ms_per_image``, ``refine_failed_images``,
+    and what ``metrics`` and ``log`` add, see
+    `lightning_samrefine.metrics.comparison.ComparisonResult.figures`. With ``refine="auto"`` also
+    ``miou_without_sam``, the control, and after the fit the cross-validated ``fitted_gain*``. With
+    several dataloaders every name ends in ``/dataloader_idx_<i>``, as Lightning's own do. The
+    sanity check reads batches without SAM, and warns of monitored figures that may never be logged.
 
-    The user's model is not run again and not changed; of the callback only fitted weights go into
-    checkpoints, and training sees the same random numbers as without the callback. If every image
-    of a loader's first batch fails to be refined, the set-up is wrong and the first error is
-    raised. An image that fails later keeps its raw prediction, with one warning per kind of
-    failure, and is counted in ``refine_failed_images``.
+    The user's model is not run again and not changed; of the callback fitted weights and history
+    go into checkpoints, and training sees the same random numbers as without the callback. If
+    every image of a loader's first batch fails to be refined, the set-up is wrong and the first
+    error is raised. An image that fails later keeps its raw prediction, with one warning per kind
+    of failure, and is counted in ``refine_failed_images``.
 
     Args:
         sam: A name for `load_sam`, or a `Promptable`. SAM is moved to the Trainer's device for
@@ -77,27 +81,31 @@ class SAMRefineCallback(SAMCallback):
             name, a `RefineConfig`, the path of a YAML file, or a mapping of fields that replace
             those of ``"auto"`` (or of the preset under the key ``"preset"``).
         precision: SAM's autocast, see `Refiner`; independent of the Trainer's precision.
-        cache: Where SAM's image embeddings are kept for the next epoch: ``"memory"`` (of each
-            process, inside ``fit``), ``"disk"`` (a folder that processes and later runs share), an
-            `EmbeddingCache` of yours, or None.
+        cache: Where SAM's image embeddings are kept: ``"memory"`` (of each process, inside
+            ``fit``), ``"disk"`` (shared by runs), an `EmbeddingCache` of yours, or None.
         cache_gb: Its limit in 10⁹ bytes; None is 4 in memory and 20 on disk.
         every_n_epochs: Inside ``fit``, measure the first validation and every n-th after it, those
-            inside an epoch counted one by one. For the others Lightning shows the last measured
-            values to `ModelCheckpoint` and `EarlyStopping`: an equal value saves nothing with the
-            default ``save_top_k=1``, but may with more; ``patience`` counts them, too.
+            inside an epoch counted one by one. For the others `ModelCheckpoint` (which then saves
+            nothing with ``save_top_k=1``) and `EarlyStopping` see the last measured values again.
         max_batches: Measure the first n batches of each loader (of each process); None for all.
         trimap_width: Half-width in pixels of the band around borders.
+        metrics: A torchmetrics `Metric` or `MetricCollection` of yours, for label maps: logged as
+            ``<name>_raw``, ``<name>_refined`` and ``<name>_gain`` (positive if refined is better),
+            see `lightning_samrefine.metrics.paired_metrics.PairedMetrics`.
+        log: Names and glob patterns of the figures that are logged, such as ``"iou_refined/*"``,
+            ``"all"`` for everything. Figures that a callback or scheduler monitors are logged, too.
+        prog_bar: The same for the progress bar.
+        add_to_outputs: A key such as ``"refined"`` under which refined label maps, (B, H, W) int64
+            (a list if images differ in size), are added to the dict that a step returns, also in
+            ``predict``. The sanity check adds raw ones; batches that are not measured get none.
         panels: Number of images drawn per evaluation, half of those that gained and half of those
-            that lost the most, as image | raw | refined | truth | changed pixels, with every
-            region's box and predicted IoU: into ``panels/`` of the Trainer's log folder, and into
-            TensorBoard, W&B and MLflow, along with charts of classes and of predicted IoU. 0 draws
-            none.
+            that lost the most, into ``panels/`` of the log folder and, with charts and a table of
+            all images, into TensorBoard, W&B (with masks) and MLflow. 0 draws none.
         panels_every_n_epochs: Inside ``fit``, draw the first measured validation and every n-th.
         panels_width: Their width in pixels.
-        report: Write a self-contained HTML page after every evaluation. True writes
-            ``report.html`` in the log folder (``report-v1.html`` if another run has left one), a
-            path replaces the file there. ``Trainer(fast_dev_run=True)`` writes neither panels nor
-            report.
+        report: Write a self-contained HTML page after every evaluation, and beside it
+            ``images.csv``, a row for each image. True writes ``report.html`` in the log folder
+            (``report-v1.html`` if another run has left one), a path replaces the file there.
         image_key: Where the image is in the batch, such as ``"image"``, ``"data.image"`` or
             ``"0"``; None searches, see docs/reading.md.
         target_key: Where the target is.
@@ -121,33 +129,24 @@ class SAMRefineCallback(SAMCallback):
         adapter: A callable ``(batch, outputs, captured)`` that replaces the search and returns
             `lightning_samrefine.adapters.batch_adapter.RefineInputs`, or a mapping with ``image``,
             ``target`` and one of ``logits``, ``probs`` and ``labels``.
-        name: Distinguishes the callbacks of one Trainer, such as ``"fast"`` beside one with the
-            preset ``"default"``: figures are ``val/fast/miou_refined``, panels and the report of
-            the log folder begin with ``fast_``. Letters, digits, ``_``, ``-`` and ``.``.
+        name: Distinguishes the callbacks of one Trainer: with ``"fast"`` figures are
+            ``val/fast/miou_refined``, files ``fast_…``. Letters, digits, ``_``, ``-`` and ``.``.
 
     Attributes:
-        history: What was logged (under ``Trainer(barebones=True)``, which forbids logging, what
-            would have been), one dict per evaluation and loader: ``stage``, ``epoch``, ``step`` (as
-            loggers count), ``dataloader_idx``, and the names above without their prefix; also what
-            is not logged, see `lightning_samrefine.metrics.comparison.ComparisonResult.details`.
+        history: Every figure, logged or not, one dict per evaluation and loader, with ``stage``,
+            ``epoch``, ``step``, ``dataloader_idx``. A resumed fit goes on with its checkpoint's.
+        figures: Those of the last evaluation of each stage, by their whole names.
 
     Raises:
         MisconfigurationException: No number of classes, or one that contradicts ``class_names``;
-            in ``setup``, two callbacks of one name in one Trainer, or a Trainer of
-            pytorch_lightning instead of lightning.pytorch.
+            in ``setup``, two callbacks of one name, or a Trainer of pytorch_lightning.
         TypeError: An argument of a wrong type.
         ValueError: An argument outside its range, or a batch in which something is missing.
-        FileNotFoundError: No checkpoint at that path, or none that could be downloaded, in
-            ``setup``.
-
-    Example::
-
-        >>> from lightning_samrefine import SAMRefineCallback
-        >>> callback = SAMRefineCallback("vit_t", "mobile_sam.pt", num_classes=11)
+        FileNotFoundError: In ``setup``, no checkpoint, or none that could be downloaded.
     """
 
     _FAILURES: ClassVar[str] = "refine_failed_images"
-    _OF_A_RUN: ClassVar[tuple[str, ...]] = ("_attached", "_evaluation")
+    _OF_A_RUN: ClassVar[tuple[str, ...]] = ("_attached", "_evaluation", "_stage")
 
     def __init__(
         self,
@@ -163,6 +162,10 @@ class SAMRefineCallback(SAMCallback):
         every_n_epochs: int = 1,
         max_batches: int | None = None,
         trimap_width: int = 3,
+        metrics: Metric | MetricCollection | None = None,
+        log: Literal["all"] | Sequence[str] = DEFAULT_LOG,
+        prog_bar: Literal["all"] | Sequence[str] = DEFAULT_PROG_BAR,
+        add_to_outputs: str | None = None,
         panels: int = 0,
         panels_every_n_epochs: int = 1,
         panels_width: int = 1600,
@@ -211,6 +214,10 @@ class SAMRefineCallback(SAMCallback):
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
         self.max_batches = None if max_batches is None else check_count("max_batches", max_batches)
         self.trimap_width = check_count("trimap_width", trimap_width)
+        self.metrics = parse_metrics(metrics)
+        self.log_patterns = parse_patterns("log", log)  # Lightning sets an attribute `log`
+        self.prog_bar = parse_patterns("prog_bar", prog_bar)
+        self.add_to_outputs = parse_key(add_to_outputs)
         # "auto" is settled against the classes when these are known, see `TargetCheck`.
         self._ignore_index = parse_ignore_index(ignore_index)
         self.ignore_index = (
@@ -219,11 +226,12 @@ class SAMRefineCallback(SAMCallback):
         self.name = parse_name(name)
         self.presenter = Presenter(panels, panels_every_n_epochs, panels_width, report, self.name)
         self.history: list[dict[str, Any]] = []
+        self.figures: dict[str, float] = {}
         self._fitted: FittedFusion | None = None
-        self._evaluation: Evaluation | None = None
+        self._evaluation: Evaluation | Prediction | None = None
+        self._stage: str | None = None
         # Of the running fit: finished validations, and where its part of the history begins.
-        self._validations = 0
-        self._history_start = 0
+        self._validations, self._history_start = 0, 0
 
     @property
     @override
@@ -236,20 +244,22 @@ class SAMRefineCallback(SAMCallback):
 
         `lightning_samrefine.config_files.write_refine` writes them to a file for ``refine=``.
         """
-        if self._fitted is None:
-            return None
-        return replace(self.refine_config, weights=self._fitted.final)
+        fitted = self._fitted
+        return None if fitted is None else replace(self.refine_config, weights=fitted.final)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._fitted is None else {"fitted": self._fitted.to_mapping()}
+        fit = {name: getattr(self, name) for name in _OF_A_FIT} if self.history else {}
+        return fit if self._fitted is None else {**fit, "fitted": self._fitted.to_mapping()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "history" in state_dict and self._stage in (None, "fit"):  # not of a test's checkpoint
+            vars(self).update({name: state_dict[name] for name in _OF_A_FIT})
         if "fitted" in state_dict:
             self._fitted = FittedFusion.from_mapping(state_dict["fitted"])
-            if self._attached is not None and self._attached.auto is not None:
-                self._attached.auto.fitted = self._fitted
+            if self._attached is not None:
+                self._attached.resume(self._fitted)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -257,7 +267,8 @@ class SAMRefineCallback(SAMCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage not in _STAGES:
+        predicts = stage == "predict" and self.add_to_outputs is not None
+        if stage not in _STAGES and not predicts:
             return
         check_different(callbacks_of(trainer, SAMRefineCallback))
         if trainer.barebones:
@@ -268,13 +279,14 @@ class SAMRefineCallback(SAMCallback):
         # Without a second epoch nothing is read again from memory.
         once = self.cache == "memory" and stage != "fit"
         cache = None if once else make_cache(self.cache, self.cache_gb)
-        self._attach(trainer, cache, self._ignore_index, self._fitted)
+        self._attach(trainer, cache, self._ignore_index, self._fitted, needs_target=not predicts)
+        self._stage = stage
+        if stage == "fit":  # here, for a checkpoint is loaded before or after on_fit_start
+            self._validations, self._history_start = 0, len(self.history)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run_state.bind(pl_module)
-        self._validations = 0
-        self._history_start = len(self.history)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -317,16 +329,21 @@ class SAMRefineCallback(SAMCallback):
         if self._evaluation is not None:
             self._evaluation.take(trainer, batch, outputs, batch_idx, dataloader_idx)
 
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.add_to_outputs is not None:
+            self._evaluation = Prediction(pl_module, self._run_state, self.add_to_outputs)
+
     on_test_start = on_validation_start
-    on_test_batch_start = on_validation_batch_start
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._finish(trainer, "val")
             self._validations += 1
-        elif self._evaluation is not None:
+        elif isinstance(self._evaluation, Evaluation):
             self._evaluation.check_figures(trainer)
         self._end_evaluation()
 
@@ -354,12 +371,18 @@ class SAMRefineCallback(SAMCallback):
             class_names=self.class_names,
             name=self.name,
             refine=self.refine_config,
+            metrics=self.metrics,
+            log=self.log_patterns,
+            prog_bar=self.prog_bar,
+            add_to_outputs=self.add_to_outputs,
         )
 
     def _finish(self, trainer: Trainer, stage: str) -> None:
-        if self._evaluation is None:
+        if not isinstance(self._evaluation, Evaluation):
             return
-        self.history += self._evaluation.finish(trainer, stage)
+        self.history = self.history + self._evaluation.finish(trainer, stage)
+        others = {k: v for k, v in self.figures.items() if not k.startswith(f"{stage}/")}
+        self.figures = others | self._evaluation.figures
         self._evaluation.present(trainer, self.history[self._history_start :])
         if self._run_state.auto is not None:
             self._fitted = self._run_state.auto.fitted
@@ -373,25 +396,5 @@ class SAMRefineCallback(SAMCallback):
     @override
     def _release(self) -> None:
         self._end_evaluation()
+        self._stage = None
         super()._release()
-
-
-def fitted_config(trainer: Trainer, config: RefineConfig) -> RefineConfig:
-    """Return a configuration with the weights that the Trainer's callback has fitted.
-
-    Raises:
-        MisconfigurationException: Several callbacks have fitted weights.
-    """
-    found = callbacks_of(trainer, SAMRefineCallback)
-    fitted = {part.name: part._fitted.final for part in found if part._fitted is not None}
-    if len(fitted) > 1:
-        raise MisconfigurationException(
-            "SAMRefineWriter: refine must be a file such as fitted.yaml if several callbacks have "
-            f"fitted weights, got 'auto' beside those named {', '.join(map(repr, fitted))}"
-        )
-    if not fitted:
-        rank_zero_info(
-            "SAMRefineWriter: without fitted weights refine='auto' refines as 'fast' does; weights "
-            "come from a validation with SAMRefineCallback, or from refine='fitted.yaml'"
-        )
-    return replace(config, weights=next(iter(fitted.values()), None))

@@ -182,6 +182,12 @@ class RunState:
         if self._auto_refiner is not None:
             self._auto_refiner.start(samples)
 
+    def resume(self, fitted: FittedFusion) -> None:
+        """Use the weights of a checkpoint, which Lightning loads after ``setup``."""
+        self._fitted = fitted
+        if self.auto is not None:
+            self.auto.fitted = fitted
+
     @property
     def auto(self) -> AutoFusion | None:
         """The fusion of ``refine="auto"``, known from `bind` on; None for another `refine`."""

@@ -21,10 +21,9 @@ from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.nested import batch_size
 from lightning_samrefine.adapters.sample_names import find_stems, known_stems
 from lightning_samrefine.adapters.scores import ScoresKind
-from lightning_samrefine.callbacks.arguments import SharedArguments, Thresholds
+from lightning_samrefine.callbacks.arguments import SharedArguments, Thresholds, fitted_config
 from lightning_samrefine.callbacks.base_callback import SAMCallback
 from lightning_samrefine.callbacks.collective import Together
-from lightning_samrefine.callbacks.refine_callback import fitted_config
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.predictions.encoding import MAX_CLASSES, PROBS_KINDS, ProbsKind
 from lightning_samrefine.predictions.fingerprints import Fingerprint

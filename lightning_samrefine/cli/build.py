@@ -29,11 +29,15 @@ INHERITED = (
 
 # Arguments of `SAMRefineCallback` that `TuneCallback` does not have.
 _OF_AN_EVALUATION = (
+    "add_to_outputs",
     "every_n_epochs",
+    "log",
+    "metrics",
     "name",
     "panels",
     "panels_every_n_epochs",
     "panels_width",
+    "prog_bar",
     "report",
 )
 

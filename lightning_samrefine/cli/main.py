@@ -260,20 +260,29 @@ def _execute(
     datamodule: LightningDataModule,
     ckpt_path: str | None,
 ) -> dict[str, float]:
-    from lightning_samrefine.reporting.summary import logged_metrics
-
     if task != "fit":
         evaluate = trainer.validate if task == "validate" else trainer.test
         evaluate(segmenter, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        return logged_metrics(trainer)
+        return _metrics(trainer)
 
     trainer.fit(segmenter, datamodule=datamodule, ckpt_path=ckpt_path)
-    metrics = logged_metrics(trainer)
+    metrics = _metrics(trainer)
     if _can_test(segmenter, datamodule):
         checkpoints = trainer.checkpoint_callback
         best = getattr(checkpoints, "monitor", None) and getattr(checkpoints, "best_model_path", "")
         trainer.test(segmenter, datamodule=datamodule, ckpt_path=best or None, verbose=False)
-        metrics |= logged_metrics(trainer)
+        metrics |= _metrics(trainer)
+    return metrics
+
+
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    """Return what the last stage logged, and every figure of the callbacks, logged or not."""
+    from lightning_samrefine import SAMRefineCallback
+    from lightning_samrefine.callbacks.arguments import callbacks_of
+
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for callback in callbacks_of(trainer, SAMRefineCallback):
+        metrics |= callback.figures
     return metrics
 
 

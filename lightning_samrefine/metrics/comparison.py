@@ -7,14 +7,17 @@ data set and do not depend on batch sizes, on the order of images or on the numb
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities.plot import plot_single_or_multi_val
 
 from lightning_samrefine.metrics.bootstrap import BootstrapInterval, bootstrap_totals
 from lightning_samrefine.metrics.boundary import (
@@ -46,8 +49,10 @@ from lightning_samrefine.utils.device import upload
 
 SIDES = ("raw", "refined")
 TRIMAP_WIDTHS = (1, 3, 5, 10)
-# What is logged of `matrix_scores` beside mIoU, which has a gain and classes of its own.
+# Of `matrix_scores`, beside mIoU, which has a gain and classes of its own.
 _SCALARS = ("mdice", "pixel_acc", "class_acc", "fwiou")
+_WITH_GAIN = ("miou", "trimap_miou", "boundary_iou", "boundary_f1")
+MEANS = (*_WITH_GAIN, *_SCALARS)
 
 
 class RefinementCounts(Counts):
@@ -263,6 +268,24 @@ class RefinementComparison(nn.Module):
         """Return `ComparisonResult.figures`. A collective call: every process must make it."""
         return self.result().figures()
 
+    def plot(
+        self,
+        val: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
+        ax: Axes | None = None,
+    ) -> Any:
+        """Draw mIoU and trimap mIoU, as torchmetrics draws values; return figure and axes.
+
+        ``val`` is what `compute` returned, or several of these, such as a callback's history.
+        """
+        val = self.compute() if val is None else val
+        names = [f"{mean}_{side}" for mean in ("miou", "trimap_miou") for side in SIDES]
+        series = [
+            {name: torch.tensor(one.get(name, math.nan)) for name in names}
+            for one in ([val] if isinstance(val, Mapping) else val)
+        ]
+        shown = series[0] if isinstance(val, Mapping) else series
+        return plot_single_or_multi_val(shown, ax, True, 0.0, 1.0, name=type(self).__name__)
+
 
 @dataclass(frozen=True)
 class ComparisonResult:
@@ -317,16 +340,20 @@ class ComparisonResult:
         return class_iou(matrix, self.ignore_index).nanmean().item()
 
     def figures(self) -> dict[str, float]:
-        """Return the figures that are logged.
+        """Return everything that is measured, by name.
 
         Returns:
             As fractions, for raw and refined: ``miou_*`` and ``trimap_miou_*``, ``boundary_iou_*``
             and ``boundary_f1_*`` (means over classes), each with its ``…_gain``; ``mdice_*``,
-            ``pixel_acc_*``, ``class_acc_*``, ``fwiou_*``; ``iou_*/<class>``.
+            ``pixel_acc_*``, ``class_acc_*``, ``fwiou_*``; ``trimap_<w>px_miou_*`` for every width;
+            by class ``iou_*/<class>``, ``dice_*/<class>``, ``boundary_iou_*/<class>`` and
+            ``boundary_f1_*/<class>``.
             ``miou_gain_low`` and ``miou_gain_high``, the 95% interval of the gain;
             ``miou_without_sam`` of a control, if there is one.
-            ``refine_fixed_px``, ``refine_broken_px`` and ``refine_fixed_broken_ratio`` (over at
-            least one broken pixel); ``refine_accept_rate`` (accepted of the prompted regions, 0
+            ``refine_fixed_px``, ``refine_broken_px``, ``refine_swapped_px``, by true class
+            ``fixed_px/<class>``, ``broken_px/<class>`` and ``swapped_px/<class>``, and
+            ``refine_fixed_broken_ratio`` (over at least one broken pixel);
+            ``refine_accept_rate`` (accepted of the prompted regions, 0
             if none was), ``refine_regions_per_image`` (over the images that were refined),
             ``refine_ms_per_image``, ``refine_failed_images``; ``refine_iou_ece`` and
             ``refine_iou_auroc``, see `Calibration`.
@@ -341,9 +368,12 @@ class ComparisonResult:
                 figures[f"{name}_{side}"] = scores[name].nanmean().item()
             for name in _SCALARS:
                 figures[f"{name}_{side}"] = scores[name].item()
-            names = (f"iou_{side}/{name}" for name in self.class_names)
-            figures.update(zip(names, scores["iou"].tolist(), strict=True))
-        for name in ("miou", "trimap_miou", "boundary_iou", "boundary_f1"):
+            for width in self.widths:
+                figures[f"trimap_{width}px_miou_{side}"] = self.trimap_miou(side, width)
+            for name in ("iou", "dice", "boundary_iou", "boundary_f1"):
+                keys = (f"{name}_{side}/{label}" for label in self.class_names)
+                figures.update(zip(keys, scores[name].tolist(), strict=True))
+        for name in _WITH_GAIN:
             figures[f"{name}_gain"] = figures[f"{name}_refined"] - figures[f"{name}_raw"]
         if self.control.any():
             without_sam = matrix_scores(self.control, self.ignore_index)["miou"]
@@ -352,10 +382,12 @@ class ComparisonResult:
             figures["miou_gain_low"] = self.interval.low
             figures["miou_gain_high"] = self.interval.high
 
-        fixed, broken, _ = self.changes.sum(dim=1).tolist()
-        figures["refine_fixed_px"] = float(fixed)
-        figures["refine_broken_px"] = float(broken)
-        figures["refine_fixed_broken_ratio"] = fixed / max(broken, 1)
+        for kind, row in zip(KINDS, self.changes.tolist(), strict=True):
+            figures[f"refine_{kind}_px"] = float(sum(row))
+            keys = (f"{kind}_px/{label}" for label in self.class_names)
+            figures.update(zip(keys, map(float, row), strict=True))
+        broken = max(figures["refine_broken_px"], 1.0)
+        figures["refine_fixed_broken_ratio"] = figures["refine_fixed_px"] / broken
         images, failed, regions, accepted, microseconds = self.counts
         figures["refine_accept_rate"] = accepted / max(regions, 1)
         figures["refine_regions_per_image"] = regions / max(images - failed, 1)
@@ -364,26 +396,3 @@ class ComparisonResult:
         figures["refine_iou_ece"] = self.calibration.ece
         figures["refine_iou_auroc"] = self.calibration.auroc
         return {name: value for name, value in figures.items() if not math.isnan(value)}
-
-    def details(self) -> dict[str, float]:
-        """Return further figures, for the callback's history and the report; not logged.
-
-        Returns:
-            ``trimap_<w>px_miou_*`` for every width, ``refine_swapped_px``; and for every class
-            ``dice_*/<class>``, ``boundary_iou_*/<class>``, ``boundary_f1_*/<class>`` and
-            ``fixed_px/<class>``, ``broken_px/<class>``, ``swapped_px/<class>`` by true class.
-            Classes that do not occur are left out.
-        """
-        details: dict[str, float] = {}
-        for side in SIDES:
-            for width in self.widths:
-                details[f"trimap_{width}px_miou_{side}"] = self.trimap_miou(side, width)
-            for name in ("dice", "boundary_iou", "boundary_f1"):
-                values = self.scores[side][name].tolist()
-                keys = (f"{name}_{side}/{label}" for label in self.class_names)
-                details.update(zip(keys, values, strict=True))
-        for kind, row in zip(KINDS, self.changes.tolist(), strict=True):
-            keys = (f"{kind}_px/{label}" for label in self.class_names)
-            details.update(zip(keys, map(float, row), strict=True))
-        details["refine_swapped_px"] = float(self.changes[KINDS.index("swapped")].sum())
-        return {name: value for name, value in details.items() if not math.isnan(value)}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
+from torchmetrics.utilities.plot import plot_confusion_matrix
 
 from lightning_samrefine.metrics.counts import Counts
 from lightning_samrefine.metrics.trimap import KnownLabels, valid_pixels
@@ -55,6 +58,29 @@ class ConfusionMatrix(Counts):
         column = prediction.to(torch.int32).masked_fill(outside, self.num_classes)
         cell = target.to(torch.int32) * columns + column
         self.counts += count_cells(cell, counted, self.counts.numel()).view_as(self.counts)
+
+    def plot(
+        self,
+        val: Tensor | None = None,
+        ax: Axes | None = None,
+        add_text: bool = True,
+        labels: list[str] | None = None,
+    ) -> Any:
+        """Draw the matrix as torchmetrics draws its own, without the column of no class.
+
+        Args:
+            val: What `compute` returned; computed if None.
+            ax: Axes to draw on; a new figure's if None.
+            add_text: Whether each cell shows its count.
+            labels: C names of classes.
+
+        Returns:
+            The figure (None beside ``ax``) and its axes.
+        """
+        matrix = self.compute() if val is None else val
+        return plot_confusion_matrix(
+            matrix[:, : self.num_classes].cpu(), ax=ax, add_text=add_text, labels=labels
+        )
 
 
 class BandedConfusion(Counts):

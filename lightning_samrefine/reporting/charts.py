@@ -1,4 +1,4 @@
-"""Charts: classes, widths of bands around borders, predicted against true IoU, mIoU over epochs."""
+"""Charts of figures: classes, confusions, bands around borders, predicted IoU, epochs."""
 
 from __future__ import annotations
 
@@ -50,6 +50,47 @@ def draw_class_bars(result: ComparisonResult, title: str = "IoU by class") -> Fi
     axes.set_xlim(0, 115)
     axes.set_xlabel("IoU, %")
     axes.set_title(title, fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_confusions(result: ComparisonResult, most: int = 12) -> Figure:
+    """Draw which class lost pixels to which, raw beside refined, with the difference.
+
+    Args:
+        result: An evaluation.
+        most: Maximum number of pairs, those with the most pixels on either side.
+
+    Returns:
+        A matplotlib figure that belongs to no global state.
+    """
+    pixels = {side: result.matrices[side][-1].numpy().copy() for side in SIDES}
+    for matrix in pixels.values():
+        np.fill_diagonal(matrix, 0)
+    largest = np.maximum(*pixels.values())
+    ranked = np.argsort(-largest, axis=None, kind="stable")[:most]
+    pairs = [np.unravel_index(cell, largest.shape) for cell in ranked]
+    pairs = [pair for pair in pairs if largest[pair] > 0]
+    figure = Figure(figsize=(5.4, 1.4 + 0.33 * max(len(pairs), 1)), layout="constrained")
+    axes = figure.subplots()
+    rows = np.arange(len(pairs))
+    for side, shift in zip(SIDES, (-0.2, 0.2), strict=True):
+        values = [pixels[side][pair] for pair in pairs]
+        axes.barh(rows + shift, values, height=0.38, color=SIDE_COLORS[side], label=side)
+    for row, pair in zip(rows, pairs, strict=True):
+        change = int(pixels["refined"][pair] - pixels["raw"][pair])
+        color = SIDE_COLORS["refined"] if change <= 0 else _LOSS
+        axes.text(
+            float(largest[pair]), float(row), f" {change:+,}", va="center", fontsize=9, color=color
+        )
+    names = [*result.class_names, "no class"]
+    axes.set_yticks(rows, [f"{names[true]} → {names[called]}" for true, called in pairs])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max((largest[pair] for pair in pairs), default=1))
+    axes.set_xlabel("pixels")
+    axes.set_title("Pixels of a class called another", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2)

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning.pytorch import Trainer
 from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
@@ -25,11 +24,6 @@ _FACTS = {
     "refine_fixed_px": "{:.0f} pixels fixed",
     "refine_broken_px": "{:.0f} broken",
 }
-
-
-def logged_metrics(trainer: Trainer) -> dict[str, float]:
-    """Return what the last stage logged, by its logged names."""
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def write_metrics(metrics: Mapping[str, float], path: Path) -> None:

@@ -56,7 +56,7 @@ def conv(channels: int = NUM_CLASSES, stride: int = 1) -> nn.Conv2d:
 
 
 def validate(random_sam, module, dataset, batch_size=2, precision="32-true", **kwargs):
-    arguments = {"num_classes": NUM_CLASSES, "refine": REFINE, **kwargs}
+    arguments = {"num_classes": NUM_CLASSES, "refine": REFINE, "log": "all", **kwargs}
     callback = SAMRefineCallback(random_sam, **arguments)
     trainer = Trainer(**SILENT, precision=precision, callbacks=[callback])
     (logged,) = trainer.validate(module, DataLoader(dataset, batch_size), verbose=False)

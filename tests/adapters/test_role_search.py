@@ -89,7 +89,7 @@ def raw_miou(module: Segmenter, dataset: Blobs) -> float:
 
 
 def validate(random_sam, module, loaders, **kwargs):
-    arguments = {"num_classes": NUM_CLASSES, "refine": REFINE, **kwargs}
+    arguments = {"num_classes": NUM_CLASSES, "refine": REFINE, "log": "all", **kwargs}
     callback = SAMRefineCallback(random_sam, **arguments)
     results = Trainer(**SILENT, callbacks=[callback]).validate(module, loaders, verbose=False)
     return {key: value for one in results for key, value in one.items()}
@@ -826,10 +826,14 @@ def test_stored_hard_probabilities_can_change(random_sam, tmp_path):
     names = {"images": "images", "labels": "labels", "predictions": "hard"}
     folders = {key: tmp_path / name for key, name in names.items()}
     data = FolderDataModule(NUM_CLASSES, val=folders, ignore_index=IGNORE)
-    callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE)
+    callback = SAMRefineCallback(
+        random_sam, num_classes=NUM_CLASSES, refine=REFINE, log=["refine_*"]
+    )
     trainer = Trainer(**SILENT, callbacks=[callback])
     (logged,) = trainer.validate(StoredPredictions(), datamodule=data, verbose=False)
-    assert logged["val/miou_raw"] == pytest.approx(raw_miou(Segmenter(), dataset), abs=1e-6)
+    assert callback.history[0]["miou_raw"] == pytest.approx(
+        raw_miou(Segmenter(), dataset), abs=1e-6
+    )
     assert logged["val/refine_fixed_px"] + logged["val/refine_broken_px"] > 0
 
 

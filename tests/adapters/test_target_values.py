@@ -215,14 +215,14 @@ class TestDefaultIgnoreIndex:
     def test_what_the_user_wrote_is_obeyed(self, random_sam):
         for ignore, present in ((255, {"7"}), (None, {"7", "255"})):
             callback = SAMRefineCallback(
-                random_sam, num_classes=300, ignore_index=ignore, refine=REFINE
+                random_sam, num_classes=300, ignore_index=ignore, refine=REFINE, log=["iou_raw/*"]
             )
             logged = validate(callback, self.dataset(), self.Many())
             found = {key.split("/")[-1] for key in logged if key.startswith("val/iou_raw/")}
             assert found == present
 
     def test_255_classes_are_none_of_it(self, random_sam):
-        callback = SAMRefineCallback(random_sam, num_classes=255, refine=REFINE)
+        callback = SAMRefineCallback(random_sam, num_classes=255, refine=REFINE, log="all")
         dataset = self.dataset()
         dataset.truth[dataset.truth == 255] = 254
         assert "val/iou_raw/254" in validate(callback, dataset, self.Many())

@@ -213,6 +213,20 @@ def test_weights_travel_in_a_checkpoint(random_sam, tmp_path):
     assert found["test/miou_refined"] == expected["test/miou_refined"]
 
 
+def test_a_checkpoint_that_is_tested_brings_its_weights(random_sam, tmp_path):
+    own, module = callback(random_sam), ByColor().eval()
+    runner = trainer(own)
+    runner.validate(module, loader(), verbose=False)
+    runner.save_checkpoint(tmp_path / "fitted.ckpt")
+    (expected,) = runner.test(module, loader(6), verbose=False)
+    fresh = callback(random_sam)
+    (found,) = trainer(fresh).test(
+        module, loader(6), ckpt_path=tmp_path / "fitted.ckpt", verbose=False
+    )
+    assert found["test/miou_refined"] == expected["test/miou_refined"]
+    assert fresh.fitted_config == own.fitted_config
+
+
 def test_a_fit_of_epochs_uses_the_weights_of_the_epoch_before(random_sam, tmp_path):
     own = callback(random_sam)
     runner = trainer(own, max_epochs=2, logger=True, default_root_dir=tmp_path)
@@ -287,6 +301,7 @@ def test_classes_that_the_user_freezes_keep_their_pixels(random_sam):
         random_sam,
         num_classes=NUM_CLASSES,
         refine={**REFINE, "classes": [0, 2]},
+        log="all",
         precision="32",
     )
     module, runner = ByColor().eval(), trainer(own)

@@ -61,6 +61,11 @@ def test_ddp_equals_one_process_on_every_rank(folder, single, tmp_path):
     assert ranks[0] == single
     two_loaders, failing, fitted, refined, sanity_check, *epochs = single
     assert "val/miou_refined/dataloader_idx_1" in two_loaders
+    # The user's metric, too; one rank has no image of the second loader.
+    for number in (0, 1):
+        own = two_loaders[f"val/MulticlassJaccardIndex_refined/dataloader_idx_{number}"]
+        ours = two_loaders[f"val/miou_refined/dataloader_idx_{number}"]
+        assert own == pytest.approx(ours, abs=1e-6)
     assert failing["val/refine_failed_images"] == 1
     assert fitted["val/miou_refined"] != refined["val/miou_refined"]
     assert fitted["val/fitted_gain"] == pytest.approx(refined["val/fitted_gain"])

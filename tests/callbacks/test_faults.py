@@ -275,7 +275,7 @@ class TestTensors:
         dataset = Blobs(3)
         dataset.targets[dataset.targets == IGNORE] = 0 if ignore is None else ignore
         callback = SAMRefineCallback(
-            random_sam, num_classes=NUM_CLASSES, ignore_index=ignore, refine=REFINE
+            random_sam, num_classes=NUM_CLASSES, ignore_index=ignore, refine=REFINE, log="all"
         )
         module = Segmenter("logits").eval()
         module.loss = lambda logits, target: logits.mean()

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_stubs import HW, REFINE, SILENT, Blobs, Segmenter
 from PIL import Image
 from stub_sams import CountingSam
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import (
+    MulticlassJaccardIndex,
     MultilabelAccuracy,
     MultilabelF1Score,
     MultilabelJaccardIndex,
@@ -100,7 +102,7 @@ def jaccard(average="macro"):
 
 def run(sam, data=None, returns="logits", batch_size=2, trainer=None, **kwargs):
     arguments = {"refine": REFINE, "class_names": CLASSES, "scores_kind": "multilabel", **kwargs}
-    callback = SAMRefineCallback(sam, **arguments)
+    callback = SAMRefineCallback(sam, log="all", **arguments)
     trainer = Trainer(**{**SILENT, **(trainer or {})}, callbacks=[callback])
     loader = DataLoader(data or MultiHot(), batch_size)
     return trainer.validate(Overlapping(returns), loader, verbose=False)[0], callback
@@ -262,3 +264,13 @@ class TestRefusals:
         assert run(random_sam, adapter=adapter)[0]["val/miou_raw"] == pytest.approx(
             run(random_sam)[0]["val/miou_raw"]
         )
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("metrics", MulticlassJaccardIndex(C)), ("add_to_outputs", "refined")],
+)
+def test_what_needs_one_label_map_an_image_is_refused(random_sam, argument, value):
+    words = f"{argument} must be None for volumes and overlapping classes"
+    with pytest.raises(MisconfigurationException, match=words):
+        run(random_sam, returns="logits", **{argument: value})

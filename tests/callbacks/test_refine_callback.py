@@ -35,7 +35,7 @@ from lightning_samrefine.metrics.comparison import RefinementComparison
 @pytest.fixture(scope="module")
 def reference(random_sam):
     """The figures of the plain case, to which other ways of running it must come."""
-    callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE)
+    callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE, log="all")
     return drop_time(run_validate(callback))
 
 

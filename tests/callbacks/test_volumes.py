@@ -96,7 +96,9 @@ def miou(labels, targets) -> float:
 
 
 def run(sam, data=None, returns="dict", batch_size=2, trainer=None, **kwargs):
-    callback = SAMRefineCallback(sam, **{"num_classes": NUM_CLASSES, "refine": REFINE, **kwargs})
+    callback = SAMRefineCallback(
+        sam, **{"num_classes": NUM_CLASSES, "refine": REFINE, "log": "all", **kwargs}
+    )
     trainer = Trainer(**{**SILENT, **(trainer or {})}, callbacks=[callback])
     loader = DataLoader(data or Scans(), batch_size)
     return trainer.validate(OnVolumes(returns), loader, verbose=False)[0]

@@ -110,6 +110,7 @@ def evaluate(layout: Layout, single: bool, path: Path) -> None:
         sam,
         num_classes=NUM_CLASSES,
         refine=REFINE,
+        log="all",
         max_batches=None if single else layout.max_batches,
     )
     trainer = trainer_of(layout, single, callback)

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning_stubs import NUM_CLASSES, REFINE, Blobs, Segmenter, loader
+from lightning_stubs import IGNORE, NUM_CLASSES, REFINE, Blobs, Segmenter, loader
 from stub_sams import FailingSam
 from tiny_random_sam import build_random_sam
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightning_samrefine import SAMRefineCallback
 from lightning_samrefine.models.sam import SamPromptable
@@ -62,7 +63,8 @@ def run(strategy: str, devices: int, folder: Path) -> None:
 
     keep = Keep(folder)
     sam = SamPromptable(build_random_sam(), "random")
-    arguments = {"num_classes": NUM_CLASSES, "refine": REFINE}
+    metric = MulticlassJaccardIndex(NUM_CLASSES, ignore_index=IGNORE)
+    arguments = {"num_classes": NUM_CLASSES, "refine": REFINE, "log": "all", "metrics": metric}
     if strategy == "ddp_spawn":
         # What happens in its processes stays there, hence one run.
         trainer(SAMRefineCallback(sam, **arguments)).validate(Frozen(), loader(5), verbose=False)

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
-from lightning_stubs import NUM_CLASSES, REFINE, Segmenter, loader
+from lightning_stubs import NUM_CLASSES, REFINE, Blobs, Segmenter, loader
 from matplotlib.figure import Figure
 from PIL import Image
 from report_cases import evaluate
 
 from lightning_samrefine import SAMRefineCallback
 from lightning_samrefine.reporting.charts import draw_class_bars, draw_reliability, draw_trimaps
+from lightning_samrefine.reporting.image_table import COLUMNS
 from lightning_samrefine.reporting.loggers import rasterize, safe_names, show_pictures
 
-PICTURES = {"val/panels", "val/class_iou", "val/reliability"}
+PICTURES = {"val/panels", "val/class_iou", "val/confusions", "val/reliability"}
 # Names that loggers would change, each in its own way.
 NAMES = ["sky/blue", "sky:blue", "Fußgänger"]
 
 
 def validate(random_sam, logger, folder, **kwargs):
     callback = SAMRefineCallback(
-        random_sam, num_classes=NUM_CLASSES, refine=REFINE, panels=2, panels_width=400, **kwargs
+        random_sam,
+        num_classes=NUM_CLASSES,
+        refine=REFINE,
+        log=["miou_*", "iou_*"],
+        panels=2,
+        panels_width=400,
+        **kwargs,
     )
     trainer = Trainer(
         accelerator="cpu",
@@ -98,6 +107,26 @@ def test_wandb_holds_scalars_and_pictures(random_sam, tmp_path, monkeypatch):
         (path,) = (run.parent / "files" / entry for entry in history[f"{name}/filenames"])
         assert Image.open(path).width >= 400
     assert history["val/panels/width"] == 400
+    # The table has a row for each image, the masks are the panels' label maps.
+    table = json.loads((run.parent / "files" / history["val/images/path"]).read_text())
+    assert tuple(table["columns"]) == COLUMNS
+    gains = [row[1] for row in table["data"]]
+    assert len(gains) == 4
+    assert gains == sorted(gains)
+    dataset, module = Blobs(4), Segmenter().eval()
+    with torch.no_grad():
+        raw = module.network(dataset.images / 255 - 0.5).argmax(dim=1)
+    for entry, caption in zip(
+        history["val/masks/all_masks"], history["val/masks/captions"], strict=True
+    ):
+        batch, position = map(int, re.findall(r"\d+", caption))
+        drawn = {
+            side: np.array(Image.open(run.parent / "files" / mask["path"]))
+            for side, mask in entry.items()
+        }
+        assert set(drawn) == {"raw", "refined", "truth"}
+        assert np.array_equal(drawn["raw"], raw[2 * batch + position].numpy())
+        assert np.array_equal(drawn["truth"], dataset.targets[2 * batch + position].numpy())
 
 
 def test_mlflow_holds_scalars_and_pictures(random_sam, tmp_path, monkeypatch):
@@ -112,6 +141,8 @@ def test_mlflow_holds_scalars_and_pictures(random_sam, tmp_path, monkeypatch):
         line = (folder / "metrics" / name).read_text().split()
         assert float(line[1]) == pytest.approx(value)
     artifacts = folder / "artifacts"
+    with (artifacts / "val" / "images_step_000000.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
     found = {path.relative_to(artifacts).as_posix() for path in artifacts.rglob("*.png")}
     assert found == {f"{name}_step_000000.png" for name in PICTURES}
     assert Image.open(artifacts / "val" / "panels_step_000000.png").width == 400

@@ -17,6 +17,7 @@ from report_cases import add_image, blob_image, evaluate
 
 from lightning_samrefine.callbacks.presenter import sample_names
 from lightning_samrefine.metrics.comparison import RefinementComparison
+from lightning_samrefine.reporting.image_table import ImageRow
 from lightning_samrefine.reporting.report import Gallery, ReportSection, write_report
 from lightning_samrefine.reporting.report.thumbnails import image_tiles
 
@@ -33,7 +34,15 @@ def page(tmp_path_factory):
         for epoch in range(3)
     ]  # fmt: skip
     test, val = evaluate(7), evaluate(3)
-    sections = [ReportSection("test", None, *test), ReportSection("val", 2, *val, history)]
+    # The gallery has pictures of the first alone.
+    names = ("image 0003", "image <b>")
+    rows = [
+        ImageRow(name, 0.1 - i, 0.2, 0.3, 5, 4, 3, 6, 2, 0.1, False) for i, name in enumerate(names)
+    ]
+    sections = [
+        ReportSection("test", None, *test, rows=rows),
+        ReportSection("val", 2, *val, history),
+    ]
     write_report(path, sections, FACTS)
     return path, test[0]
 
@@ -280,6 +289,17 @@ def test_a_reader_sorts_opens_and_sees_no_error(page, browser, tmp_path):
     assert title.text == "image 0001"
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert not viewer.is_displayed()
+
+    browser.find_element(By.CSS_SELECTOR, "#section-0 summary").click()
+    rows = browser.find_elements(By.CSS_SELECTOR, "table[data-section] .open")
+    assert [row.text for row in rows] == ["image <b>", "image 0003"], "the largest loss first"
+    browser.find_elements(By.CSS_SELECTOR, "table[data-section] thead button")[3].click()
+    rows = browser.find_elements(By.CSS_SELECTOR, "table[data-section] .open")
+    assert [row.is_enabled() for row in rows] == [True, False]
+    rows[0].click()
+    assert viewer.is_displayed()
+    assert title.text == "image 0003"
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
 
     for width in (1280, 400):
         browser.set_window_size(width, 900)

@@ -80,6 +80,8 @@ class TestNames:
         assert found - {"hparams.yaml"} == {
             "report.html",
             "fast_report.html",
+            "images.csv",
+            "fast_images.csv",
             "panels/val_epoch_000.png",
             "panels/fast_val_epoch_000.png",
         }

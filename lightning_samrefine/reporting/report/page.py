@@ -21,10 +21,12 @@ from lightning_samrefine.metrics.comparison import SIDES, ComparisonResult
 from lightning_samrefine.reporting.charts import (
     curve_unit,
     draw_class_bars,
+    draw_confusions,
     draw_curve,
     draw_reliability,
     draw_trimaps,
 )
+from lightning_samrefine.reporting.image_table import ImageRow, in_order
 from lightning_samrefine.reporting.panels import CHANGE_COLORS
 from lightning_samrefine.reporting.report.gallery_entries import MAX_REGIONS, Gallery
 from lightning_samrefine.reporting.report.thumbnails import REGION_COLORS
@@ -46,6 +48,7 @@ class ReportSection:
         gallery: Its images and regions.
         curve: The figures of the same loader's evaluations over epochs, this one last.
         step: The evaluation's step, None if its epoch has no other evaluation.
+        rows: A row for each image.
     """
 
     title: str
@@ -54,6 +57,7 @@ class ReportSection:
     gallery: Gallery
     curve: Sequence[Mapping[str, Any]] = ()
     step: int | None = None
+    rows: Sequence[ImageRow] = ()
 
 
 def write_report(
@@ -134,6 +138,7 @@ def _context(index: int, section: ReportSection) -> dict[str, Any]:
         "means": list(_means(result)),
         "classes": list(_classes(result)),
         "charts": list(_charts(section)),
+        "rows": in_order(section.rows),
         "images": images,
         "failed": failed,
         "regions": regions,
@@ -226,6 +231,7 @@ def _charts(section: ReportSection) -> Iterator[dict[str, str]]:
     result = section.result
     drawn: list[tuple[str, Figure]] = [
         ("IoU of every class, raw and refined", draw_class_bars(result)),
+        ("Pixels of a class called another, raw and refined", draw_confusions(result)),
         ("mIoU in bands around borders, raw and refined", draw_trimaps(result)),
         ("True IoU of regions by predicted IoU", draw_reliability(result.calibration)),
     ]

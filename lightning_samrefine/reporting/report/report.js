@@ -102,6 +102,7 @@ function flat(image, name) {
 
 const viewer = document.getElementById("viewer");
 const shown = {gallery: null, index: 0};
+const galleries = {};
 
 function show(gallery, index) {
   shown.gallery = gallery;
@@ -211,7 +212,21 @@ function makeGallery(place) {
   });
   place.append(element("div", {className: "controls"}, element("label", {}, "sort by ", select), count), list, more);
   sort();
+  galleries[`${kind}-${section}`] = gallery;
+}
+
+// A row of the table opens its image; the report has no pictures of those that changed the least.
+function openImages(table) {
+  const gallery = galleries[`images-${table.dataset.section}`];
+  const names = new Set(gallery?.sorted.map((image) => image.name));
+  table.querySelectorAll(".open").forEach((button) => {
+    const name = button.textContent;
+    button.disabled = !names.has(name);
+    button.addEventListener("click", () =>
+      show(gallery, gallery.sorted.findIndex((image) => image.name === name)));
+  });
 }
 
 document.querySelectorAll("table.sortable").forEach(makeSortable);
 document.querySelectorAll(".gallery").forEach(makeGallery);
+document.querySelectorAll("table[data-section]").forEach(openImages);

@@ -1,0 +1,91 @@
+"""A row for each image of an evaluation: what it gained, at what cost."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from lightning_samrefine.metrics import class_iou
+from lightning_samrefine.metrics.comparison import ImageComparison
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One image.
+
+    Attributes:
+        name: The image's name.
+        gain: miou_refined − miou_raw of this image alone, NaN if no pixel is scored.
+        miou_raw: In [0, 1].
+        miou_refined: In [0, 1].
+        fixed_px: Pixels that became right.
+        broken_px: Pixels that became wrong.
+        swapped_px: Pixels that are wrong in another way.
+        regions: Number of prompted regions.
+        accepted: Number of accepted ones.
+        seconds: The image's share of the time that its batch took.
+        failed: Whether refining failed: the image keeps its raw prediction.
+    """
+
+    name: str
+    gain: float
+    miou_raw: float
+    miou_refined: float
+    fixed_px: int
+    broken_px: int
+    swapped_px: int
+    regions: int
+    accepted: int
+    seconds: float
+    failed: bool
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        found: ImageComparison,
+        ignore_index: int | None,
+        regions: int,
+        accepted: int,
+        seconds: float,
+        failed: bool = False,
+    ) -> ImageRow:
+        """Make a row from the comparison's counts of an image."""
+        raw, refined = (
+            class_iou(matrix.cpu(), ignore_index).nanmean().item() for matrix in found.matrices
+        )
+        num_classes = len(found.matrices[0])
+        fixed, broken, swapped = found.changes.by_class(num_classes).sum(dim=1).tolist()
+        gain, pixels = refined - raw, (fixed, broken, swapped)
+        return cls(name, gain, raw, refined, *pixels, regions, accepted, seconds, failed)
+
+    def values(self) -> list[Any]:
+        """Return the values in the order of `COLUMNS`, None for NaN."""
+        values = asdict(self).values()
+        return [None if isinstance(one, float) and math.isnan(one) else one for one in values]
+
+
+COLUMNS = tuple(field.name for field in fields(ImageRow))
+
+
+def in_order(rows: Iterable[ImageRow]) -> list[ImageRow]:
+    """Return the rows, the largest loss first; without a gain last."""
+    return sorted(rows, key=lambda row: (math.isnan(row.gain), row.gain, row.name))
+
+
+def to_csv(sections: Iterable[tuple[str, Iterable[ImageRow]]]) -> str:
+    """Return the text of a CSV file.
+
+    Args:
+        sections: Titles of evaluations, such as ``"val, dataloader 1"``, and their rows.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["evaluation", *COLUMNS])
+    for title, rows in sections:
+        writer.writerows([title, *row.values()] for row in in_order(rows))
+    return text.getvalue()
