@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_samrefine import RefineConfig, Refinement, Refiner, load_sam
 from lightning_samrefine.demo.scenes import CLASS_NAMES, make_scene
 from lightning_samrefine.refine.fusion.fitted import feature_maps
-from lightning_samrefine.refine.mask_predictions import MaskPredictions
+from lightning_samrefine.refine.mask_predictions import ImagePredictions
 from lightning_samrefine.reporting.loggers import rasterize
 from lightning_samrefine.utils.palette import class_colors, colorize
 
@@ -90,7 +90,7 @@ def draw_algorithm4(image: np.ndarray, out: Refinement, raw: Tensor, target: Ten
     return figure
 
 
-def draw_fusion(image: np.ndarray, predictions: MaskPredictions, fused: Refinement) -> Figure:
+def draw_fusion(image: np.ndarray, predictions: ImagePredictions, fused: Refinement) -> Figure:
     """Draw the evidence for one class, and what the fusion makes of all classes."""
     figure, axes = row(6)
     c = CLASS_NAMES.index(SHOWN)
@@ -98,7 +98,8 @@ def draw_fusion(image: np.ndarray, predictions: MaskPredictions, fused: Refineme
     show(axes[0], image, "image")
     show_map(axes[1], maps.probs[c], f"raw probability of {SHOWN}")
     show_map(axes[2], maps.color_ratios[c][maps.color_bins.long()].log1p(), "times color")
-    show_map(axes[3], maps.region_votes[c], "times votes of accepted masks")
+    votes = maps.region_votes.rows(slice(0, len(image)), slice(c, c + 1))[0]
+    show_map(axes[3], votes, "times votes of accepted masks")
     show_map(axes[4], fused.probs[c], f"= refined probability of {SHOWN}")
     show(axes[5], colorize(fused.labels, len(CLASS_NAMES)), "refined label map")
     return figure
