@@ -92,11 +92,8 @@ class RunState:
                 sam = load_sam(sam, shared.checkpoint, device)
             else:
                 sam.module.to(device)
-            self.refiner = Refiner(sam, shared.refine, shared.precision, cache)
         self.cache = cache
-        self._safe = SafeRefiner(
-            _batches(self.refiner, with_probs), self.sam.device, self._warn_once
-        )
+        self._refine_with(sam, shared.refine)
         self._adapter: BatchAdapter | None = None
         # One a loader, for each settles the range of its own images.
         self._adapters: dict[int, BatchAdapter] = {}
@@ -181,6 +178,15 @@ class RunState:
         """
         if self._auto_refiner is not None:
             self._auto_refiner.start(samples)
+
+    def _refine_with(self, sam: Promptable, config: RefineConfig) -> None:
+        self.refiner = Refiner(sam, config, self._shared.precision, self.cache)
+        batches = _batches(self.refiner, self._with_probs)
+        self._safe = SafeRefiner(batches, sam.device, self._warn_once)
+
+    def use_thresholds(self, config: RefineConfig) -> None:
+        """Refine with other thresholds or weights, before `bind`."""
+        self._refine_with(self.sam, config)
 
     def resume(self, fitted: FittedFusion) -> None:
         """Use the weights of a checkpoint, which Lightning loads after ``setup``."""

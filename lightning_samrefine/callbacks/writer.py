@@ -198,13 +198,15 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
             self._files.check()
         except ValueError as error:
             raise MisconfigurationException(f"{_NAME}: {error}") from error
-        self.shared = self._given
-        if self._given.refine.weights == "auto":
-            self.shared = replace(self._given, refine=fitted_config(trainer, self._given.refine))
         self._attach(trainer, with_probs=self.probs is not None)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (
+            self._given.refine.weights == "auto"
+        ):  # here, for Lightning loads checkpoints after setup
+            self.shared = replace(self._given, refine=fitted_config(trainer, self._given.refine))
+            self._run_state.use_thresholds(self.refine_config)
         self._run_state.bind(pl_module)
         num_classes = self._run_state.num_classes
         if trainer.predict_loop.return_predictions:

@@ -250,6 +250,21 @@ def test_the_writer_takes_the_weights_of_the_callback(random_sam, tmp_path):
     assert writer.counts.written == 3
 
 
+def test_a_checkpoint_that_is_predicted_with_brings_its_weights(random_sam, tmp_path):
+    own, module = callback(random_sam), ByColor().eval()
+    runner = trainer(own)
+    runner.validate(module, loader(), verbose=False)
+    runner.save_checkpoint(tmp_path / "fitted.ckpt")
+    writer = SAMRefineWriter(
+        tmp_path / "pseudo", random_sam, num_classes=NUM_CLASSES, refine=REFINE, precision="32"
+    )
+    trainer(callback(random_sam), writer).predict(
+        module, loader(3), ckpt_path=tmp_path / "fitted.ckpt", return_predictions=False
+    )
+    assert writer.refine_config == own.fitted_config
+    assert writer.counts.written == 3
+
+
 def test_the_writer_without_weights_refines_by_the_preset(random_sam, tmp_path):
     writer = SAMRefineWriter(
         tmp_path / "pseudo", random_sam, num_classes=NUM_CLASSES, refine=REFINE, precision="32"
