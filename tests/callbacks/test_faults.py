@@ -377,7 +377,7 @@ class TestRuns:
         first, _ = fit(1)
         first.save_checkpoint(tmp_path / "half.ckpt")
         second, callback = fit(3, tmp_path / "half.ckpt")
-        assert [figures["epoch"] for figures in callback.history] == [1, 2]
+        assert [figures["epoch"] for figures in callback.history] == [0, 1, 2]
         assert float(second.callback_metrics["val/miou_refined"]) == pytest.approx(
             callback.history[-1]["miou_refined"]
         )

@@ -114,7 +114,7 @@ def test_a_resumed_run_measures_its_first_validation(random_sam, tmp_path):
     first, _ = run(2)
     first.save_checkpoint(tmp_path / "half.ckpt")
     _, callback = run(5, tmp_path / "half.ckpt")
-    assert [entry["epoch"] for entry in callback.history] == [2, 4]
+    assert [entry["epoch"] for entry in callback.history] == [0, 2, 4]
 
 
 def test_a_keyboard_interrupt_in_training_frees_all_and_the_next_run_works(callback):

@@ -41,6 +41,7 @@ def test_the_callback_logs_what_windows_give(random_sam, tmp_path, preset):
         precision="32",
         panels=2,
         report=tmp_path / "report.html",
+        log="all",
     )
     runner = Trainer(**SILENT, callbacks=[own], default_root_dir=tmp_path)
     (logged,) = runner.validate(module, DataLoader(data, 2), verbose=False)

@@ -179,7 +179,7 @@ def test_a_region_larger_than_a_window_is_prompted_in_the_whole_image(random_sam
 
 @pytest.mark.parametrize("preset", ["fast", "default", "auto"])
 def test_regions_are_in_the_images_pixels(random_sam, preset):
-    image, probs = large_case()
+    image, probs = large_case(cells=(6, 8))  # some regions are larger than a window
     refiner = Refiner(random_sam, RefineConfig.preset(preset, **WINDOW), "32")
     predictions = next(refiner.predict([image], [probs]))
     out = refiner.fuse(predictions)

@@ -57,13 +57,14 @@ def color_ratios(probs: Tensor, image: Tensor, stride: int) -> Tensor:
     """
     num_classes, device = len(probs), probs.device
     counts = torch.zeros(_BINS**3, num_classes, dtype=torch.int64, device=device)
-    sums = torch.zeros(num_classes, dtype=torch.float64, device=device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+    sums = torch.zeros(num_classes, dtype=dtype, device=device)
     probs, image = probs[:, ::stride, ::stride], image[:, ::stride, ::stride]
     for rows in strips(probs):
         counted = probs[:, rows].flatten(1)
         bins = color_bins(image[:, rows].to(device)).flatten()
         counts.index_add_(0, bins.long(), (counted.T * _FIXED_POINT).long())
-        sums += counted.sum(dim=1, dtype=torch.float64)
+        sums += counted.sum(dim=1, dtype=dtype)
     return _ratios(counts, (sums / probs[0].numel()).float())
 
 
