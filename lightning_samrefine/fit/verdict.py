@@ -20,9 +20,10 @@ from lightning_samrefine.metrics.bootstrap import (
     paired_bootstrap,
 )
 
-# Weight of the raw prediction's logarithm: 0.4 to 0.8 on eight data sets, within 0.1 of 0 with
-# targets shuffled between images.
-_MIN_RAW_WEIGHT = 0.2
+# Least weight of the raw prediction and of the colors of its classes together: 0.8 to 1.7 on seven
+# data sets, 1.1 for a network after one epoch, at most 0.1 with targets shuffled between images.
+# Votes of masks keep a weight of up to 0.7 even then.
+_MIN_RAW_AND_COLOR = 0.3
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Verdict:
         frozen_classes: Classes that certainly lose, which keep their raw pixels; none if nothing
             is refined.
         refine: Whether the gain's interval lies above 0, and the fit uses the raw prediction.
-        unrelated: Whether the fit hardly uses the raw prediction.
+        unrelated: Whether the fit hardly uses the raw prediction and the colors of its classes.
     """
 
     gain: BootstrapInterval
@@ -138,9 +139,9 @@ def judge(
     Args:
         images: At least one image, or group of images: what the bootstrap draws.
         num_classes: C.
-        weights: The fitted weights. If they hardly use the raw prediction, its targets belong to
-            other images, or it is of no use: a gain would come from the frequencies of the
-            classes, and nothing is refined.
+        weights: The fitted weights. If they hardly use the raw prediction and the colors of its
+            classes, its targets belong to other images, or it is of no use: a gain would come from
+            the frequencies of the classes, and nothing is refined.
         seed: Of the bootstrap's draws.
 
     Raises:
@@ -154,7 +155,7 @@ def judge(
         return _confusions([(image.target, getattr(image, side)) for image in kept], num_classes)
 
     raw, control = confusions("raw"), confusions("control")
-    unrelated = weights is not None and weights.weights[0] < _MIN_RAW_WEIGHT
+    unrelated = weights is not None and _raw_and_color(weights) < _MIN_RAW_AND_COLOR
     losers = _certain_losers(lambda frozen: confusions("refined", frozen), raw, seed)
     for frozen in ([] if unrelated else losers, []):
         refined = confusions("refined", frozen)
@@ -169,6 +170,11 @@ def judge(
         refine=gain.low > 0 and not unrelated,
         unrelated=unrelated,
     )
+
+
+def _raw_and_color(weights: LogLinear) -> float:
+    pairs = zip(weights.features, weights.weights, strict=True)
+    return sum(weight for name, weight in pairs if name in ("raw", "color"))
 
 
 def _certain_losers(
