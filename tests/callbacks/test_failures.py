@@ -203,5 +203,5 @@ def test_a_process_that_raises_ends_all(rank):
         check=False,
     )
     assert done.returncode != 0
-    assert "this process fails" in done.stderr
+    assert "this image fails" in done.stderr
     assert "finished" not in done.stdout
