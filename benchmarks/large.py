@@ -167,7 +167,14 @@ def page(scores: Sequence[Mapping[str, Any]], cases: Mapping[str, Mapping[str, f
             f"| {name} | {pixels:.0f} | {found['inputs'] / 1e9:.2f} | {found['peak'] / 1e9:.2f} "
             f"| {seconds:.1f} | {seconds / pixels:.1f} | {found['regions']} |"
         )
+    missing = [f"{name} at {hw[0] * hw[1] / 1e6:.0f} megapixels" for name, hw in _left(cases)]
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
+
+
+def _left(cases: Mapping[str, Any]) -> list[tuple[str, tuple[int, int]]]:
+    return [CASES[case] for case in CASES if case not in cases]
 
 
 def cpu_name() -> str:
@@ -187,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     options.output.mkdir(parents=True, exist_ok=True)
     scores = _known(options.output / "quality.json", lambda: quality(data_root(), kept))
-    cases = {}
+    cases: dict[str, Any] = {}
     for case in CASES:
         # In a process of its own, whose peak memory is the case's.
         command = [sys.executable, "-m", "benchmarks.large", "--case", case]
@@ -198,9 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
 
         cases[case] = _known(options.output / f"{case}.json", run)
         print(case, cases[case], flush=True)
-    text = page(scores, cases)
-    PAGE.write_text(text, encoding="utf-8")
-    print(text, f"Written to {PAGE}", sep="\n")
+        # After each, for the large ones take minutes.
+        PAGE.write_text(page(scores, cases), encoding="utf-8")
 
 
 def _known(path: Path, compute: Callable[[], Any]) -> Any:

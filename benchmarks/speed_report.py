@@ -85,7 +85,7 @@ def padding(results: Mapping[str, Any]) -> str:
             ["look", "encoder", "first epoch", "faster than literal", "second epoch", "faster"],
             rows,
         )
-        + f"\nMachine: {'; '.join(machines)}; medians of interleaved runs.\n"
+        + f"\nMachine: {'; '.join(machines)}. Several runs are interleaved, and their medians shown.\n"
     )
 
 
