@@ -85,7 +85,8 @@ def padding(results: Mapping[str, Any]) -> str:
             ["look", "encoder", "first epoch", "faster than literal", "second epoch", "faster"],
             rows,
         )
-        + f"\nMachine: {'; '.join(machines)}. Several runs are interleaved, and their medians shown.\n"
+        + f"\nMachine: {'; '.join(machines)}. "
+        "Several runs are interleaved, and their medians shown.\n"
     )
 
 

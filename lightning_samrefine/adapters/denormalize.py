@@ -232,7 +232,8 @@ class Denormalize:
                 f"image_channels must be below the image's {images.shape[-3]} channels, got "
                 f"{self.channels} and shape {tuple(images.shape)}"
             )
-        return images[..., list(self.channels), :, :]
+        # Older releases of torch cannot index uint16.
+        return torch.stack([images.select(-3, channel) for channel in self.channels], dim=-3)
 
     def _numbers(self, numbers: tuple[float, ...], count: int, like: Tensor) -> Tensor:
         """Return a mean or deviation for the channels that are shown, (c, 1, 1) or (1, 1, 1)."""

@@ -87,7 +87,7 @@ def test_bands_are_shown_as_rgb_whatever_the_batch(
             random_sam, module, data, batch_size,
             image_channels=SHOWN, image_stretch=(2, 98), panels=4,
         )  # fmt: skip
-    shown = [stretched(image[[3, 2, 1]].numpy(), 2, 98) for image in data.images]
+    shown = [stretched(image.numpy()[[3, 2, 1]], 2, 98) for image in data.images]
     raw, refined = expected(data, module, shown, random_sam)
     assert logged["val/miou_raw"] == pytest.approx(raw, abs=1e-6)
     assert logged["val/miou_refined"] == pytest.approx(refined, abs=1e-6)
