@@ -31,7 +31,6 @@ _CLASS_HUE_PROBABILITY = 0.5
 _MIN_COLOR_DISTANCE = 75.0
 
 Floats = npt.NDArray[np.float32]
-Bools = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.float64]
 # A shape is drawn as a sequence of filled polygons in units of its radius; False cuts a hole.
 Shape = list[tuple[Points, bool]]

@@ -49,6 +49,11 @@ class ChangedPixels:
     def __len__(self) -> int:
         return len(self.kinds)
 
+    def totals(self) -> tuple[int, int, int]:
+        """Return how many pixels became right, became wrong, and are wrong in another way."""
+        fixed, broken, swapped = count_values(self.kinds, len(KINDS)).tolist()
+        return fixed, broken, swapped
+
     def by_class(self, num_classes: int) -> Tensor:
         """Return (3, C) int64, the pixels of each kind by their true class."""
         cell = self.kinds * num_classes + self.target

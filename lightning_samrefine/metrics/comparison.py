@@ -98,6 +98,13 @@ class ImageComparison:
     scores: RegionScores | None
     region_changes: Tensor | None
 
+    def mious(self, ignore_index: int | None) -> tuple[float, float]:
+        """Return the image's own mIoU, raw and refined, NaN if no pixel is scored."""
+        raw, refined = (
+            class_iou(one.cpu(), ignore_index).nanmean().item() for one in self.matrices
+        )
+        return raw, refined
+
 
 class RefinementComparison(nn.Module):
     """Counts everything that raw and refined predictions are compared by.
@@ -142,8 +149,6 @@ class RefinementComparison(nn.Module):
         self.images = ImageTotals(num_classes)
         self.calibration = RegionCalibration()
         self.counts = RefinementCounts()
-        # Of the image whose parts are being added.
-        self._matrices: list[Tensor] = []
 
     def update(
         self,
@@ -204,13 +209,7 @@ class RefinementComparison(nn.Module):
         # Without a control, too: torchmetrics warns of a metric that was never updated.
         shown = slice(0) if control is None else slice(None)
         self.control.update((target if control is None else control)[shown], target[shown])
-        self._matrices = (
-            list(matrices)
-            if part[0] == 0
-            else [one + other for one, other in zip(self._matrices, matrices, strict=True)]
-        )
-        if part[0] == part[1] - 1:
-            self.images.update(*self._matrices)
+        self.images.update(matrices[0], matrices[1], part)
         changes = ChangedPixels(raw, refined, target, valid)
         self.changes.update(changes)
         scores = region_changes = None

@@ -57,7 +57,6 @@ class OverlappingComparison(nn.Module):
         )
         self.images = ImageTotals(num_classes)
         self.counts = RefinementCounts()
-        self._matrices: list[Tensor] = []
 
     def update(
         self,
@@ -86,11 +85,7 @@ class OverlappingComparison(nn.Module):
         own.counts.update()  # torchmetrics warns of a metric that was never updated
         (found,) = own.update(raw, refined, target, regions, control)
         matrices = [self._placed(matrix, index) for matrix in found.matrices]
-        if part[0] == 0:
-            self._matrices = [torch.zeros_like(matrix) for matrix in matrices]
-        self._matrices = [a + b for a, b in zip(self._matrices, matrices, strict=True)]
-        if part[0] == part[1] - 1:
-            self.images.update(*self._matrices)
+        self.images.update(matrices[0], matrices[1], part)
         return [replace(found, matrices=(matrices[0], matrices[1]))]
 
     def result(self) -> ComparisonResult:

@@ -37,7 +37,7 @@ def parse_metrics(metrics: Metric | MetricCollection | None) -> MetricCollection
             )
         if hasattr(metric, "num_labels"):
             raise ValueError(f"metrics must take one class a pixel, got {kind}")
-        if hasattr(metric, "thresholds"):  # AUROC and its like, some of which check no type
+        if hasattr(metric, "thresholds"):  # AUROC and the like; some accept label maps
             raise ValueError(f"metrics must take label maps, got {kind}, which takes probabilities")
         if name in MEANS:
             raise ValueError(

@@ -41,19 +41,29 @@ class ImageTotals(Metric):
         self._start()
 
     def _start(self) -> None:
+        # Of the image whose parts are being added.
+        self._parts: list[Tensor] = []
         # torchmetrics gathers a list without a tensor as float32, which other processes' int32
         # would not go with.
         self.rows.append(torch.empty(0, dtype=torch.int32, device=self.device))
 
-    def update(self, raw: Tensor, refined: Tensor) -> None:
-        """Add one image.
+    def update(self, raw: Tensor, refined: Tensor, part: tuple[int, int] = (0, 1)) -> None:
+        """Add one image, or a part of it.
 
         Args:
             raw: (C, C + 1) int64 confusion matrix of the raw prediction.
             refined: The same of the refined one.
+            part: Index and number of the image's parts, which are added in their order.
         """
-        hits, true, predicted = class_totals(raw)
-        hits_refined, _, predicted_refined = class_totals(refined)
+        index, count = part
+        added = (raw, refined)
+        self._parts = (
+            [a + b for a, b in zip(self._parts, added, strict=True)] if index else [*added]
+        )
+        if index < count - 1:
+            return
+        hits, true, predicted = class_totals(self._parts[0])
+        hits_refined, _, predicted_refined = class_totals(self._parts[1])
         totals = torch.stack([true, hits, predicted, hits_refined, predicted_refined], dim=1)
         classes = torch.arange(self.num_classes, device=raw.device)[:, None]
         rows = torch.cat([classes == 0, classes, totals], dim=1).to(torch.int32)

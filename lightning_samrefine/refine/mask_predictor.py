@@ -82,7 +82,7 @@ class MaskPredictor:
     def _one_by_one(
         self, read: Sequence[RawPrediction], sides: Sequence[int | None], config: RefineConfig
     ) -> Iterator[ImagePredictions]:
-        """Look at images of which some have windows, of the given sides."""
+        """Look at images one after another; a side of None means the whole image at once."""
         for raw, side in zip(read, sides, strict=True):
             if side is None:
                 yield from self._look([raw], config)

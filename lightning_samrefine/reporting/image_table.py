@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lightning_samrefine.metrics import class_iou
 from lightning_samrefine.metrics.comparison import ImageComparison
 
 
@@ -55,13 +54,9 @@ class ImageRow:
         failed: bool = False,
     ) -> ImageRow:
         """Make a row from the comparison's counts of an image."""
-        raw, refined = (
-            class_iou(matrix.cpu(), ignore_index).nanmean().item() for matrix in found.matrices
-        )
-        num_classes = len(found.matrices[0])
-        fixed, broken, swapped = found.changes.by_class(num_classes).sum(dim=1).tolist()
-        gain, pixels = refined - raw, (fixed, broken, swapped)
-        return cls(name, gain, raw, refined, *pixels, regions, accepted, seconds, failed)
+        raw, refined = found.mious(ignore_index)
+        pixels = found.changes.totals()
+        return cls(name, refined - raw, raw, refined, *pixels, regions, accepted, seconds, failed)
 
     def values(self) -> list[Any]:
         """Return the values in the order of `COLUMNS`, None for NaN."""

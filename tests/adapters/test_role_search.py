@@ -61,6 +61,20 @@ class Step(Segmenter):
         return self.make(batch, logits, self.loss(logits, target.reshape(-1, *HW)))
 
 
+class ImagesAlone(DictBlobs):
+    """Samples without a target."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"image": super().__getitem__(index)["image"]}
+
+
+class Silent(Segmenter):
+    """Its validation step returns nothing."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self(batch["image"])
+
+
 @dataclass(frozen=True)
 class Frozen:
     image: Tensor
@@ -600,16 +614,8 @@ class TestContainers:
 
     @pytest.mark.parametrize("position", [0, 1])
     def test_a_loader_without_targets_is_left_out(self, random_sam, position):
-        class Images(DictBlobs):
-            def __getitem__(self, index):
-                return {"image": super().__getitem__(index)["image"]}
-
-        class Step(Segmenter):
-            def validation_step(self, batch, batch_idx, dataloader_idx=0):
-                self(batch["image"])
-
-        dataset, module = DictBlobs(4), Step()
-        loaders = [DataLoader(dataset, 2), DataLoader(Images(4, seed=3), 2)]
+        dataset, module = DictBlobs(4), Silent()
+        loaders = [DataLoader(dataset, 2), DataLoader(ImagesAlone(4, seed=3), 2)]
         if position == 0:
             loaders.reverse()
         with pytest.warns(RuntimeWarning, match="no target") as caught:
@@ -622,17 +628,11 @@ class TestContainers:
         assert not any(name.endswith(f"dataloader_idx_{position}") for name in logged)
 
     def test_no_loader_with_targets_is_an_error(self, random_sam):
-        class Images(DictBlobs):
-            def __getitem__(self, index):
-                return {"image": super().__getitem__(index)["image"]}
-
-        class Step(Segmenter):
-            def validation_step(self, batch, batch_idx, dataloader_idx=0):
-                self(batch["image"])
-
         for count in (1, 2):
             with pytest.raises(ValueError, match="No target found"):
-                validate(random_sam, Step(), [DataLoader(Images(2), 2) for _ in range(count)])
+                validate(
+                    random_sam, Silent(), [DataLoader(ImagesAlone(2), 2) for _ in range(count)]
+                )
 
     def test_scripted_children(self, random_sam):
         class Scripted(Segmenter):

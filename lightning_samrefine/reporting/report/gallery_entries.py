@@ -21,9 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from lightning_samrefine.metrics import class_iou
 from lightning_samrefine.metrics.comparison import ImageComparison
-from lightning_samrefine.metrics.confusion import count_values
 from lightning_samrefine.refine.results import Regions
 from lightning_samrefine.reporting.report.thumbnails import image_tiles, region_crop
 
@@ -99,14 +97,11 @@ class Gallery:
         regions: Regions,
         found: ImageComparison,
     ) -> None:
-        fixed, broken, swapped = count_values(found.changes.kinds, 3).tolist()
+        fixed, broken, swapped = found.changes.totals()
         # What refinement did in all: an image with as much fixed as broken is worth a look.
         worth = (fixed + broken) / max(int(found.valid.sum()), 1)
         if _enters(self._images, worth, name, self.max_images):
-            miou = [
-                class_iou(matrix.cpu(), self.ignore_index).nanmean().item()
-                for matrix in found.matrices
-            ]
+            miou = found.mious(self.ignore_index)
             entry = {
                 "name": name,
                 "size": [target.shape[1], target.shape[0]],
