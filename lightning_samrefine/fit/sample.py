@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_samrefine.fusion_weights import FEATURES
 from lightning_samrefine.refine.fusion.features import FeatureMaps
 from lightning_samrefine.utils.device import Download, upload
 
@@ -74,21 +75,11 @@ class PixelSample:
         max_images: Maximum number of images kept.
         max_bytes: Maximum memory of all features together. With many classes fewer pixels of an
             image are drawn, at least 256.
-
-    Raises:
-        ValueError: An argument below 1.
     """
 
     def __init__(
         self, num_classes: int, max_images: int = 256, max_bytes: int = 256_000_000
     ) -> None:
-        for name, value in (
-            ("num_classes", num_classes),
-            ("max_images", max_images),
-            ("max_bytes", max_bytes),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.num_classes = num_classes
         self.max_images = max_images
         self.max_bytes = max_bytes
@@ -153,7 +144,7 @@ class PixelSample:
         if len(labeled) == 0:
             return False
         rng = np.random.default_rng(priority(key))
-        count = min(len(labeled), self._pixels(len(maps.names)))
+        count = min(len(labeled), self._pixels)
         drawn = np.sort(rng.choice(len(labeled), size=count, replace=False))
         pixels = labeled[upload(drawn, labeled.device)]
         known = raw.flatten()[pixels]
@@ -162,7 +153,7 @@ class PixelSample:
             maps.at(pixels).half(), flat[pixels].to(torch.int16), known.to(torch.int16)
         )
         own_group = key if group is None else group
-        self._keep(ImageSample(key, own_group, maps.names, *drawn_pixels.tensors()))
+        self._keep(ImageSample(key, own_group, FEATURES, *drawn_pixels.tensors()))
         return True
 
     def merge(self, others: Iterable[ImageSample]) -> None:
@@ -187,9 +178,10 @@ class PixelSample:
         if len(self._images) > self.max_images:
             del self._images[max(self._images, key=priority)]
 
-    def _pixels(self, features: int) -> int:
-        """Return how many pixels of an image fit, were all ``max_images`` to come."""
-        pixel_bytes = features * self.num_classes * _FEATURE_BYTES
+    @property
+    def _pixels(self) -> int:
+        """How many pixels of an image fit, were all ``max_images`` to come."""
+        pixel_bytes = len(FEATURES) * self.num_classes * _FEATURE_BYTES
         fits = self.max_bytes // (self.max_images * pixel_bytes)
         return min(_PIXELS, max(_MIN_PIXELS, fits))
 

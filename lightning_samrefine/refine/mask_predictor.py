@@ -31,7 +31,7 @@ from lightning_samrefine.refine.mask_predictions import (
     MaskPredictions,
     WindowPredictions,
 )
-from lightning_samrefine.refine.mask_proposals import MaskProposals, propose_masks_of_images
+from lightning_samrefine.refine.mask_proposals import MaskProposals, propose_masks
 from lightning_samrefine.refine.prompts import build_prompts
 from lightning_samrefine.refine.raw_prediction import RawPrediction
 from lightning_samrefine.refine.regions import PendingSplit, RegionSet, begin_split
@@ -208,14 +208,16 @@ class MaskPredictor:
         """Return the mask proposals of the encoded images by their indices."""
         if not config.points_per_side or not embeddings:
             return {}
-        proposals = propose_masks_of_images(
-            self._model,
-            list(embeddings.values()),
-            [read[i].image_hw for i in embeddings],
-            config.points_per_side,
-            self._batch_size(config),
-            self._prompts_at_once,
-        )
+        settings = (config.points_per_side, self._batch_size(config), self._prompts_at_once)
+        hws = [read[i].image_hw for i in embeddings]
+        looked_at = list(embeddings.values())
+        if isinstance(self._model, CachedSam):
+            proposals = self._model.propose_masks(looked_at, hws, *settings)
+        else:
+            proposals = [
+                propose_masks(self._model, embedding, image_hw, *settings)
+                for embedding, image_hw in zip(looked_at, hws, strict=True)
+            ]
         return dict(zip(embeddings, proposals, strict=True))
 
     @torch.no_grad()

@@ -8,9 +8,7 @@ masks are packed to two bits a pixel, small enough to be cached.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -87,49 +85,13 @@ class MaskProposals:
         return levels[:, : height * width].unflatten(1, self.mask_hw)
 
 
-@runtime_checkable
-class MaskProposer(Protocol):
-    """A model that makes the mask proposals of several images itself, from a cache for example."""
-
-    def propose_masks(
-        self,
-        embeddings: Sequence[Embedding],
-        image_hws: Sequence[tuple[int, int]],
-        points_per_side: int,
-        prompts_per_batch: int,
-        at_once: ChunkSize,
-    ) -> list[MaskProposals]:
-        """Return what `propose_masks` returns for each of B images; arguments as there."""
-        ...
-
-
-def propose_masks_of_images(
-    sam: Promptable,
-    embeddings: Sequence[Embedding],
-    image_hws: Sequence[tuple[int, int]],
-    points_per_side: int,
-    prompts_per_batch: int,
-    at_once: ChunkSize,
-) -> list[MaskProposals]:
-    """Return the mask proposals of B images, by the model itself if it is a `MaskProposer`.
-
-    See `propose_masks` for the arguments.
-    """
-    if isinstance(sam, MaskProposer):
-        return sam.propose_masks(embeddings, image_hws, points_per_side, prompts_per_batch, at_once)
-    return [
-        propose_masks(sam, embedding, image_hw, points_per_side, prompts_per_batch, at_once)
-        for embedding, image_hw in zip(embeddings, image_hws, strict=True)
-    ]
-
-
 def propose_masks(
     sam: Promptable,
     embedding: Embedding,
     image_hw: tuple[int, int],
     points_per_side: int,
     prompts_per_batch: int,
-    at_once: ChunkSize | None = None,
+    at_once: ChunkSize,
 ) -> MaskProposals:
     """Prompt a grid of points and keep the good masks, each once.
 
@@ -157,9 +119,7 @@ def propose_masks(
     def predict(start: int, stop: int) -> tuple[Tensor, Tensor]:
         return sam.predict_masks(embedding, Prompts(None, points[start:stop]), True)
 
-    for _, _, (logits, ious) in (at_once or ChunkSize()).run(
-        len(points), prompts_per_batch, predict
-    ):
+    for _, _, (logits, ious) in at_once.run(len(points), prompts_per_batch, predict):
         logits = logits[..., :height, :width].flatten(0, 1)
         stability.append(_stability(logits))
         packed.append(pack_masks(logits))

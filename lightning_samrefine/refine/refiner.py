@@ -9,7 +9,6 @@ place, and with fitted ``weights`` that of `fusion.fitted`. With ``points_per_si
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,25 +26,15 @@ from lightning_samrefine.models.base import (
     has_multimask_output,
 )
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, make_cache
-from lightning_samrefine.refine.class_filter import (
-    check_classes,
-    restore_frozen_classes,
-)
+from lightning_samrefine.refine.class_filter import check_classes, restore_frozen_classes
 from lightning_samrefine.refine.fusion.algorithm4 import fuse_by_algorithm4
 from lightning_samrefine.refine.fusion.fitted import fuse_fitted
 from lightning_samrefine.refine.fusion.soft import fuse_soft
-from lightning_samrefine.refine.mask_predictions import (
-    ImagePredictions,
-)
+from lightning_samrefine.refine.mask_predictions import ImagePredictions
 from lightning_samrefine.refine.mask_predictor import MaskPredictor
 from lightning_samrefine.refine.raw_prediction import read_predictions
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.precision import autocast, autocast_dtype
-
-_log = logging.getLogger(__name__)
-
-# On a GPU, which encodes and decodes them together.
-_WINDOWS_AT_ONCE = 8
 
 
 class Refiner:

@@ -18,19 +18,18 @@ def whole(votes: torch.Tensor) -> WindowMaps:
     return WindowMaps.whole(votes, (H, W))
 
 
-def maps(seed: int = 0, **without: None) -> FeatureMaps:
-    generator = torch.Generator().manual_seed(seed)
+def maps() -> FeatureMaps:
+    generator = torch.Generator().manual_seed(0)
 
     def rand(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator)
 
-    given = {
-        "probs": rand(C, H, W).mul(4).softmax(dim=0),
-        "color_ratios": rand(C, BINS) * 3,
-        "color_bins": torch.randint(BINS, (H, W), generator=generator, dtype=torch.int32),
-        "region_votes": whole(rand(C, 6, 5)),
-    }
-    return FeatureMaps(**{**given, **without})
+    return FeatureMaps(
+        probs=rand(C, H, W).mul(4).softmax(dim=0),
+        color_ratios=rand(C, BINS) * 3,
+        color_bins=torch.randint(BINS, (H, W), generator=generator, dtype=torch.int32),
+        region_votes=whole(rand(C, 6, 5)),
+    )
 
 
 def expected(found: FeatureMaps) -> np.ndarray:
@@ -71,11 +70,6 @@ def test_features_are_the_logarithms_of_the_evidence():
     np.testing.assert_allclose(got.numpy(), want, atol=1e-5)
 
 
-def test_a_chosen_feature_is_the_row_of_all():
-    found, pixels = maps(), torch.arange(H * W)
-    assert torch.equal(found.at(pixels, ("raw", "region_votes")), found.at(pixels)[[0, 3]])
-
-
 @pytest.mark.parametrize("features", [FEATURES, ("raw", "color"), ("raw",)])
 def test_fused_probabilities_are_the_softmax_of_the_scores(features: tuple[str, ...]):
     found = maps()
@@ -87,7 +81,7 @@ def test_fused_probabilities_are_the_softmax_of_the_scores(features: tuple[str, 
     got = found.fuse(weights)
     np.testing.assert_allclose(got.numpy(), exp / exp.sum(axis=0), atol=1e-5)
     pixels = torch.arange(H * W)
-    by_pixel = class_scores(weights, found.at(pixels, features)).softmax(dim=0)
+    by_pixel = class_scores(weights, found.at(pixels)[rows]).softmax(dim=0)
     np.testing.assert_allclose(by_pixel.numpy(), got.flatten(1).numpy(), atol=1e-5)
 
 
@@ -104,12 +98,6 @@ def test_preset_weights_are_the_product_of_the_soft_fusion():
     torch.testing.assert_close(got, product / product.sum(dim=0), atol=1e-5, rtol=1e-4)
 
 
-def test_names_tell_what_an_image_has():
-    assert maps().names == FEATURES
-    assert maps(region_votes=None).names == ("raw", "color", "presence")
-    assert maps(color_ratios=None, color_bins=None).names == ("raw", "presence", "region_votes")
-
-
 def test_extreme_evidence_is_finite():
     found = maps()
     zero = FeatureMaps(
@@ -120,36 +108,6 @@ def test_extreme_evidence_is_finite():
     )
     assert zero.at(torch.arange(3 * W)).isfinite().all()
     assert found.fuse(LogLinear(FEATURES, (50.0,) * 4, (0.0,) * C)).isfinite().all()
-
-
-def test_a_lacking_feature_is_named():
-    found = maps(region_votes=None)
-    with pytest.raises(ValueError, match=r"features must be among .*raw, color.*got region_votes"):
-        found.fuse(LogLinear.preset(FEATURES, C))
-    with pytest.raises(ValueError, match="got region_votes"):
-        found.at(torch.arange(2), FEATURES)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"probs": torch.rand(H, W)}, "probs must be of shape"),
-        ({"color_bins": None}, "color_ratios and color_bins must be given together"),
-        ({"color_bins": torch.zeros(H, W + 1)}, "color_bins must be of shape"),
-        (
-            {"region_votes": WindowMaps.whole(torch.rand(C + 1, 2, 2), (H, W))},
-            "region_votes must have 3 dimensions",
-        ),
-        (
-            {"region_votes": WindowMaps.whole(torch.rand(C, 2), (H, W))},
-            "region_votes must have 3 dimensions",
-        ),
-        ({"color_ratios": torch.rand(C - 1, BINS)}, "color_ratios must have 2 dimensions"),
-    ],
-)
-def test_maps_that_do_not_fit_are_refused(changes: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        maps(**changes)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from random_predictions import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
-from lightning_samrefine.fusion_weights import FEATURES, FusionWeights, LogLinear
+from lightning_samrefine.fusion_weights import FusionWeights, LogLinear
 from lightning_samrefine.refine.fusion.fitted import (
     control_labels,
     feature_maps,
@@ -67,7 +67,6 @@ def test_region_votes_are_pred_iou_times_the_mean_probability_inside(predicted):
     masks, pred_iou, purity, classes = regions(found)
     want = votes(masks, pred_iou * purity, classes)
     np.testing.assert_allclose(maps.region_votes.maps(0).numpy(), want, atol=1e-5)
-    assert maps.names == ("raw", "color", "presence", "region_votes")
 
 
 def test_mean_probs_of_one_hot_masks_are_the_pixels_own():
@@ -135,7 +134,6 @@ def test_an_image_without_masks_is_fused_by_what_it_has(predicted):
     config = replace(CONFIG, pred_iou_thresh=1.0)
     found = predicted(config)
     maps = feature_maps(found, config)
-    assert maps.names == FEATURES
     assert not maps.region_votes.maps(0).any()
     refined = refine(found, config, fusion_weights())
     assert torch.equal(refined.labels, maps.fuse(fusion_weights().fusion).argmax(dim=0))

@@ -31,6 +31,7 @@ from lightning_samrefine.refine.mask_proposals import (
     propose_masks,
 )
 from lightning_samrefine.refine.windows import WindowMaps
+from lightning_samrefine.utils.memory import ChunkSize
 
 pytestmark = pytest.mark.numerical
 
@@ -122,7 +123,7 @@ class TestImageMasks:
     def test_what_is_kept_is_good_sorted_and_unlike_the_rest(self, random_sam):
         image = blobs()[0]
         embedding = random_sam.encode_images([image])[0]
-        masks = propose_masks(random_sam, embedding, (48, 60), 24, 4)
+        masks = propose_masks(random_sam, embedding, (48, 60), 24, 4, ChunkSize())
         assert len(masks) > 3  # of a sensible model, or there is nothing to look at
         assert (masks.pred_iou > 0.7).all()
         assert (masks.pred_iou.diff() <= 0).all()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_samrefine.models.base import (
     Embedding,
@@ -16,7 +16,6 @@ from lightning_samrefine.models.base import (
     accepts_masks,
     accepts_points,
     can_skip_padding,
-    drop_derived,
     has_multimask_output,
 )
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
@@ -62,7 +61,7 @@ class LazyEmbedding:
 
 
 class CachedSam:
-    """A model in front of a cache, itself a `Promptable` and a `MaskProposer`.
+    """A model in front of a cache, itself a `Promptable`.
 
     `encode_images` hashes the images and returns embeddings that are looked up when they are first
     needed: if an image's mask proposals are cached and its regions are not prompted, its embedding
@@ -76,62 +75,18 @@ class CachedSam:
     def __init__(self, sam: Promptable, cache: EmbeddingCache) -> None:
         self.sam, self.cache = sam, cache
         self._images_at_once = ChunkSize()
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.sam.name
-
-    @property
-    def module(self) -> nn.Module:
-        """The model's module."""
-        return self.sam.module
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the model's square input."""
-        return self.sam.image_size
-
-    @property
-    def mask_size(self) -> int:
-        """Side of its mask prompts and low-resolution logits."""
-        return self.sam.mask_size
+        # The rest is the model's own.
+        self.name, self.module = sam.name, sam.module
+        self.image_size, self.mask_size = sam.image_size, sam.mask_size
+        self.input_hw, self.mask_hw = sam.input_hw, sam.mask_hw
+        self.postprocess_masks = sam.postprocess_masks
+        self.accepts_masks, self.accepts_points = accepts_masks(sam), accepts_points(sam)
+        self.has_multimask_output = has_multimask_output(sam)
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.sam.device
-
-    @property
-    def accepts_masks(self) -> bool:
-        """Whether the model takes mask prompts."""
-        return accepts_masks(self.sam)
-
-    @property
-    def accepts_points(self) -> bool:
-        """Whether single points get useful masks."""
-        return accepts_points(self.sam)
-
-    @property
-    def has_multimask_output(self) -> bool:
-        """Whether the model predicts three masks a prompt."""
-        return has_multimask_output(self.sam)
-
-    def drop_derived(self) -> None:
-        """Drop what the model keeps between calls; the cache keeps its entries."""
-        drop_derived(self.sam)
-
-    def input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return the size to which an image of size (H, W) is resized."""
-        return self.sam.input_hw(image_hw)
-
-    def mask_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return the part of a mask prompt that an image of size (H, W) fills."""
-        return self.sam.mask_hw(image_hw)
-
-    def postprocess_masks(self, low_res_logits: Tensor, image_hw: tuple[int, int]) -> Tensor:
-        """Bring (N, m, m) logits to (N, H, W) float32."""
-        return self.sam.postprocess_masks(low_res_logits, image_hw)
 
     def encode_images(
         self,
@@ -194,11 +149,10 @@ class CachedSam:
         """
 
         def compute(missing: list[int]) -> list[Embedding]:
+            settings = (points_per_side, prompts_per_batch, at_once)
             resolved = self.resolve([embeddings[i] for i in missing])
             proposals = [
-                propose_masks(
-                    self.sam, own, image_hws[i], points_per_side, prompts_per_batch, at_once
-                )
+                propose_masks(self.sam, own, image_hws[i], *settings)
                 for i, own in zip(missing, resolved, strict=True)
             ]
             return [(masks.packed, masks.pred_iou) for masks in proposals]

@@ -11,7 +11,6 @@ color is in the class, ``"presence"`` of the class's mean probability in the ima
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,64 +33,21 @@ class FeatureMaps:
 
     Attributes:
         probs: (C, H, W) float32 in [0, 1], the raw probabilities.
-        color_ratios: (C, B) float32, p(class | color) / p(class) for each color bin; None without
-            colors.
-        color_bins: (H, W) integer in [0, B), each pixel's color bin; None without colors.
-        region_votes: (C, h, w) maps in [0, 1], votes of the masks of prompted regions; None if
-            regions were not prompted.
-
-    Raises:
-        ValueError: Shapes that do not fit together, or only one of color ratios and color bins.
+        color_ratios: (C, B) float32, p(class | color) / p(class) for each color bin.
+        color_bins: (H, W) integer in [0, B), each pixel's color bin.
+        region_votes: (C, h, w) maps in [0, 1], votes of the masks of prompted regions.
     """
 
     probs: Tensor
-    color_ratios: Tensor | None = None
-    color_bins: Tensor | None = None
-    region_votes: WindowMaps | None = None
+    color_ratios: Tensor
+    color_bins: Tensor
+    region_votes: WindowMaps
 
-    def __post_init__(self) -> None:
-        if self.probs.dim() != 3:
-            raise ValueError(f"probs must be of shape (C, H, W), got {tuple(self.probs.shape)}")
-        num_classes, *image_hw = self.probs.shape
-        if (self.color_ratios is None) != (self.color_bins is None):
-            raise ValueError("color_ratios and color_bins must be given together, got one of them")
-        if self.color_bins is not None and list(self.color_bins.shape) != image_hw:
-            raise ValueError(
-                f"color_bins must be of shape {tuple(image_hw)}, that of the image, got "
-                f"{tuple(self.color_bins.shape)}"
-            )
-        votes = None if self.region_votes is None else self.region_votes.maps(0)
-        for name, dims, value in (
-            ("color_ratios", 2, self.color_ratios),
-            ("region_votes", 3, votes),
-        ):
-            if value is not None and (value.dim() != dims or len(value) != num_classes):
-                raise ValueError(
-                    f"{name} must have {dims} dimensions, the first of {num_classes} classes, got "
-                    f"shape {tuple(value.shape)}"
-                )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The features that this image has."""
-        has = {
-            "raw": True,
-            "color": self.color_ratios is not None,
-            "presence": True,
-            "region_votes": self.region_votes is not None,
-        }
-        return tuple(name for name in FEATURES if has[name])
-
-    def at(self, pixels: Tensor, features: Sequence[str] | None = None) -> Tensor:
-        """Return (F, C, N) float32 features (all if None) at N positions in the flattened image.
-
-        Raises:
-            ValueError: A feature that this image lacks.
-        """
-        names = self._present(self.names if features is None else features)
+    def at(self, pixels: Tensor) -> Tensor:
+        """Return (F, C, N) float32, all of `FEATURES` at N positions in the flattened image."""
         num_classes = len(self.probs)
-        out = self.probs.new_empty(len(names), num_classes, len(pixels))
-        for row, name in enumerate(names):
+        out = self.probs.new_empty(len(FEATURES), num_classes, len(pixels))
+        for row, name in enumerate(FEATURES):
             for c in range(num_classes):
                 out[row, c] = self._values(name, c, pixels)
         return out
@@ -104,9 +60,8 @@ class FeatureMaps:
             rows: With start and stop; all H of them if None.
 
         Raises:
-            ValueError: A feature that this image lacks, or weights of another number of classes.
+            ValueError: Weights of another number of classes.
         """
-        names = self._present(weights.features)
         if weights.num_classes != len(self.probs):
             raise ValueError(
                 f"weights must be those of {len(self.probs)} classes, got {weights.num_classes}"
@@ -116,19 +71,10 @@ class FeatureMaps:
         for c, bias in enumerate(weights.biases):
             # One class at a time stays in a CPU's cache.
             score = scores[c].fill_(bias)
-            for name, weight in zip(names, weights.weights, strict=True):
+            for name, weight in zip(weights.features, weights.weights, strict=True):
                 if weight:
                     score.add_(self._values(name, c, rows), alpha=weight)
         return scores.softmax(dim=0)
-
-    def _present(self, features: Sequence[str]) -> tuple[str, ...]:
-        missing = [name for name in features if name not in self.names]
-        if missing:
-            raise ValueError(
-                f"features must be among those of the image, {', '.join(self.names)}, got "
-                f"{', '.join(missing)}"
-            )
-        return tuple(features)
 
     @cached_property
     def _shares(self) -> list[Tensor]:
@@ -149,11 +95,8 @@ class FeatureMaps:
         if name == "presence":
             return self._shares[c].clamp(min=_FLOORS[name]).log().expand_as(probs)
         if name == "color":
-            assert self.color_ratios is not None
-            assert self.color_bins is not None
             ratios = self.color_ratios[c].clamp(min=_FLOORS[name]).log_()
             return ratios[_taken(self.color_bins, where).long()]
-        assert self.region_votes is not None
         of_class = slice(c, c + 1)
         if isinstance(where, slice):
             votes = self.region_votes.rows(where, of_class)[0]

@@ -63,7 +63,7 @@ def fuse_fitted(
         maps: From `feature_maps`; computed if None.
 
     Raises:
-        ValueError: Weights of other classes, or of features that the image lacks.
+        ValueError: Weights of other classes.
     """
     weights = config.weights
     assert isinstance(weights, FusionWeights)

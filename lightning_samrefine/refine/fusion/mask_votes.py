@@ -174,7 +174,7 @@ def masks_at(
 
 def on_mask_grid(probs: Tensor, mask_hw: tuple[int, int]) -> Tensor:
     """Bring (C, H, W) probabilities to the grid of masks, (C, h_n, w_n)."""
-    return _resized(probs, mask_hw)
+    return F.interpolate(probs[None], mask_hw, mode="bilinear", align_corners=False)[0]
 
 
 def mean_probs(mask_probs: Tensor, small: Tensor) -> Tensor:
@@ -186,10 +186,6 @@ def mean_probs(mask_probs: Tensor, small: Tensor) -> Tensor:
     """
     sums = small.flatten(1) @ mask_probs.flatten(1).T
     return sums / sums.sum(dim=0).clamp(min=1e-6)
-
-
-def _resized(maps: Tensor, hw: Sequence[int]) -> Tensor:
-    return F.interpolate(maps[None], tuple(hw), mode="bilinear", align_corners=False)[0]
 
 
 def _raise_to(support: Tensor, mask_probs: Tensor, weight: Tensor, classes: Tensor) -> None:
