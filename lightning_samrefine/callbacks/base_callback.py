@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_samrefine.adapters.batch_adapter import BatchAdapter
 from lightning_samrefine.adapters.target_values import IgnoreIndex
 from lightning_samrefine.callbacks.arguments import SharedArguments, check_trainer
 from lightning_samrefine.callbacks.run_state import RunState
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fit.auto import FittedFusion
-from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 
 
@@ -38,21 +35,6 @@ class SAMCallback(Callback):
         self._attached: RunState | None = None
 
     @property
-    def sam(self) -> str | Promptable:
-        """The SAM that was given: a name or a model."""
-        return self.shared.sam
-
-    @property
-    def checkpoint(self) -> str | Path | None:
-        """The weights of a named SAM."""
-        return self.shared.checkpoint
-
-    @property
-    def num_classes(self) -> int | None:
-        """The number of classes, None if it is the module's."""
-        return self.shared.num_classes
-
-    @property
     def class_names(self) -> list[str] | None:
         """The names of the classes, None without any."""
         return self.shared.class_names
@@ -61,16 +43,6 @@ class SAMCallback(Callback):
     def refine_config(self) -> RefineConfig:
         """The thresholds."""
         return self.shared.refine
-
-    @property
-    def precision(self) -> str:
-        """SAM's autocast."""
-        return self.shared.precision
-
-    @property
-    def adapter(self) -> BatchAdapter:
-        """Reads batches."""
-        return self.shared.adapter
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning binds the module's log to the callback: pickling it would drag the module along.

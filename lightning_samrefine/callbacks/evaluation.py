@@ -111,9 +111,7 @@ class Evaluation:
         draws: bool,
         fits: bool,
     ) -> None:
-        state.bind(pl_module)
-        state.recheck_weights()
-        state.start_fit(fits)
+        state.begin(pl_module, fits)
         self._state, self._options, self._presenter = state, options, presenter
         self._module, self._draws, self._fits = pl_module, draws, fits
         self._evaluated: list[Evaluated] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -93,7 +92,7 @@ class RunState:
             else:
                 sam.module.to(device)
         self.cache = cache
-        self._refine_with(sam, shared.refine)
+        self.refine_with(sam, shared.refine)
         self._adapter: BatchAdapter | None = None
         # One a loader, for each settles the range of its own images.
         self._adapters: dict[int, BatchAdapter] = {}
@@ -111,11 +110,6 @@ class RunState:
     def sam(self) -> Promptable:
         """The loaded SAM."""
         return self.refiner.sam
-
-    @property
-    def config(self) -> RefineConfig:
-        """The thresholds in use: the user's, less what this SAM cannot do."""
-        return self.refiner.config
 
     @property
     def num_classes(self) -> int:
@@ -145,16 +139,17 @@ class RunState:
             self._check_targets = TargetCheck(maps, self._ignore_index)
         except ValueError as error:
             raise MisconfigurationException(f"{self._owner}: {error}") from error
-        check_classes(self.config, num_classes, self._shared.class_names)
+        config = self.refiner.config
+        check_classes(config, num_classes, self._shared.class_names)
         self._adapter = replace(
             self._shared.adapter,
             num_classes=num_classes,
             class_names=self._shared.class_names,
             device=self.sam.device,
         )
-        if self.config.weights == "auto":
+        if config.weights == "auto":
             names = self._shared.class_names or map(str, range(num_classes))
-            auto = AutoFusion(tuple(names), self._fitted, self.config.classes)
+            auto = AutoFusion(tuple(names), self._fitted, config.classes)
             ignored = settle_ignore_index(self._ignore_index, num_classes)
             self._auto_refiner = AutoRefiner(
                 self.refiner, auto, ignored, with_probs=self._with_probs
@@ -163,30 +158,33 @@ class RunState:
         masks = "" if accepts_masks(self.sam) else ", which takes no mask prompts,"
         rank_zero_info(
             f"{self._owner}: SAM {self.sam.name}{masks} on {self.sam.device} refines "
-            f"{num_classes} classes with {self.config}"
+            f"{num_classes} classes with {config}"
         )
 
-    def recheck_weights(self) -> None:
-        """Drop what was computed with other weights, if SAM's have changed."""
-        self.refiner.recheck_weights()
-
-    def start_fit(self, samples: bool) -> None:
-        """Begin an evaluation of ``refine="auto"``.
+    def begin(self, pl_module: LightningModule, samples: bool = False) -> None:
+        """Begin an evaluation: `bind`, and drop what was computed with other weights of SAM.
 
         Args:
-            samples: Whether its images are fitted to at its end.
+            pl_module: As for `bind`.
+            samples: Whether ``refine="auto"`` is fitted to its images at its end.
         """
+        self.bind(pl_module)
+        self.refiner.recheck_weights()
         if self._auto_refiner is not None:
             self._auto_refiner.start(samples)
 
-    def _refine_with(self, sam: Promptable, config: RefineConfig) -> None:
-        self.refiner = Refiner(sam, config, self._shared.precision, self.cache)
-        batches = _batches(self.refiner, self._with_probs)
-        self._safe = SafeRefiner(batches, sam.device, self._warn_once)
+    def refine_with(self, sam: Promptable, config: RefineConfig) -> None:
+        """Refine with a SAM and thresholds or weights, before `bind`."""
+        refiner, with_probs = (
+            Refiner(sam, config, self._shared.precision, self.cache),
+            self._with_probs,
+        )
+        self.refiner = refiner
 
-    def use_thresholds(self, config: RefineConfig) -> None:
-        """Refine with other thresholds or weights, before `bind`."""
-        self._refine_with(self.sam, config)
+        def refine(inputs: RefineInputs) -> list[Refinement]:
+            return refiner.refine_batch(inputs.images, inputs.probs, inputs.labels, with_probs)
+
+        self._safe = SafeRefiner(refine, sam.device, self._warn_once)
 
     def resume(self, fitted: FittedFusion) -> None:
         """Use the weights of a checkpoint, which Lightning loads after ``setup``."""
@@ -316,15 +314,6 @@ def _volumes(inputs: RefineInputs) -> list[str]:
     count = len(inputs.parts)
     first = Download(*inputs.images[::count]).wait()
     return repeated([image_digest(image) for image in first], count)
-
-
-def _batches(refiner: Refiner, with_probs: bool) -> Callable[[RefineInputs], list[Refinement]]:
-    """Return a refiner's `refine_batch` as a function of `RefineInputs`."""
-
-    def refine(inputs: RefineInputs) -> list[Refinement]:
-        return refiner.refine_batch(inputs.images, inputs.probs, inputs.labels, with_probs)
-
-    return refine
 
 
 class _WarnOnce:

@@ -88,9 +88,7 @@ class Prediction:
     """
 
     def __init__(self, pl_module: LightningModule, state: RunState, key: str) -> None:
-        state.bind(pl_module)
-        state.recheck_weights()
-        state.start_fit(False)
+        state.begin(pl_module)
         self._state, self._key = state, key
         self._capture = ScoresCapture(pl_module, state.num_classes)
 

@@ -202,11 +202,10 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (
-            self._given.refine.weights == "auto"
-        ):  # here, for Lightning loads checkpoints after setup
+        # Here, for Lightning loads checkpoints after setup.
+        if self._given.refine.weights == "auto":
             self.shared = replace(self._given, refine=fitted_config(trainer, self._given.refine))
-            self._run_state.use_thresholds(self.refine_config)
+            self._run_state.refine_with(self._run_state.sam, self.refine_config)
         self._run_state.bind(pl_module)
         num_classes = self._run_state.num_classes
         if trainer.predict_loop.return_predictions:
@@ -312,11 +311,12 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
             self._release()
 
     def _provenance(self, pl_module: LightningModule) -> Provenance:
-        state, adapter, rgb = self._run_state, self.adapter, self.adapter.rgb
+        state, adapter = self._run_state, self.shared.adapter
+        rgb, precision = adapter.rgb, self.shared.precision
         return Provenance.of(
             self.refine_config,
             state.sam,
-            str(autocast_dtype(self.precision, state.sam.device) or torch.float32),
+            str(autocast_dtype(precision, state.sam.device) or torch.float32),
             pl_module,
             {
                 "num_classes": state.num_classes,

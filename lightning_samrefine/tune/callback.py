@@ -98,8 +98,8 @@ class TuneCallback(SAMCallback):
 
     @property
     def acting_config(self) -> RefineConfig:
-        """The thresholds in use, see `RunState.config`."""
-        return self._run_state.config
+        """The thresholds in use: the user's, less what this SAM cannot do."""
+        return self._run_state.refiner.config
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,8 +112,7 @@ class TuneCallback(SAMCallback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = self._run_state
-        state.bind(pl_module)
-        state.recheck_weights()
+        state.begin(pl_module)
         if self.visitor is None:
             raise MisconfigurationException("TuneCallback.visitor must be set, got None")
         self._visit = self.visitor(Scoring(state.num_classes, self.ignore_index, self.trimap_width))

@@ -514,7 +514,7 @@ class TestArguments:
         )
         found = next(c for c in cli.trainer.callbacks if isinstance(c, SAMRefineCallback))
         assert found.refine_config == RefineConfig.preset("auto", pred_iou_thresh=0.7)
-        assert found.num_classes == 3
+        assert found.shared.num_classes == 3
 
 
 class TestFailures:

@@ -176,7 +176,7 @@ def check_foreign_app(arguments):
     callback = instantiate(cfg.callbacks.sam_refine, num_classes=3)
     assert isinstance(callback, SAMRefineCallback)
     assert callback.refine_config == RefineConfig.preset("auto", pred_iou_thresh=0.7)
-    assert (callback.sam, callback.checkpoint) == ("vit_t", "mobile_sam.pt")
+    assert (callback.shared.sam, callback.shared.checkpoint) == ("vit_t", "mobile_sam.pt")
 
 
 def test_the_pages_have_command_lines():
