@@ -283,14 +283,13 @@ class BatchAdapter:
             None if target is None else self._move(target.value),
             self._move(captured) if returned else None,
         )
-        converted = convert(tensors, kind, self._num_classes, self.rgb, padding, is_overlapping)
+        images, probs, labels, targets, has_probs = convert(
+            tensors, kind, self._num_classes, self.rgb, padding, is_overlapping
+        )
         parts = slices.names if slices is not None else ("",)
         if is_overlapping:
             parts = tuple(f"{part}/{c}".strip("/") for part in parts for c in self._class_names)
-        inputs = RefineInputs(
-            converted.images, converted.probs, converted.labels, converted.targets, parts
-        )
-        colors, has_probs = str(self.rgb), converted.has_network_probs
+        inputs, colors = RefineInputs(images, probs, labels, targets, parts), str(self.rgb)
         return Reading(inputs, roles, kind, has_probs, padding, colors, slices, is_overlapping)
 
     def _kind_of_one_channel(self, scores: Found, kind: ScoresKind) -> ScoresKind:

@@ -87,7 +87,7 @@ class ScoresCapture:
         self._batches: Counter[int] = Counter()
         self._forget()
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(self._on_own_call, with_kwargs=True)
+            module.register_forward_hook(self._on_own, with_kwargs=True)
         ]
         self._without_hooks: list[str] = []
         for name, child in _called_children(module):
@@ -161,13 +161,8 @@ class ScoresCapture:
         self._made_from: list[tuple[list[ReferenceType[Tensor]], Given]] = []
         self.given = []
 
-    def _on_own_call(
-        self, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        self._on_own(module, inputs, output, kwargs)
-
     def _on_own(
-        self, module: nn.Module, inputs: Any, output: Any, kwargs: Mapping[str, Any] | None = None
+        self, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
         if not self._armed:
             return
@@ -175,7 +170,7 @@ class ScoresCapture:
         if scores is not None:
             # With a batch's index among the inputs it is the step, wrapped in forward.
             is_step = any(isinstance(value, int) for value in inputs)
-            images = images_in((*inputs, *(kwargs or {}).values())) if self._notes_inputs else []
+            images = images_in((*inputs, *kwargs.values())) if self._notes_inputs else []
             given = [images] if images else []
             self._own.append((output if is_step else None, _Seen.of(scores, given)))
         elif isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():

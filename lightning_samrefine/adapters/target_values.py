@@ -12,14 +12,13 @@ from torch import Tensor
 
 from lightning_samrefine.adapters.layouts.overlapping import overlaps
 from lightning_samrefine.adapters.nested import Samples
-from lightning_samrefine.utils.validation import WrongValuesError, as_integer
+from lightning_samrefine.utils.validation import WrongValuesError, as_integer, some_of
 
 DEFAULT_IGNORE_INDEX = 255
 
 IgnoreIndex: TypeAlias = int | Literal["auto"] | None
 """A target value that is not counted, None for none, or ``"auto"``: 255 unless it is a class."""
 
-_SHOWN_VALUES = 5
 _WARNED_AFTER = 2  # batches of masks of 0 and 255
 _CITYSCAPES_IDS = range(-1, 34)
 _CITYSCAPES_CLASSES = 19
@@ -188,8 +187,8 @@ def describe_others(
     values = found.tolist()
     outside = [value for value in values if not 0 <= value < num_classes]
     return (
-        f"{name} must hold class indices 0 to {num_classes - 1}{ignored}, got {_some(outside)} in "
-        f"{100 * share:.3g}% of the pixels. {mend(values, num_classes)}"
+        f"{name} must hold class indices 0 to {num_classes - 1}{ignored}, got {some_of(outside)} "
+        f"in {100 * share:.3g}% of the pixels. {mend(values, num_classes)}"
     )
 
 
@@ -310,8 +309,3 @@ def _others(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tenso
     if ignore_index is not None:
         others &= labels != ignore_index
     return others
-
-
-def _some(values: Sequence[int]) -> str:
-    more = len(values) - _SHOWN_VALUES
-    return ", ".join(map(str, values[:_SHOWN_VALUES])) + (f" and {more} more" if more > 0 else "")

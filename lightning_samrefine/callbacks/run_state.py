@@ -175,11 +175,8 @@ class RunState:
 
     def refine_with(self, sam: Promptable, config: RefineConfig) -> None:
         """Refine with a SAM and thresholds or weights, before `bind`."""
-        refiner, with_probs = (
-            Refiner(sam, config, self._shared.precision, self.cache),
-            self._with_probs,
-        )
-        self.refiner = refiner
+        refiner = self.refiner = Refiner(sam, config, self._shared.precision, self.cache)
+        with_probs = self._with_probs
 
         def refine(inputs: RefineInputs) -> list[Refinement]:
             return refiner.refine_batch(inputs.images, inputs.probs, inputs.labels, with_probs)

@@ -16,7 +16,6 @@ from lightning_samrefine.data.folder_files import (
     FolderSplit,
     SampleFiles,
     pair_files,
-    some_of,
 )
 from lightning_samrefine.data.image_files import opened, read_header
 from lightning_samrefine.data.samples import (
@@ -32,6 +31,7 @@ from lightning_samrefine.data.samples import (
     read_probs,
     stored_array,
 )
+from lightning_samrefine.utils.validation import some_of
 
 SPLITS = ("train", "val", "test", "predict")
 # The first split of a stage is required.

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import codecs
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+from lightning_samrefine.adapters.sample_names import IMAGE_SUFFIXES
+from lightning_samrefine.utils.validation import some_of
+
 LABEL_SUFFIXES = (".png",)
 PREDICTION_SUFFIXES = (".png", ".npz")
-_SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -202,10 +203,3 @@ def _read_text(path: Path) -> str:
             f"{path}: stems must be UTF-8 text, or UTF-16 with a byte order mark, got NUL bytes"
         )
     return text
-
-
-def some_of(names: Iterable[str]) -> str:
-    """Return the first few names, and the number of the others, as text."""
-    names = list(names)
-    more = len(names) - _SHOWN_NAMES
-    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -66,12 +66,9 @@ class SamPromptable:
         Returns:
             One (1, D, h_e, w_e) float32 embedding an image.
         """
-        whole = padding or not takes_parts(self.module.image_encoder)
-        encode = self._encode_whole if whole else self._encode_shown
-        return [encode(image).float() for image in images]
-
-    def _encode_whole(self, image: Tensor) -> Tensor:
-        return self._encode(self._preprocess(image))
+        if padding or not takes_parts(self.module.image_encoder):
+            return [self._encode(self._preprocess(image)).float() for image in images]
+        return [self._encode_shown(image).float() for image in images]
 
     def _encode_shown(self, image: Tensor) -> Tensor:
         """Encode the patches that show an image, and fill in the rest: (1, D, h_e, w_e)."""

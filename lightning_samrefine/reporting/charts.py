@@ -26,33 +26,16 @@ def draw_class_bars(result: ComparisonResult, title: str = "IoU by class") -> Fi
     Returns:
         A matplotlib figure that belongs to no global state.
     """
-    iou = {side: result.scores[side]["iou"].numpy() * 100 for side in SIDES}
-    shown = [
-        index
-        for index in range(len(result.class_names))
-        if not all(np.isnan(iou[side][index]) for side in SIDES)
-    ]
-    figure = Figure(figsize=(5.4, 1.4 + 0.33 * max(len(shown), 1)), layout="constrained")
-    axes = figure.subplots()
-    rows = np.arange(len(shown))
-    for side, shift in zip(SIDES, (-0.2, 0.2), strict=True):
-        values = np.nan_to_num(iou[side][shown])
-        axes.barh(rows + shift, values, height=0.38, color=SIDE_COLORS[side], label=side)
-    for row, index in enumerate(shown):
-        gain = iou["refined"][index] - iou["raw"][index]
-        if np.isnan(gain):
-            continue
-        end = max(iou[side][index] for side in SIDES)
-        color = SIDE_COLORS["refined"] if gain >= 0 else _LOSS
-        axes.text(end + 1, row, f"{gain:+.1f}", va="center", fontsize=9, color=color)
-    axes.set_yticks(rows, [result.class_names[index] for index in shown])
-    axes.invert_yaxis()
+    iou = np.stack([result.scores[side]["iou"].numpy() * 100 for side in SIDES])
+    shown = np.flatnonzero(~np.isnan(iou).all(axis=0))
+    iou = iou[:, shown]
+    gains = iou[1] - iou[0]
+    notes = ["" if np.isnan(gain) else f"{gain:+.1f}" for gain in gains]
+    names = [result.class_names[index] for index in shown]
+    figure, axes = _paired_bars(np.nan_to_num(iou), names, notes, gains >= 0, space=1)
     axes.set_xlim(0, 115)
     axes.set_xlabel("IoU, %")
     axes.set_title(title, fontsize=10)
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -66,35 +49,47 @@ def draw_confusions(result: ComparisonResult, most: int = 12) -> Figure:
     Returns:
         A matplotlib figure that belongs to no global state.
     """
-    pixels = {side: result.matrices[side][-1].numpy().copy() for side in SIDES}
-    for matrix in pixels.values():
+    pixels = np.stack([result.matrices[side][-1].numpy() for side in SIDES])
+    for matrix in pixels:
         np.fill_diagonal(matrix, 0)
-    largest = np.maximum(*pixels.values())
+    largest = pixels.max(axis=0)
     ranked = np.argsort(-largest, axis=None, kind="stable")[:most]
     pairs = [np.unravel_index(cell, largest.shape) for cell in ranked]
     pairs = [pair for pair in pairs if largest[pair] > 0]
-    figure = Figure(figsize=(5.4, 1.4 + 0.33 * max(len(pairs), 1)), layout="constrained")
-    axes = figure.subplots()
-    rows = np.arange(len(pairs))
-    for side, shift in zip(SIDES, (-0.2, 0.2), strict=True):
-        values = [pixels[side][pair] for pair in pairs]
-        axes.barh(rows + shift, values, height=0.38, color=SIDE_COLORS[side], label=side)
-    for row, pair in zip(rows, pairs, strict=True):
-        change = int(pixels["refined"][pair] - pixels["raw"][pair])
-        color = SIDE_COLORS["refined"] if change <= 0 else _LOSS
-        axes.text(
-            float(largest[pair]), float(row), f" {change:+,}", va="center", fontsize=9, color=color
-        )
+    shown = np.array([[matrix[pair] for pair in pairs] for matrix in pixels])
+    changes = shown[1] - shown[0]
     names = [*result.class_names, "no class"]
-    axes.set_yticks(rows, [f"{names[true]} → {names[called]}" for true, called in pairs])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max((largest[pair] for pair in pairs), default=1))
+    labels = [f"{names[true]} → {names[called]}" for true, called in pairs]
+    notes = [f" {int(change):+,}" for change in changes]
+    figure, axes = _paired_bars(shown, labels, notes, changes <= 0)
+    axes.set_xlim(0, 1.25 * shown.max(initial=1))
     axes.set_xlabel("pixels")
     axes.set_title("Pixels of a class called another", fontsize=10)
+    return figure
+
+
+def _paired_bars(
+    values: np.ndarray,
+    labels: Sequence[str],
+    notes: Sequence[str],
+    better: np.ndarray,
+    space: float = 0,
+) -> tuple[Figure, Axes]:
+    """Draw (2, N) values, raw beside refined, each pair with a note, green if it is ``better``."""
+    rows = np.arange(len(labels))
+    figure = Figure(figsize=(5.4, 1.4 + 0.33 * max(len(rows), 1)), layout="constrained")
+    axes: Axes = figure.subplots()
+    for side, own, shift in zip(SIDES, values, (-0.2, 0.2), strict=True):
+        axes.barh(rows + shift, own, height=0.38, color=SIDE_COLORS[side], label=side)
+    for row, end, note, good in zip(rows, values.max(axis=0), notes, better, strict=True):
+        color = SIDE_COLORS["refined"] if good else _LOSS
+        axes.text(float(end) + space, float(row), note, va="center", fontsize=9, color=color)
+    axes.set_yticks(rows, labels)
+    axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2)
-    return figure
+    return figure, axes
 
 
 def draw_reliability(calibration: Calibration) -> Figure:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
+
+_SHOWN = 5
 
 
 class WrongValuesError(ValueError):
@@ -45,3 +48,10 @@ def check_count(name: str, value: Any, least: int = 1, alternative: str = "") ->
     if number < least:
         raise ValueError(f"{required}, got {value!r}")
     return number
+
+
+def some_of(values: Iterable[Any]) -> str:
+    """Return the first few values, and the number of the others, as text."""
+    texts = list(map(str, values))
+    more = len(texts) - _SHOWN
+    return ", ".join(texts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -97,7 +97,7 @@ def test_what_a_step_returned_through_forward_is_no_score(network, capture):
     expected = network(X)
     network.register_forward_hook(lambda *_: {"loss": torch.tensor(1.0)})
     for output in (None, torch.tensor(1.0), {"loss": torch.tensor(1.0)}):
-        capture._on_own(network, (), output)
+        capture._on_own(network, (), {}, output)
     assert torch.equal(capture.take()[0], expected)
 
 
@@ -129,7 +129,7 @@ def test_hooks_go_away(network, capture):
 def test_what_a_step_sent_through_forward_returned_is_no_score(network, capture, index):
     expected = network(X)
     returned = {"loss": torch.tensor(1.0), "anything": torch.rand(2, C, 6, 8)}
-    capture._on_own(network, ({"image": X}, index), returned)
+    capture._on_own(network, ({"image": X}, index), {}, returned)
     assert torch.equal(capture.take(returned)[0], expected)
 
 

@@ -46,25 +46,6 @@ class FoundTensors:
         )
 
 
-@dataclass(frozen=True)
-class Converted:
-    """Converted tensors, see `RefineInputs`.
-
-    Attributes:
-        images: (B, 3, H, W) uint8 RGB.
-        probs: (B, C, H, W) float32.
-        labels: (B, H, W) int64.
-        targets: (B, H, W) int64, or None.
-        has_network_probs: (B,) bool, label maps with the network's probabilities, or None.
-    """
-
-    images: Samples
-    probs: Samples
-    labels: Samples
-    targets: Samples | None
-    has_network_probs: Tensor | None
-
-
 def convert(
     found: FoundTensors,
     kind: ScoresKind,
@@ -72,7 +53,7 @@ def convert(
     rgb: Denormalize,
     padding: RealParts | None = None,
     overlapping: bool = False,
-) -> Converted:
+) -> tuple[Samples, Samples, Samples, Samples | None, Tensor | None]:
     """Convert tensors, and cut the padding off.
 
     Args:
@@ -82,6 +63,10 @@ def convert(
         rgb: Converts images.
         padding: The real parts of a padded batch.
         overlapping: Whether each class is a binary map of its own.
+
+    Returns:
+        The first four fields of `RefineInputs`; and (B,) bool, label maps with the network's
+        probabilities, or None.
 
     Raises:
         ValueError: Shapes, numbers or values that do not fit.
@@ -119,7 +104,7 @@ def convert(
     elif target is not None:
         pairs = zip(target, labels, strict=True)
         targets = [to_labels(one[None], own[None])[0] for one, own in pairs]
-    return Converted(images, probs, labels, targets, has_network_probs)
+    return images, probs, labels, targets, has_network_probs
 
 
 def _check_numbers(found: FoundTensors, images: int) -> None:

@@ -82,47 +82,36 @@ class Gallery:
         self.images_seen += 1
         if self._broken:
             return
-        try:
-            self._add(name, image, raw, refined, target, regions, found)
-        except OSError as error:
-            self._give_up(name, error)
-
-    def _add(
-        self,
-        name: str,
-        image: Tensor,
-        raw: Tensor,
-        refined: Tensor,
-        target: Tensor,
-        regions: Regions,
-        found: ImageComparison,
-    ) -> None:
         fixed, broken, swapped = found.changes.totals()
         # What refinement did in all: an image with as much fixed as broken is worth a look.
         worth = (fixed + broken) / max(int(found.valid.sum()), 1)
-        if _enters(self._images, worth, name, self.max_images):
-            miou = found.mious(self.ignore_index)
-            entry = {
-                "name": name,
-                "size": [target.shape[1], target.shape[0]],
-                "raw": _number(miou[0]),
-                "refined": _number(miou[1]),
-                "fixed": fixed,
-                "broken": broken,
-                "swapped": swapped,
-                "tiles": image_tiles(image, raw, refined, target, found.valid, self.num_classes),
-                "regions": [
-                    [
-                        *map(round, extent),
-                        region.class_index,
-                        _number(region.pred_iou),
-                        region.accepted,
-                    ]
-                    for region, extent in zip(regions, regions.extents.tolist(), strict=True)
-                ],
-            }
-            self._keep(self._images, worth, name, entry, self.max_images)
-        self._add_regions(name, image, target, regions, found)
+        try:
+            if _enters(self._images, worth, name, self.max_images):
+                tiles = image_tiles(image, raw, refined, target, found.valid, self.num_classes)
+                miou = found.mious(self.ignore_index)
+                entry = {
+                    "name": name,
+                    "size": [target.shape[1], target.shape[0]],
+                    "raw": _number(miou[0]),
+                    "refined": _number(miou[1]),
+                    "fixed": fixed,
+                    "broken": broken,
+                    "swapped": swapped,
+                    "tiles": tiles,
+                    "regions": [
+                        [
+                            *map(round, extent),
+                            region.class_index,
+                            _number(region.pred_iou),
+                            region.accepted,
+                        ]
+                        for region, extent in zip(regions, regions.extents.tolist(), strict=True)
+                    ],
+                }
+                self._keep(self._images, worth, name, entry, self.max_images)
+            self._add_regions(name, image, target, regions, found)
+        except OSError as error:
+            self._give_up(name, error)
 
     def _add_regions(
         self, name: str, image: Tensor, target: Tensor, regions: Regions, found: ImageComparison
