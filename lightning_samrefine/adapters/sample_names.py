@@ -82,12 +82,7 @@ def names_under(batch: Any, key: str, count: int, argument: str) -> list[Any]:
 
 
 def own_names(batch: Any, count: int) -> list[str] | None:
-    """Return the names of a batch's images under a usual name, None without any.
-
-    Args:
-        batch: As the dataloader yields it.
-        count: B, the number of its images.
-    """
+    """Return the names of a batch's images under a usual name, None without any."""
     names = _search(batch, count)
     return None if names is None else [str(name) for name in names]
 

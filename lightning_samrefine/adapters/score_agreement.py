@@ -37,10 +37,7 @@ class ScoresAgreement:
         Candidates of the same size may differ in ties only: a maximum share of all pixels would
         ignore small classes.
 
-        Args:
-            first: A candidate.
-            second: Another one.
-            image: The image, to whose size both are resized; None compares them as they are.
+        Both are resized to the image's size; without an image they are compared as they are.
         """
         same_sizes = all(
             one.shape[-2:] == other.shape[-2:]

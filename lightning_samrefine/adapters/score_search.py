@@ -81,12 +81,7 @@ class ScoresSearch:
     ) -> Found | None:
         """Search one batch.
 
-        Args:
-            batch: As the dataloader yields it.
-            outputs: The step's output.
-            captured: Scores captured by a forward hook.
-            image: The image: scores must fit its size and be another tensor.
-            target: The target: scores must be another tensor.
+        Scores must fit the image's size, and be another tensor than image and target.
 
         Raises:
             ValueError: Several tensors give different labels, or the only one cannot be scores.

@@ -70,10 +70,6 @@ class TargetCheck:
     can only mean "not annotated". With more classes, a warning is issued if the first batches of a
     loader hold only 0 and 255.
 
-    Args:
-        num_classes: C.
-        ignore_index: See `IgnoreIndex`.
-
     Attributes:
         ignore_index: The value that applies.
 
@@ -172,11 +168,7 @@ def describe_others(
 ) -> str:
     """Describe the values that are neither classes nor ignored, and how to fix them.
 
-    Args:
-        labels: Integer tensor of any shape.
-        num_classes: C.
-        ignore_index: The ignored value, or None.
-        name: First word of the sentence.
+    The text begins with ``name``.
     """
     others = _others(labels, num_classes, ignore_index)
     share = float(others.double().mean())

@@ -264,10 +264,6 @@ def parse_refine(refine: Thresholds) -> RefineConfig:
 def parse_patterns(argument: str, patterns: Sequence[str] | str) -> tuple[str, ...]:
     """Return names and glob patterns of figures; ``"all"`` is every figure.
 
-    Args:
-        argument: Its name, for the error.
-        patterns: As the user gave them.
-
     Raises:
         TypeError: Neither ``"all"`` nor a sequence of strings.
     """

@@ -66,11 +66,7 @@ class AutoRefiner:
 
     @torch.no_grad()
     def sample(self, inputs: RefineInputs) -> None:
-        """Sample labeled pixels of B samples without refining them; non-finite scores are skipped.
-
-        Args:
-            inputs: B samples with targets.
-        """
+        """Sample labeled pixels of B samples, unrefined; non-finite scores are skipped."""
         finite = [i for i, probs in enumerate(inputs.probs) if probs.isfinite().all()]
         inputs = inputs.take(finite)
         found = self._predict(inputs)

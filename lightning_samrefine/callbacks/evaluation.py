@@ -88,14 +88,8 @@ class EvaluationOptions:
 class Evaluation:
     """One pass over the validation or test loaders.
 
-    Args:
-        trainer: The Trainer that runs it.
-        pl_module: The user's module; forward hooks stay on it until `close`.
-        state: The run's SAM.
-        options: What is measured.
-        presenter: Shows the results.
-        draws: Whether panels and charts are drawn, see `Presenter.draws`.
-        fits: Whether ``refine="auto"`` is fitted to the images at the end.
+    Forward hooks stay on the module until `close`. With ``fits``, ``refine="auto"`` is fitted to
+    the images at the end; for ``draws`` see `Presenter.draws`.
 
     Attributes:
         figures: All figures by the names that they are logged under, filled by `finish`.
@@ -151,13 +145,6 @@ class Evaluation:
 
         In the sanity check the reading is rehearsed, so that a wrong set-up is reported before an
         epoch was trained, and nothing is refined.
-
-        Args:
-            trainer: The Trainer that runs the evaluation.
-            batch: As the dataloader yields it.
-            outputs: The return value of the step.
-            batch_idx: The batch's number.
-            dataloader_idx: The loader's number.
         """
         if not self._options.covers(batch_idx):
             return
@@ -261,9 +248,7 @@ class Evaluation:
     def present(self, trainer: Trainer, history: Sequence[Mapping[str, Any]]) -> None:
         """Show what `finish` measured in panels, charts and the report. A collective call.
 
-        Args:
-            trainer: The Trainer that runs the evaluation.
-            history: The running fit's, this evaluation included.
+        The history is the running fit's, this evaluation included.
         """
         if not self._evaluated:
             return

@@ -33,9 +33,7 @@ def matches(figure: str, patterns: Iterable[str]) -> bool:
 def is_monitored(trainer: Trainer, name: str) -> bool:
     """Whether a callback or scheduler monitors a figure, or puts it into the name of a file.
 
-    Args:
-        trainer: With the callbacks and schedulers that monitor.
-        name: As logged, such as ``"val/iou_refined/road"``.
+    The name is as logged, such as ``"val/iou_refined/road"``.
     """
     if any(name == monitor for _, monitor in _monitors(trainer)):
         return True

@@ -151,13 +151,8 @@ class Presenter:
     ) -> None:
         """Show the results of a pass over all loaders. A collective call.
 
-        Args:
-            trainer: Has loggers, log folder and epoch.
-            evaluations: One per loader.
-            draws: Whether panels and charts are due, see `draws`.
-            history: The running fit's, these evaluations included.
-            thresholds: The refinement's settings, a dataclass.
-            about: Further facts for the report, by name.
+        The history is the running fit's, these evaluations included. The thresholds are a
+        dataclass; ``about`` has further facts for the report, by name.
         """
         folder = _log_folder(trainer)
         for evaluated in evaluations:
@@ -273,10 +268,7 @@ class Presenter:
 def sample_names(batch: Any, count: int, fallback: str) -> list[str]:
     """Return the names of a batch's samples: its own if it has some, else by position.
 
-    Args:
-        batch: As the dataloader yields it, see `own_names`.
-        count: B.
-        fallback: Such as ``"batch 3"``.
+    See `own_names`; a fallback is such as ``"batch 3"``.
     """
     positions = [f"{fallback}, image {index}" for index in range(count)]
     return own_names(batch, count) or positions

@@ -64,11 +64,7 @@ def add_labels(
 
     They are (B, H, W) int64, or a list of B maps (H, W) if images differ in size.
 
-    Args:
-        outputs: A dict, see `check_outputs`.
-        key: Where they go.
-        inputs: B samples.
-        refinements: B refinements, None for a sample that keeps its raw labels.
+    A sample without a refinement keeps its raw labels.
     """
     labels: list[Tensor] = [
         raw if refinement is None else refinement.labels

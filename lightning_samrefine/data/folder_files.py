@@ -50,10 +50,7 @@ class FolderSplit:
     ) -> FolderSplit | None:
         """Convert a split's setting; None if all its values are ``None``.
 
-        Args:
-            name: The split's name in errors.
-            value: The setting.
-            needed: The required folders.
+        The folders ``needed`` are required.
 
         Raises:
             TypeError: Neither a mapping nor a `FolderSplit`, or an unknown key.

@@ -78,9 +78,7 @@ def check_depth(image: Image.Image, name: str) -> None:
 
     Pillow keeps the upper 8 of 16 bits: nearly black for images of a 12-bit camera.
 
-    Args:
-        image: Opened, not yet decoded.
-        name: The image's name in the error.
+    The image is opened, not yet decoded.
 
     Raises:
         ValueError: As described.
@@ -99,8 +97,7 @@ def check_depth(image: Image.Image, name: str) -> None:
 def gray_step(image: Image.Image) -> int:
     """Return Pillow's scale factor for the values of a gray PNG of 2 or 4 bits, else 1.
 
-    Args:
-        image: Opened, not yet decoded.
+    The image is opened, not yet decoded.
     """
     return _GRAY_STEPS.get(_raw_mode(image), 1) if image.format == "PNG" else 1
 

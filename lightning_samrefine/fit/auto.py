@@ -122,8 +122,7 @@ class AutoFusion:
     def finish(self, others: Iterable[ImageSample] = ()) -> Verdict | None:
         """Fit the weights to the images of the evaluation and judge them.
 
-        Args:
-            others: The samples of the other processes.
+        There may be samples of other processes.
 
         Returns:
             What was found, None if the images are of fewer than `MIN_GROUPS` groups; the weights

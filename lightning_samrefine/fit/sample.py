@@ -159,8 +159,7 @@ class PixelSample:
     def merge(self, others: Iterable[ImageSample]) -> None:
         """Add what another process collected.
 
-        Args:
-            others: Its images, in any order.
+        Its images come in any order.
 
         Raises:
             ValueError: An image of another number of classes.

@@ -72,10 +72,7 @@ def cross_validate(
 ) -> CrossValidation:
     """Fit to all images and, fold by fold, to all images outside the fold.
 
-    Args:
-        samples: N images of at least two groups.
-        features: Names of features that all images have.
-        num_classes: C.
+    The images are of at least two groups.
 
     Raises:
         ValueError: An image that lacks a feature or has another number of classes.
@@ -104,13 +101,7 @@ def cross_validate(
 
 
 class _Problem:
-    """The objective over one set of pixels, in float64.
-
-    Args:
-        samples: At least one image.
-        names: The F features.
-        num_classes: C.
-    """
+    """The objective over one set of pixels, in float64."""
 
     def __init__(
         self, samples: Sequence[ImageSample], names: tuple[str, ...], num_classes: int

@@ -182,10 +182,7 @@ def _certain_losers(
 ) -> list[int]:
     """Return the classes to freeze, so that no other class certainly loses.
 
-    Args:
-        refined: Returns the counts of the refinement with some classes frozen.
-        raw: The counts of the raw prediction.
-        seed: Of the bootstrap's draws.
+    ``refined`` returns the counts of the refinement with some classes frozen.
     """
     frozen: list[int] = []
     while True:

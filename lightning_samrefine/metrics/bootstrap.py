@@ -109,13 +109,6 @@ def bootstrap_class_gains(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bound each class's gain in IoU as `paired_bootstrap` bounds that in mIoU.
 
-    Args:
-        raw: As for `paired_bootstrap`.
-        refined: As for `paired_bootstrap`.
-        resamples: How many times N images are drawn with replacement.
-        confidence: Share of resamples inside the intervals, in (0, 1).
-        seed: Of the draws.
-
     Returns:
         Lower and upper ends of the percentile intervals, (C,) float64 each. In a resample without
         a class on a side, its IoU there counts as 0.

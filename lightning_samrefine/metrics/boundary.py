@@ -82,9 +82,6 @@ class BorderCounts(Counts):
     band and make no border, so that a prediction without a wrong pixel scores 1. Counts are summed
     over the data set, as those of mIoU are, and not averaged over images.
 
-    Args:
-        num_classes: C.
-
     Attributes:
         counts: (7, C) int64, pixels of the target's band, of the prediction's band, of both with
             the class in both; of the target's edge, those of them that the prediction has within

@@ -12,9 +12,6 @@ from torchmetrics import Metric
 class Counts(Metric):
     """Integers that are summed over batches and processes, so that no order changes them.
 
-    Args:
-        shape: Of the counts.
-
     Attributes:
         counts: int64.
     """

@@ -140,10 +140,7 @@ def foreground(
 ) -> tuple[Regions, ImageComparison]:
     """Return the regions of a class, without those of the rest of its image, under its index.
 
-    Args:
-        regions: N regions of classes 0 and 1 of a binary map.
-        found: What the comparison returned.
-        index: The class's among all.
+    The regions are of classes 0 and 1 of a binary map.
     """
     kept = regions.classes == 1
     values: dict[str, Any] = {

@@ -17,9 +17,6 @@ _MERGE_EVERY = 256
 class ImageTotals(Metric):
     """Keeps the totals of the classes that occur in each image: about 200 bytes per image.
 
-    Args:
-        num_classes: C.
-
     Attributes:
         rows: List of flat int32 tensors.
     """

@@ -66,10 +66,7 @@ _LINES_AT_ONCE = 20_000
 class Journal:
     """Lines that are complete or ignored, one an image, appended by one process.
 
-    Args:
-        folder: Of all journals.
-        generation: Number of the run, above that of all runs before.
-        rank: Number of the process.
+    The run's generation is above that of all runs before.
     """
 
     def __init__(self, folder: Path, generation: int, rank: int) -> None:
@@ -131,13 +128,7 @@ def parse_line(line: bytes) -> Row | None:
 
 
 class JournalFollower:
-    """Reads the lines that the other processes of a run append to their journals.
-
-    Args:
-        folder: Of all journals.
-        generation: Number of the run.
-        rank: Number of the process, whose own journal is left out.
-    """
+    """Reads the lines that the other processes of a run append to their journals."""
 
     def __init__(self, folder: Path, generation: int, rank: int) -> None:
         self._folder, self._generation = folder, generation
@@ -183,10 +174,7 @@ class Contents:
     def load(cls, manifest: Path, journals: Path, before: int | None = None) -> Contents:
         """Read a manifest and the journals after it; missing or damaged parts are left out.
 
-        Args:
-            manifest: The Parquet file, generation −1.
-            journals: Their folder.
-            before: Journals of this generation and later ones are left out.
+        The manifest has generation −1. Journals of generation ``before`` and later are left out.
         """
         rows, seen = [_read_manifest(manifest)], [_SEEN.empty_table()]
         for generation, path in journal_files(journals):
@@ -234,9 +222,7 @@ def journal_files(folder: Path) -> list[tuple[int, Path]]:
 def manifest_bytes(rows: pa.Table, constants: Mapping[str, str]) -> bytes:
     """Return the Parquet file: equal rows and constants give equal bytes.
 
-    Args:
-        rows: Of `SCHEMA`, sorted.
-        constants: Columns with one and the same value in every row.
+    The rows are of `SCHEMA` and sorted; constants are columns with one value in every row.
     """
     table = rows.select(SCHEMA.names).combine_chunks()
     for name, value in constants.items():

@@ -57,11 +57,7 @@ class Finished:
 
 
 class Spellings:
-    """Refuses names that differ only in case if the file system keeps one of such files.
-
-    Args:
-        files: The folder that they are for.
-    """
+    """Refuses names that differ only in case if the file system keeps one of such files."""
 
     def __init__(self, files: OutputFolder) -> None:
         self._folds = files.folds_case()
@@ -86,8 +82,7 @@ class Spellings:
 class OutputFolder:
     """The files of a folder: reads, checks and writes them.
 
-    Args:
-        path: The folder; several processes may share it.
+    Several processes may share the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,9 +124,7 @@ class OutputFolder:
     def prepare(self, provenance: Provenance, overwrite: bool) -> int:
         """Prepare the folder for a run; one process does this before any file is written.
 
-        Args:
-            provenance: Of the run.
-            overwrite: Whether to remove what a run of another provenance has written.
+        With ``overwrite`` what a run of another provenance has written is removed.
 
         Returns:
             The run's generation, above those of all journals.
@@ -170,10 +163,6 @@ class OutputFolder:
 
     def check_stem(self, stem: str, with_probs: bool) -> None:
         """Refuse a name that the file system cannot take; the folder exists.
-
-        Args:
-            stem: An image's name.
-            with_probs: Whether probabilities are written as well.
 
         Raises:
             ValueError: The name or one of its parts is too long.

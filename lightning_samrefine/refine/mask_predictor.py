@@ -46,13 +46,7 @@ _WINDOWS_AT_ONCE = 8
 
 
 class MaskPredictor:
-    """Prompts SAM with the regions of images and with a grid of points.
-
-    Args:
-        sam: The model.
-        precision: As for `Refiner`.
-        cache: Keeps embeddings and mask proposals, None for none.
-    """
+    """Prompts SAM with the regions of images and with a grid of points."""
 
     def __init__(self, sam: Promptable, precision: str, cache: EmbeddingCache | None) -> None:
         self._sam, self._precision, self._cache = sam, precision, cache
@@ -65,9 +59,7 @@ class MaskPredictor:
     ) -> Iterator[ImagePredictions]:
         """Predict masks on B images, as `Refiner.predict` does.
 
-        Args:
-            read: B of them.
-            config: The thresholds, possible for the model.
+        The thresholds are possible for the model.
         """
         sides = [window_side(config, self._sam, raw.image_hw) for raw in read]
         if any(sides):

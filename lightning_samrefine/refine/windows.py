@@ -100,9 +100,7 @@ class WindowMaps:
     def rows(self, rows: slice, classes: slice = slice(None)) -> Tensor:
         """Return rows of the maps at the image's resolution, (c, n, W) float32.
 
-        Args:
-            rows: With start and stop.
-            classes: Of the maps.
+        The slice of rows has start and stop.
         """
         if len(self.windows) == 1:
             return _resized_rows(self.maps(0)[classes], self.image_hw, rows)

@@ -98,9 +98,7 @@ def _known(labels: Tensor, num_classes: int) -> Tensor:
 class GridCounts:
     """The counts of N images in every cell of a grid.
 
-    Args:
-        scoring: The scoring. A class that is ignored counts as absent.
-        cells: Number of cells.
+    A class that is ignored counts as absent.
     """
 
     def __init__(self, scoring: Scoring, cells: int) -> None:

@@ -98,13 +98,6 @@ class TuneSettings:
     ) -> float | None:
         """Tune, write the files and print the result.
 
-        Args:
-            trainer: With a `TuneCallback`.
-            segmenter: Source of the predictions.
-            datamodule: With a validation set.
-            ckpt_path: Lightning checkpoint of the segmenter.
-            folder: Output folder.
-
         Returns:
             mIoU of the validation set, refined with the choice; None without a scored pixel.
         """

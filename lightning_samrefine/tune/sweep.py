@@ -20,10 +20,7 @@ from lightning_samrefine.tune.grid import Grid
 class Sweep:
     """Counts the changes of images by every cell of a grid.
 
-    Args:
-        grid: The thresholds to try.
-        base: All other settings; its classes and thresholds of single classes are ignored.
-        scoring: The scoring.
+    The classes and thresholds of single classes of ``base`` are ignored.
 
     Attributes:
         counts: Counts of the changes, cell by cell in the order of ``grid.cells``.

@@ -56,13 +56,8 @@ def convert(
 ) -> tuple[Samples, Samples, Samples, Samples | None, Tensor | None]:
     """Convert tensors, and cut the padding off.
 
-    Args:
-        found: The tensors.
-        kind: Kind of scores; of one map with overlapping classes.
-        num_classes: C.
-        rgb: Converts images.
-        padding: The real parts of a padded batch.
-        overlapping: Whether each class is a binary map of its own.
+    With ``overlapping`` each class is a binary map of its own, and ``kind`` the kind of one such
+    map.
 
     Returns:
         The first four fields of `RefineInputs`; and (B,) bool, label maps with the network's

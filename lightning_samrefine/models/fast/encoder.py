@@ -148,10 +148,7 @@ def _patches(conv: nn.Conv2d, images: Tensor) -> Tensor:
 def _vit_attention(block: Block, x: Tensor, grid: int) -> Tensor:
     """Return attention's output before its projection, (B, h, w, D).
 
-    Args:
-        block: The block.
-        x: (B, h, w, D).
-        grid: Side of the whole square in tokens, for which relative positions were learned.
+    ``grid`` is the side of the whole square in tokens, for which relative positions were learned.
     """
     attn = block.attn
     height, width = x.shape[1:3]

@@ -67,9 +67,7 @@ class CachedSam:
     needed: if an image's mask proposals are cached and its regions are not prompted, its embedding
     is never read. Embeddings are `rounded` to the autocast's dtype, in which the cache keeps them.
 
-    Args:
-        sam: The model.
-        cache: Its key includes the model's weights and the autocast in effect.
+    The cache's key includes the model's weights and the autocast in effect.
     """
 
     def __init__(self, sam: Promptable, cache: EmbeddingCache) -> None:

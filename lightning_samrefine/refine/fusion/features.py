@@ -84,10 +84,7 @@ class FeatureMaps:
     def _values(self, name: str, c: int, where: slice | Tensor) -> Tensor:
         """Return one feature of one class, float32.
 
-        Args:
-            name: The feature.
-            c: The class.
-            where: Rows, with start and stop, or (N,) int64 indices into the flattened image.
+        ``where`` is rows, with start and stop, or (N,) int64 indices into the flattened image.
         """
         probs = _taken(self.probs[c], where)
         if name == "raw":

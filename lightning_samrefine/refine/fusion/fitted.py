@@ -84,13 +84,7 @@ def fuse_fitted(
 
 
 def control_labels(raw: RawPrediction, maps: FeatureMaps, weights: FusionWeights) -> Tensor:
-    """Return the labels of the fusion without SAM, (H, W) int64: what is gained without it.
-
-    Args:
-        raw: The raw prediction.
-        maps: Its features.
-        weights: Their ``control`` is used, for all classes.
-    """
+    """Return the labels of the fusion without SAM, (H, W) int64: what is gained without it."""
     return _fuse(raw, maps, weights.control, with_probs=False)[0]
 
 

@@ -29,12 +29,8 @@ def look_regions(
 ) -> WindowRegions:
     """List the regions of one look.
 
-    Args:
-        look: Its predictions.
-        stride: r.
-        accepted: (N,) bool.
-        pred_iou: (N,) float32 on the CPU.
-        masks: N of them, or None.
+    There are N masks or none, (N,) bool, the accepted regions, and (N,) float32 predicted IoUs on
+    the CPU.
     """
     seen = look.in_image
     table = region_table(look.regions, look.raw.image_hw, stride, pred_iou, accepted)

@@ -166,12 +166,8 @@ def _with_regions(
 ) -> list[MaskVotes]:
     """Add the votes of accepted regions' masks.
 
-    Args:
-        votes: Of the mask proposals, or none.
-        regions: N of them.
-        masks: Theirs.
-        accepted: (N,) bool.
-        small: (C, h_n, w_n) float32, the raw probabilities on the grid of masks.
+    There may be votes of mask proposals. Accepted regions are (N,) bool; ``small`` is (C, h_n, w_n)
+    float32, the raw probabilities on the grid of masks.
     """
     mask_probs = masks.probs()
     device = mask_probs.device
