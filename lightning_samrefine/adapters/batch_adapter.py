@@ -186,19 +186,7 @@ class BatchAdapter:
     def __call__(
         self, batch: Any, outputs: Any, captured: Tensor | None = None, seen: str = "nothing"
     ) -> RefineInputs:
-        """Convert one batch.
-
-        Args:
-            batch: As the dataloader yields it, on its device.
-            outputs: The step's output, may be None.
-            captured: Scores captured by a forward hook during the step.
-            seen: Description of what the hook captured, for the error.
-
-        Raises:
-            ValueError: A role was not found (the message lists the tensors there are), or does not
-                fit: shapes, number of classes, value ranges.
-            TypeError: A custom adapter returned something else.
-        """
+        """Convert one batch, see `read`."""
         return self.read(batch, outputs, captured, seen).inputs
 
     def read(
@@ -213,10 +201,10 @@ class BatchAdapter:
         """Convert one batch, and return it with its sources.
 
         Args:
-            batch: As in a call.
-            outputs: As in a call.
-            captured: As in a call.
-            seen: As in a call.
+            batch: As the dataloader yields it, on its device.
+            outputs: The step's output, may be None.
+            captured: Scores captured by a forward hook during the step.
+            seen: Description of what the hook captured, for the error.
             settled: Where the roles of an earlier batch were found; this batch's are read from
                 the same places.
             given: Inputs of the network, to check that they show the batch's image; empty to skip
@@ -225,8 +213,9 @@ class BatchAdapter:
         Raises:
             MissingTargetError: Only the target is missing.
             WrongValuesError: The network's input was another view of the image.
-            ValueError: As in a call.
-            TypeError: As in a call.
+            ValueError: A role was not found (the message lists the tensors there are), or does not
+                fit: shapes, number of classes, value ranges.
+            TypeError: A custom adapter returned something else.
         """
         kind = self.scores_kind
         found = batch if self.function is None else self.function(batch, outputs, captured)

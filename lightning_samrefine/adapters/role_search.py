@@ -105,9 +105,6 @@ class RoleSearch:
         """Raise if the network's input was another view than the batch's image.
 
         A step that returns other scores than those of the network may have undone the view.
-
-        Raises:
-            WrongValuesError: As described.
         """
         image, scores = roles.image, roles.scores
         if image is None or scores is None or not self.shows(image.value):

@@ -62,11 +62,8 @@ def find_stems(
 def names_under(batch: Any, key: str, count: int, argument: str) -> list[Any]:
     """Return what a batch holds for each of its images under a user's key.
 
-    Args:
-        batch: As the dataloader yields it.
-        key: Key of B strings, paths or integers, such as ``"meta.path"``.
-        count: B, the number of its images.
-        argument: Name of the argument that the key was given as, for the error.
+    These are strings, paths or integers, under a key such as ``"meta.path"`` that was given as
+    ``argument``.
 
     Raises:
         ValueError: Nothing under the key, or something else.

@@ -21,12 +21,7 @@ _TIE = 0.05
 
 @dataclass(frozen=True)
 class ScoresAgreement:
-    """Compares the labels of two candidates.
-
-    Args:
-        num_classes: C ≥ 2.
-        kind: What the scores are.
-    """
+    """Compares the labels of two candidates."""
 
     num_classes: int
     kind: ScoresKind = "auto"
@@ -57,12 +52,8 @@ class ScoresAgreement:
     ) -> float:
         """Return the share of pixels with different labels, in [0, 1].
 
-        Args:
-            first: A candidate.
-            second: Another one.
-            image: The image, to whose size both are resized; None compares them as they are.
-            tie: Pixels whose two labels' probabilities differ by no more than this do not count;
-                negative counts all.
+        Pixels whose two labels' probabilities differ by no more than ``tie`` do not count; a
+        negative one counts all.
         """
         sizes = [(item.shape[-2], item.shape[-1]) for item in items(image.value)] if image else []
         maps = [self._probs_and_labels(one.value, sizes) for one in (first, second)]

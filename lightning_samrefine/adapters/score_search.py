@@ -55,13 +55,7 @@ _NO_CLASSES = re.compile(
 
 @dataclass(frozen=True)
 class ScoresSearch:
-    """Finds scores.
-
-    Args:
-        num_classes: C ≥ 2.
-        key: The user's key, None to search.
-        kind: Kind of scores.
-    """
+    """Finds scores."""
 
     num_classes: int
     key: str | None = None

@@ -90,9 +90,7 @@ class TargetCheck:
     def __call__(self, targets: Samples, loader: int = 0) -> None:
         """Check the targets of a batch.
 
-        Args:
-            targets: B × (H, W) int64.
-            loader: Index of the dataloader.
+        They are B × (H, W) int64.
 
         Raises:
             WrongValuesError: As described.
@@ -134,9 +132,7 @@ class TargetCheck:
         Labels outside the classes are unknown pixels, so the foreground of such a prediction would
         never be counted as correct. Once a 1 has occurred in a loader, 255 can only mean "unknown".
 
-        Args:
-            labels: B × (H, W) int64.
-            loader: Index of the dataloader.
+        They are B × (H, W) int64.
 
         Raises:
             WrongValuesError: 255 occurs, and 1 has not occurred so far.
@@ -187,9 +183,7 @@ def describe_others(
 def mend(values: Sequence[int], num_classes: int) -> str:
     """Return the likely fix for label values that include some outside the classes.
 
-    Args:
-        values: The distinct values, ascending, without the ignored one.
-        num_classes: C ≥ 2.
+    The values are distinct and ascending, without the ignored one.
     """
     low, high = values[0], values[-1]
     outside = [value for value in values if not 0 <= value < num_classes]
@@ -264,9 +258,8 @@ def _shape_hint(target: Tensor, labels: Tensor) -> str:
 def whole_numbers(labels: Tensor, name: str) -> Tensor:
     """Convert a label map of any dtype to int64, if that is exact.
 
-    Args:
-        labels: Integer, bool, or float that holds whole numbers, of any shape.
-        name: First word of the error.
+    It is integer, bool, or float that holds whole numbers, of any shape. Errors begin with
+    ``name``.
 
     Raises:
         ValueError: Fractions, NaN or infinity, or complex numbers.

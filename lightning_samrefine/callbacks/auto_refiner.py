@@ -23,12 +23,8 @@ from lightning_samrefine.utils.precision import autocast
 class AutoRefiner:
     """Refines batches for ``refine="auto"``.
 
-    Args:
-        refiner: Predicts masks; before the first fit its soft fusion is used.
-        auto: The weights, and the sample for the next fit.
-        ignore_index: Target value that is not a class, None for none.
-        config: In place of the refiner's own.
-        with_probs: Whether refinements have refined probabilities.
+    Before the first fit the refiner's soft fusion is used. The config takes the place of the
+    refiner's own.
 
     Attributes:
         auto: As given.

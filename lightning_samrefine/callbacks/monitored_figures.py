@@ -60,9 +60,7 @@ def warn_unmatched(patterns: Sequence[str], figures: Iterable[str]) -> None:
 def warn_unscored(result: ComparisonResult, where: str) -> None:
     """Warn if none of the images has a scored pixel.
 
-    Args:
-        result: Of one dataloader.
-        where: Describes the images, such as ``"of the sanity check"``.
+    ``where`` describes the images, such as ``"of the sanity check"``.
     """
     images = result.counts[0]
     if images == 0 or int(result.matrices["raw"].sum()) > 0:
@@ -78,10 +76,8 @@ def warn_monitors(trainer: Trainer, prefix: str, results: Sequence[ComparisonRes
 
     A `ModelCheckpoint` ends the run if its figure is absent, and does so after the first epoch.
 
-    Args:
-        trainer: With the callbacks and schedulers that monitor.
-        prefix: What the figures' names begin with, ``"val"`` or ``"val/fast"``.
-        results: Of the targets of the sanity check, one a dataloader.
+    The figures' names begin with the prefix, such as ``"val/fast"``; there is a result a
+    dataloader.
     """
     for owner, monitor in _monitors(trainer):
         if not monitor.startswith(f"{prefix}/"):

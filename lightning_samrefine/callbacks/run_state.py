@@ -59,10 +59,6 @@ class RunState:
 
     Attributes:
         refiner: Refines single images, and raises if one fails; `refine` does not.
-
-    Raises:
-        ValueError: As `load_sam` and `Refiner` raise it.
-        FileNotFoundError: No checkpoint at the path.
     """
 
     def __init__(
@@ -164,9 +160,7 @@ class RunState:
     def begin(self, pl_module: LightningModule, samples: bool = False) -> None:
         """Begin an evaluation: `bind`, and drop what was computed with other weights of SAM.
 
-        Args:
-            pl_module: As for `bind`.
-            samples: Whether ``refine="auto"`` is fitted to its images at its end.
+        With ``samples`` ``refine="auto"`` is fitted to its images at its end.
         """
         self.bind(pl_module)
         self.refiner.recheck_weights()

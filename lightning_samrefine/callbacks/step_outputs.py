@@ -17,11 +17,7 @@ from lightning_samrefine.refine.results import Refinement
 
 
 def parse_key(add_to_outputs: str | None) -> str | None:
-    """Return the key.
-
-    Raises:
-        TypeError: Not a string.
-    """
+    """Return the key."""
     if add_to_outputs is not None and not isinstance(add_to_outputs, str):
         raise TypeError(f"add_to_outputs must be a string or None, got {add_to_outputs!r}")
     return add_to_outputs
@@ -45,11 +41,7 @@ def check_outputs(outputs: Any, key: str) -> None:
 
 
 def check_whole(inputs: RefineInputs, key: str | None, metrics: Any) -> None:
-    """Refuse volumes and overlapping classes where a label map is needed for each image.
-
-    Raises:
-        MisconfigurationException: As described.
-    """
+    """Refuse volumes and overlapping classes where a label map is needed for each image."""
     for name, value in (("add_to_outputs", key), ("metrics", metrics)):
         if value is not None and len(inputs.parts) > 1:
             raise MisconfigurationException(
@@ -77,10 +69,7 @@ def add_labels(
 class Prediction:
     """A predict run: batches are refined, without targets, and nothing is measured.
 
-    Args:
-        pl_module: The user's module; forward hooks stay on it until `close`.
-        state: The run's SAM.
-        key: Where the refined label maps go in the step's output.
+    Forward hooks stay on the user's module until `close`.
     """
 
     def __init__(self, pl_module: LightningModule, state: RunState, key: str) -> None:
@@ -95,11 +84,7 @@ class Prediction:
     def take(
         self, trainer: Trainer, batch: Any, outputs: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
-        """Refine a batch after the module's step; one that cannot be read gets no label maps.
-
-        Raises:
-            MisconfigurationException: See `check_outputs`.
-        """
+        """Refine a batch after the module's step; one that cannot be read gets no label maps."""
         check_outputs(outputs, self._key)
         inputs = self._state.read(batch, outputs, self._capture, dataloader_idx)
         if inputs is not None:

@@ -79,9 +79,6 @@ def check_depth(image: Image.Image, name: str) -> None:
     Pillow keeps the upper 8 of 16 bits: nearly black for images of a 12-bit camera.
 
     The image is opened, not yet decoded.
-
-    Raises:
-        ValueError: As described.
     """
     bits = 16 if image.format == "PNG" and ";16" in _raw_mode(image) else 8
     if isinstance(image, TiffImageFile):

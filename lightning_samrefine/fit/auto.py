@@ -54,12 +54,7 @@ class FittedFusion:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> FittedFusion:
-        """Build the weights from plain values.
-
-        Raises:
-            TypeError: A value of the wrong type.
-            ValueError: As `FusionWeights.from_mapping`.
-        """
+        """Build the weights from plain values."""
         return cls(
             FusionWeights.from_mapping(values["final"]),
             tuple(FusionWeights.from_mapping(fold) for fold in values["folds"]),
@@ -70,10 +65,8 @@ class FittedFusion:
 class AutoFusion:
     """The fusion of ``refine="auto"`` over the evaluations of a run.
 
-    Args:
-        classes: C class names.
-        fitted: Weights of an earlier run of the same classes.
-        refined: Indices of the classes that the user lets refine, None for all.
+    There may be weights of an earlier run of the same classes; ``refined`` are the indices of the
+    classes that the user lets refine, None for all.
 
     Attributes:
         classes: As given.

@@ -55,11 +55,8 @@ def fit(
 
     The bias of a class that no pixel has stays 0.
 
-    Args:
-        samples: N images, in an order that their keys decide: sums round by the order.
-        features: Names of features that all images have.
-        num_classes: C.
-        start: Where the search starts; the minimum does not depend on it.
+    The order of the images is one that their keys decide: sums round by the order. The minimum does
+    not depend on ``start``.
 
     Raises:
         ValueError: An image that lacks a feature or has another number of classes.
@@ -73,9 +70,6 @@ def cross_validate(
     """Fit to all images and, fold by fold, to all images outside the fold.
 
     The images are of at least two groups.
-
-    Raises:
-        ValueError: An image that lacks a feature or has another number of classes.
     """
     weights = fit(samples, features, num_classes)
     folds = assign_folds(samples, FOLDS).tolist()

@@ -143,9 +143,6 @@ def judge(
             classes, its targets belong to other images, or it is of no use: a gain would come from
             the frequencies of the classes, and nothing is refined.
         seed: Of the bootstrap's draws.
-
-    Raises:
-        ValueError: No image.
     """
     if not images:
         raise ValueError("images must be at least one, got none")

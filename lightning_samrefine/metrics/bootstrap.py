@@ -112,9 +112,6 @@ def bootstrap_class_gains(
     Returns:
         Lower and upper ends of the percentile intervals, (C,) float64 each. In a resample without
         a class on a side, its IoU there counts as 0.
-
-    Raises:
-        ValueError: As `paired_bootstrap`.
     """
     totals = _image_totals(raw, refined)
     _check_draws(len(totals), resamples, confidence)

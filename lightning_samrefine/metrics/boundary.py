@@ -95,9 +95,7 @@ class BorderCounts(Counts):
     def update(self, prediction: Borders, target: Borders) -> None:
         """Add one image.
 
-        Args:
-            prediction: Borders of the prediction, known where the target is.
-            target: Borders of the target, of the same distances.
+        The prediction is known where the target is, and both have the same distances.
         """
         shared = target.band & prediction.band & (prediction.labels == target.labels)
         for row, labels in (

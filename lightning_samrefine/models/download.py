@@ -79,9 +79,7 @@ def fetch(file: RemoteFile, folder: Path | None = None) -> Path:
     ``<name>.part`` and is resumed. The file is renamed to its name after its sha256 was checked, so
     a file of that name is complete; the size of a file placed there by hand is checked.
 
-    Args:
-        file: The file to download.
-        folder: Target folder; None for `weights_folder`.
+    The folder is `weights_folder` if None.
 
     Raises:
         DownloadError: It cannot be downloaded, or has another size or hash. The message contains

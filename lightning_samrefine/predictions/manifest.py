@@ -92,9 +92,7 @@ class Journal:
 def file_columns(name: str, content: bytes | None) -> Row:
     """Return the size and checksum columns of the file of ``labels`` or ``probs``.
 
-    Args:
-        name: The file's kind.
-        content: The file's bytes, None without a file.
+    There may be no file, and no content.
     """
     if content is None:
         return {f"{name}_bytes": None, f"{name}_crc32": None}
@@ -136,11 +134,7 @@ class JournalFollower:
         self._read: dict[Path, int] = {}
 
     def new_rows(self) -> Iterator[Row]:
-        """Return the rows appended since the last call.
-
-        Raises:
-            OSError: A journal could not be read.
-        """
+        """Return the rows appended since the last call."""
         for generation, path in journal_files(self._folder):
             if generation != self._generation or path.name == self._own:
                 continue

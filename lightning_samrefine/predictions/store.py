@@ -64,11 +64,7 @@ class Spellings:
         self._known: dict[str, str] = {}
 
     def check(self, stem: str) -> None:
-        """Compare a name with those before it.
-
-        Raises:
-            ValueError: It differs from one only in case.
-        """
+        """Compare a name with those before it."""
         if not self._folds:
             return
         first = self._known.setdefault(stem.casefold(), stem)
@@ -162,11 +158,7 @@ class OutputFolder:
         return JournalFollower(self._journals, generation, rank)
 
     def check_stem(self, stem: str, with_probs: bool) -> None:
-        """Refuse a name that the file system cannot take; the folder exists.
-
-        Raises:
-            ValueError: The name or one of its parts is too long.
-        """
+        """Refuse a name that the file system cannot take; the folder exists."""
         paths = [self.labels(stem), *([self.probs(stem)] if with_probs else [])]
         for path in paths:
             # Part by part: of a path below folders that are not there nothing is checked.
@@ -182,22 +174,14 @@ class OutputFolder:
                         ) from error
 
     def folds_case(self) -> bool:
-        """Whether the file system takes names that differ only in case for one.
-
-        Raises:
-            OSError: The folder cannot be written.
-        """
+        """Whether the file system takes names that differ only in case for one."""
         self._partial.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix="Case", dir=self._partial) as file:
             probe = Path(file.name)
             return probe.with_name(probe.name.swapcase()).exists()
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write a file atomically, replacing an older one.
-
-        Raises:
-            OSError: It could not be written.
-        """
+        """Write a file atomically, replacing an older one."""
         temporary = self._partial / uuid.uuid4().hex
         try:
             with temporary.open("wb") as file:
@@ -212,11 +196,7 @@ class OutputFolder:
             raise
 
     def write_prediction(self, row: Row, labels: bytes, probs: bytes | None) -> Row:
-        """Write an image's PNG and, if given, safetensors; return its row with their columns.
-
-        Raises:
-            OSError: A file could not be written.
-        """
+        """Write an image's PNG and, if given, safetensors; return its row with their columns."""
         self.write(self.labels(row["stem"]), labels)
         if probs is not None:
             self.write(self.probs(row["stem"]), probs)
@@ -229,9 +209,7 @@ class OutputFolder:
     def finish(self, generation: int, constants: Mapping[str, str]) -> Finished:
         """Turn the journals into the manifest; one process does this after all have written.
 
-        Args:
-            generation: Of the run that ends.
-            constants: Columns with one and the same value in every row.
+        Constants are columns with one value in every row.
 
         Raises:
             ValueError: One name meant different images: one of them is lost.

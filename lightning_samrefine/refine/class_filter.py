@@ -57,9 +57,7 @@ def check_classes(
 def regions_of_refined_classes(regions: RegionSet, classes: Sequence[int] | None) -> RegionSet:
     """Drop the regions of frozen classes before they are prompted.
 
-    Args:
-        regions: N regions.
-        classes: The refined classes; all of them if None.
+    All classes are refined if None.
     """
     if classes is None:
         return regions

@@ -118,11 +118,8 @@ class MaskPredictor:
     ) -> Iterator[MaskPredictions]:
         """Look at images, or parts of one, as `predict` does.
 
-        Args:
-            read: B of them.
-            config: The thresholds.
-            digests: Tell the images apart in a cache; None hashes them.
-            larger_than: Regions with no side above it, in pixels, are left out.
+        Digests tell the images apart in a cache; None hashes them. Regions with no side above
+        ``larger_than``, in pixels, are left out.
         """
         # All begin before the first is waited for.
         splits = [

@@ -138,9 +138,6 @@ def draw_curve(history: Sequence[Mapping[str, float]]) -> Figure:
     Args:
         history: One mapping per evaluation, in order: ``epoch``, ``step`` if an epoch comes
             twice, and the names of `RefinementComparison.compute`.
-
-    Raises:
-        ValueError: An empty history.
     """
     if not history:
         raise ValueError("history must have at least one evaluation, got none")

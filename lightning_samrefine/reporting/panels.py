@@ -138,11 +138,7 @@ def _changes_picture(panel: Panel) -> np.ndarray:
 
 
 def draw_panels(panels: Sequence[Panel], class_names: Sequence[str], title: str) -> Figure:
-    """Draw one row per panel, as high as its image within bounds.
-
-    Raises:
-        ValueError: Without a panel.
-    """
+    """Draw one row per panel, as high as its image within bounds."""
     if not panels:
         raise ValueError("panels must be at least one, got none")
     heights = [_row_height(*panel.image.shape[1:]) for panel in panels]

@@ -36,10 +36,7 @@ class Scoring:
 class Truth:
     """One image's raw prediction and target, for comparison with refined predictions.
 
-    Args:
-        raw: (H, W) int64, the raw prediction.
-        target: (H, W) integer.
-        scoring: Classes, ignored value and width of the band.
+    Raw labels are (H, W) int64, the target is (H, W) integer.
 
     Attributes:
         totals: (2, 3, C) int64: over the image and over the trimap band, the pixels of each class,

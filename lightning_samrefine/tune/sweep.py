@@ -33,10 +33,7 @@ class Sweep:
     def __call__(self, refiner: Refiner, inputs: RefineInputs) -> None:
         """Sweep B samples.
 
-        Args:
-            refiner: Its model, precision and cache are used. Without a cache, images are encoded
-                once per pair of the grid.
-            inputs: B samples with targets.
+        Without a cache, images are encoded once per pair of the grid.
         """
         targets = _targets(inputs)
         for index in range(len(inputs)):
@@ -76,10 +73,8 @@ class Sweep:
 class Trial:
     """Runs chosen configurations, each image under several of them.
 
-    Args:
-        configs: The configurations of each image, in the order of the loader.
-        scoring: The scoring.
-        raw: (N, 2, 3, C) int64, the images' `Truth.totals` in the sweep.
+    The configurations of each image come in the order of the loader; ``raw`` are the images'
+    `Truth.totals` in the sweep, (N, 2, 3, C) int64.
 
     Attributes:
         counts: One cell per configuration.

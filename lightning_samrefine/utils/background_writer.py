@@ -12,8 +12,7 @@ Job = Callable[[], None]
 class BackgroundWriter:
     """Runs jobs one after the other in a daemon thread.
 
-    Args:
-        capacity: Maximum number of queued jobs; `put` blocks while the queue is full.
+    `put` blocks while ``capacity`` jobs are queued.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -64,9 +64,8 @@ def active_autocast(device: torch.device) -> torch.dtype | None:
 def rounded(value: Any, dtype: torch.dtype | None) -> Any:
     """Round floats to the precision of ``dtype``, keeping their own dtype.
 
-    Args:
-        value: A tensor or a tuple of tensors; anything else is returned unchanged.
-        dtype: Dtype of the autocast it was computed under; None returns it unchanged.
+    Anything but a tensor or a tuple of tensors is returned unchanged, and everything if the dtype
+    is None.
     """
     if dtype is None:
         return value

@@ -94,11 +94,8 @@ class CachedSam:
     ) -> list[Embedding]:
         """Hash images, each uint8 (3, H, W); on CUDA the CPU waits once for all of them.
 
-        Args:
-            images: The images.
-            padding: See `lightning_samrefine.models.base.UnpaddedPromptable`. An image that has
-                other embeddings without padding has other keys as well.
-            digests: The images' hashes if they are known.
+        An image that has other embeddings without padding has other keys as well. The digests are
+        the images' hashes if they are known.
 
         Returns:
             A `LazyEmbedding` an image.

@@ -153,11 +153,7 @@ class DiskStore:
         return entry
 
     def put(self, key: str, entry: Entry) -> None:
-        """Write an entry, then remove what was used longest ago.
-
-        Raises:
-            OSError: The folder or the file could not be written.
-        """
+        """Write an entry, then remove what was used longest ago."""
         content = _serialize(key, entry)
         if len(content) > self._limit:
             self.evictions += 1

@@ -55,9 +55,7 @@ class FeatureMaps:
     def fuse(self, weights: LogLinear, rows: slice | None = None) -> Tensor:
         """Return the refined probabilities, (C, n, W) float32, summing to 1 over the classes.
 
-        Args:
-            weights: Of the features.
-            rows: With start and stop; all H of them if None.
+        All H rows are fused if None.
 
         Raises:
             ValueError: Weights of another number of classes.

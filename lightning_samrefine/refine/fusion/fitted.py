@@ -29,9 +29,8 @@ from lightning_samrefine.utils.device import upload
 def feature_maps(predictions: ImagePredictions, config: RefineConfig) -> FeatureMaps:
     """Collect what the features of one image are computed from.
 
-    Args:
-        predictions: SAM's masks; regions without an accepted mask have no votes.
-        config: With ``weights``, and so with region prompts; it decides which masks are accepted.
+    The config has ``weights``, and so region prompts; it decides which masks are accepted, and
+    regions without an accepted mask have no votes.
     """
     probs, image = predictions.raw.probs, predictions.raw.image.to(predictions.raw.probs.device)
     ratios = color_ratios(probs, image, config.stride)
@@ -55,12 +54,8 @@ def fuse_fitted(
     If the weights refine nothing, or only some classes, the other pixels keep their raw labels and
     probabilities.
 
-    Args:
-        predictions: With packed masks of the regions; they are not changed.
-        config: Its ``weights`` are of the same classes.
-        sam: Not used; masks stay on the model's low-resolution grid.
-        with_probs: Whether the refinement has probabilities.
-        maps: From `feature_maps`; computed if None.
+    The predictions have packed masks of the regions; they are not changed. SAM is not used; the
+    maps are computed if None.
 
     Raises:
         ValueError: Weights of other classes.

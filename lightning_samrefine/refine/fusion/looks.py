@@ -46,9 +46,7 @@ def image_regions(predictions: ImagePredictions, looks: Sequence[WindowRegions])
 def image_maps(predictions: ImagePredictions, maps: Callable[[int], Tensor]) -> WindowMaps:
     """Blend the looks' maps; beside windows, those of the whole image count if they are larger.
 
-    Args:
-        predictions: With looks.
-        maps: Returns the (C, h, w) maps of the look of an index.
+    ``maps`` returns the (C, h, w) maps of the look of an index.
     """
     image_hw, looks = predictions.raw.image_hw, predictions.looks
     if isinstance(predictions, MaskPredictions):

@@ -55,11 +55,8 @@ def fuse_soft(
     If regions are not prompted, a region's predicted IoU is that of the best mask proposal that
     stands for its class at its most probable pixel, 0 without one; it is reported, not used.
 
-    Args:
-        predictions: With packed masks of the regions if these are prompted; they are not changed.
-        config: Its ``unsupported_weight`` is above 0.
-        sam: Not used; masks stay on the model's low-resolution grid.
-        with_probs: Whether the refinement has probabilities.
+    The predictions have packed masks of the regions if these are prompted; they are not changed.
+    SAM is not used: masks stay on the model's low-resolution grid.
 
     Raises:
         ValueError: Predictions without the masks of prompted regions, made for another fusion.
