@@ -125,9 +125,9 @@ class LoaderEvaluation:
         failed: bool = False,
     ) -> None:
         if self._lists_images:
-            ignored = self.comparison.ignore_index
-            row = ImageRow.of(name, found, ignored, regions, accepted, seconds, failed)
-            self.rows.append(row)
+            raw, refined = found.mious(self.comparison.ignore_index)
+            figures = (refined - raw, raw, refined, *found.changes.totals())
+            self.rows.append(ImageRow(name, *figures, regions, accepted, seconds, failed))
 
     def _measure(self, raw: Tensor, refined: Tensor, target: Tensor) -> None:
         if self.metrics is not None:

@@ -19,6 +19,7 @@ from lightning_samrefine.metrics.bootstrap import (
     bootstrap_class_gains,
     paired_bootstrap,
 )
+from lightning_samrefine.metrics.trimap import class_or_none
 
 # Least weight of the raw prediction and of the colors of its classes together: 0.8 to 1.7 on seven
 # data sets, 1.1 for a network after one epoch, at most 0.1 with targets shuffled between images.
@@ -54,7 +55,10 @@ class PixelLabels:
         # One more entry, for pixels without a predicted class.
         frozen = torch.zeros(num_classes + 1, dtype=torch.bool)
         frozen[list(classes)] = True
-        kept = frozen[_known(self.raw, num_classes)] | frozen[_known(self.refined, num_classes)]
+        kept = (
+            frozen[class_or_none(self.raw, num_classes)]
+            | frozen[class_or_none(self.refined, num_classes)]
+        )
         return replace(self, refined=torch.where(kept, self.raw, self.refined))
 
 
@@ -197,7 +201,7 @@ def _confusions(images: Sequence[tuple[Tensor, Tensor]], num_classes: int) -> np
     return np.stack(
         [
             torch.bincount(
-                target.long() * columns + _known(predicted, num_classes),
+                target.long() * columns + class_or_none(predicted, num_classes),
                 minlength=num_classes * columns,
             )
             .reshape(num_classes, columns)
@@ -205,12 +209,6 @@ def _confusions(images: Sequence[tuple[Tensor, Tensor]], num_classes: int) -> np
             for target, predicted in images
         ]
     )
-
-
-def _known(labels: Tensor, num_classes: int) -> Tensor:
-    """Return labels as int64, C for any value outside [0, C)."""
-    values = labels.long()
-    return torch.where((values >= 0) & (values < num_classes), values, num_classes)
 
 
 def _points(share: float) -> str:

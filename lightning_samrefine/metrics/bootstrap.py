@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,22 +82,14 @@ def bootstrap_totals(
         ValueError: No image, or an argument outside its range.
     """
     _check_draws(len(totals), resamples, confidence)
-    images, _, num_classes = totals.shape
-    scored = np.arange(num_classes) != (-1 if ignore_index is None else ignore_index)
-    # Counts of pixels are whole numbers below 2^53, so that no order of addition changes a sum.
-    flat = totals[:, :, scored].reshape(images, -1).astype(np.float64)
-    rng = np.random.default_rng(seed)
-    chunk = max(1, int(_CHUNK_BYTES / 8 / images))
-    gains = [
-        _gain(_draw(rng, min(chunk, resamples - start), images) @ flat)
-        for start in range(0, resamples, chunk)
-    ]
-    found = np.concatenate(gains)
+    scored = np.arange(totals.shape[2]) != (-1 if ignore_index is None else ignore_index)
+    totals = totals[:, :, scored]
+    found = np.concatenate([_gain(sums) for sums in _sums(totals, resamples, seed)])
     found = found[np.isfinite(found)]  # a resample may hold no scored pixel at all
     tail = (1 - confidence) / 2
     low, high = np.quantile(found, [tail, 1 - tail]) if len(found) else (np.nan, np.nan)
-    gain = _gain(flat.sum(axis=0)[None])[0]
-    return BootstrapInterval(float(gain), float(low), float(high), confidence, images)
+    gain = _gain(totals.reshape(len(totals), -1).astype(np.float64).sum(axis=0)[None])[0]
+    return BootstrapInterval(float(gain), float(low), float(high), confidence, len(totals))
 
 
 def bootstrap_class_gains(
@@ -115,13 +108,8 @@ def bootstrap_class_gains(
     """
     totals = _image_totals(raw, refined)
     _check_draws(len(totals), resamples, confidence)
-    images, _, num_classes = totals.shape
-    flat = totals.reshape(images, -1).astype(np.float64)
-    rng = np.random.default_rng(seed)
-    chunk = max(1, int(_CHUNK_BYTES / 8 / max(images, 5 * num_classes)))
     gains = []
-    for start in range(0, resamples, chunk):
-        sums = _draw(rng, min(chunk, resamples - start), images) @ flat
+    for sums in _sums(totals, resamples, seed):
         true, raw_hits, raw_predicted, hits, predicted = np.split(sums, 5, axis=1)
         before = raw_hits / np.maximum(true + raw_predicted - raw_hits, 1)
         gains.append(hits / np.maximum(true + predicted - hits, 1) - before)
@@ -166,12 +154,19 @@ def _check_draws(images: int, resamples: int, confidence: float) -> None:
         raise ValueError(f"confidence must be a number in (0, 1), got {confidence}")
 
 
-def _draw(rng: np.random.Generator, resamples: int, images: int) -> np.ndarray:
-    """Return how often each image is in each resample, (resamples, images) float64."""
-    drawn = rng.integers(images, size=(resamples, images))
-    drawn += np.arange(resamples)[:, None] * images
-    counts = np.bincount(drawn.ravel(), minlength=resamples * images)
-    return counts.reshape(resamples, images).astype(np.float64)
+def _sums(totals: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the summed totals of resamples, (R, 5·C) float64, some of them at once."""
+    images = len(totals)
+    # Counts of pixels are whole numbers below 2^53, so that no order of addition changes a sum.
+    flat = totals.reshape(images, -1).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, int(_CHUNK_BYTES / 8 / max(images, flat.shape[1])))
+    for start in range(0, resamples, chunk):
+        count = min(chunk, resamples - start)
+        drawn = rng.integers(images, size=(count, images))
+        drawn += np.arange(count)[:, None] * images
+        often = np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images)
+        yield often.astype(np.float64) @ flat
 
 
 def _gain(sums: np.ndarray) -> np.ndarray:

@@ -32,6 +32,11 @@ def valid_pixels(target: Tensor, num_classes: int, ignore_index: int | None) -> 
     return valid
 
 
+def class_or_none(labels: Tensor, num_classes: int) -> Tensor:
+    """Return labels as int64, C for any value outside [0, C)."""
+    return labels.long().masked_fill((labels < 0) | (labels >= num_classes), num_classes)
+
+
 class KnownLabels:
     """A label map in the form that bands are computed from.
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_samrefine.models.fingerprint import raw_bytes
+
 # A segmenter's last bits depend on what else is in its batch, so probabilities are not hashed.
 _DECIMALS = 5
 _TOLERANCE = 2.1e-5
@@ -73,6 +75,5 @@ class Fingerprint:
 def content_hash(tensor: Tensor) -> str:
     """Return 16 hexadecimal digits of a tensor's type, shape and bytes, on any device."""
     digest = hashlib.blake2b(repr((tensor.dtype, tuple(tensor.shape))).encode(), digest_size=8)
-    flat = tensor.detach().contiguous().cpu().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data)
+    digest.update(raw_bytes(tensor))
     return digest.hexdigest()

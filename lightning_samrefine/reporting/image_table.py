@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lightning_samrefine.metrics.comparison import ImageComparison
-
 
 @dataclass(frozen=True)
 class ImageRow:
@@ -41,22 +39,6 @@ class ImageRow:
     accepted: int
     seconds: float
     failed: bool
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        found: ImageComparison,
-        ignore_index: int | None,
-        regions: int,
-        accepted: int,
-        seconds: float,
-        failed: bool = False,
-    ) -> ImageRow:
-        """Make a row from the comparison's counts of an image."""
-        raw, refined = found.mious(ignore_index)
-        pixels = found.changes.totals()
-        return cls(name, refined - raw, raw, refined, *pixels, regions, accepted, seconds, failed)
 
     def values(self) -> list[Any]:
         """Return the values in the order of `COLUMNS`, None for NaN."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_samrefine.metrics.trimap import trimap_band, valid_pixels
+from lightning_samrefine.metrics.trimap import class_or_none, trimap_band, valid_pixels
 from lightning_samrefine.tune.settings import OBJECTIVES, Objective
 
 
@@ -54,7 +54,7 @@ class Truth:
         self.totals = np.stack([self._raw_totals(self._valid), self._raw_totals(self._band)])
 
     def _raw_totals(self, where: Tensor) -> np.ndarray:
-        target, raw = self._target[where], _known(self._raw[where], self._classes)
+        target, raw = self._target[where], class_or_none(self._raw[where], self._classes)
         size = self._classes + 1
         counts = [target, target[target == raw], raw]
         return np.stack(
@@ -77,7 +77,7 @@ class Truth:
         where = ((refined != self._raw) & self._valid).flatten().nonzero()[:, 0]
         target, near = self._target.flatten()[where], self._band.flatten()[where]
         before, after = (
-            _known(labels.flatten()[where], self._classes) for labels in (self._raw, refined)
+            class_or_none(labels.flatten()[where], self._classes) for labels in (self._raw, refined)
         )
         sizes = (self._classes, self._classes + 1, self._classes + 1, 2)
         parts = (target.long(), before, after, near.long())
@@ -86,10 +86,6 @@ class Truth:
             code = code * size + part
         codes, counts = np.unique(code.cpu().numpy(), return_counts=True)
         return np.stack([*np.unravel_index(codes, sizes), counts], axis=1).astype(np.int64)
-
-
-def _known(labels: Tensor, num_classes: int) -> Tensor:
-    return labels.long().masked_fill((labels < 0) | (labels >= num_classes), num_classes)
 
 
 class GridCounts:

@@ -21,7 +21,7 @@ from lightning_samrefine.refine.cache.keys import (
     weights_fingerprint,
     weights_state,
 )
-from lightning_samrefine.refine.cache.stores import DiskStore, Entry, MemoryStore, Store
+from lightning_samrefine.refine.cache.stores import DiskStore, Entry, MemoryStore
 from lightning_samrefine.utils.cache_dir import home
 from lightning_samrefine.utils.device import Download, upload
 from lightning_samrefine.utils.precision import rounded
@@ -91,7 +91,7 @@ class EmbeddingCache:
         self.kind = kind
         self._arguments = (kind, gb, folder)
         self._limit = limit = int((_DEFAULT_GB[kind] if gb is None else gb) * 1e9)
-        self._store: Store = (
+        self._store: MemoryStore | DiskStore = (
             MemoryStore(limit)
             if kind == "memory"
             else DiskStore(limit, default_folder() if folder is None else Path(folder))

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,37 +46,15 @@ class Entry:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-class Store(Protocol):
-    """A bounded mapping from keys to entries."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, as last seen by this process."""
-        ...
-
-    @property
-    def evictions(self) -> int:
-        """How many entries this process has removed, or not taken, for want of room."""
-        ...
-
-    def get(self, key: str) -> Entry | None:
-        """Return an entry, None without a sound one."""
-        ...
-
-    def put(self, key: str, entry: Entry) -> None:
-        """Keep an entry; one larger than the limit is not kept.
-
-        Raises:
-            OSError: The entry could not be written.
-        """
-        ...
-
-
 class MemoryStore:
     """Entries in this process's memory.
 
     Args:
         limit: In bytes.
+
+    Attributes:
+        nbytes: Bytes held.
+        evictions: How many entries were removed, or not taken, for want of room.
     """
 
     def __init__(self, limit: int) -> None:
@@ -123,6 +100,10 @@ class DiskStore:
         limit: In bytes. Several processes together may exceed it by a few entries each, until
             the next of them looks.
         folder: Made on the first write.
+
+    Attributes:
+        nbytes: Bytes held in the folder, as last seen by this process.
+        evictions: How many entries this process has removed, or not taken, for want of room.
     """
 
     def __init__(self, limit: int, folder: Path) -> None:
