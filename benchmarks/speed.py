@@ -101,7 +101,7 @@ def step_clock(own: Refiner, spent: dict[str, float]) -> Iterator[None]:
     device = own.sam.device
 
     def timed(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)  # its signature tells whether the model can skip the padding
+        @wraps(function)  # its signature shows whether the model can skip the padding
         def call(*args: Any, **kwargs: Any) -> Any:
             start = now(device)
             result = function(*args, **kwargs)

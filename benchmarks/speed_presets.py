@@ -40,7 +40,7 @@ Refine = Callable[[RefineInputs], Any]
 
 
 def main() -> None:
-    """Measure, print and, where asked to, keep the figures."""
+    """Measure, print and, if wanted, keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--images", type=int, default=4, help="of each pair")
     parser.add_argument("--write", action="store_true", help="keep it, and write SPEED.md anew")

@@ -1,4 +1,4 @@
-"""RefineConfig says no before any work is done."""
+"""RefineConfig refuses values before any work is done."""
 
 import dataclasses
 import subprocess
@@ -96,7 +96,7 @@ def test_unknown_preset_and_field_are_refused():
         ("colr_weight", r"colr_weight \(did you mean color_weight\b"),
     ],
 )
-def test_a_mistyped_field_names_the_nearest_ones(name, hint):
+def test_the_error_of_a_mistyped_field_lists_the_nearest_ones(name, hint):
     with pytest.raises(TypeError, match=rf"no field {hint}.*; its fields are "):
         RefineConfig.preset("fast", **{name: 0.1})
 

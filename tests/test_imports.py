@@ -1,4 +1,4 @@
-"""What importing loads: no backend with the package, no transformers model before it is asked."""
+"""What importing loads: no backend with the package, no transformers model before it is needed."""
 
 import subprocess
 import sys

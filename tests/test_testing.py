@@ -63,7 +63,7 @@ class Nameless(SamPromptable):
 
 
 class WrongFrame(SamPromptable):
-    """Pads images and says it squashes its masks."""
+    """Pads images and declares that it squashes its masks."""
 
     def mask_hw(self, image_hw):
         return SquashedFrame(self.image_size, self.mask_size).mask_hw(image_hw)
@@ -170,7 +170,7 @@ def test_every_mistake_is_found_and_named(cls, check, message):
         check_promptable(small(cls))
 
 
-def test_something_else_lacks_what_the_protocol_asks_for():
+def test_an_object_without_the_members_of_the_protocol_is_refused():
     with pytest.raises(AssertionError, match=r"check_members: .*object lacks name, module, "):
         check_promptable(object())
 
@@ -187,11 +187,11 @@ def test_a_model_without_masks_refines_by_boxes_and_points():
 
 
 @pytest.mark.parametrize("cls", [SamPromptable, BoxesOnly])
-def test_the_log_says_once_what_a_model_does_not_take(cls, monkeypatch):
-    said = []
-    monkeypatch.setattr(run_state, "rank_zero_info", said.append)
+def test_the_log_has_one_line_about_prompts_that_a_model_does_not_take(cls, monkeypatch):
+    logged = []
+    monkeypatch.setattr(run_state, "rank_zero_info", logged.append)
     callback = SAMRefineCallback(small(cls), num_classes=NUM_CLASSES, refine=REFINE)
     Trainer(**SILENT, callbacks=[callback]).validate(Segmenter(), loader(), verbose=False)
     assert callback.history[0]["refine_failed_images"] == 0
-    (line,) = (line for line in said if " refines " in line)  # beside what was read
+    (line,) = (line for line in logged if " refines " in line)  # beside what was read
     assert ("SAM small, which takes no mask prompts, on cpu" in line) == (cls is BoxesOnly)

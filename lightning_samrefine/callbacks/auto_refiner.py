@@ -71,7 +71,7 @@ class AutoRefiner:
                 self._sample(inputs, index, key, feature_maps(predictions, self._config))
 
     def _predict(self, inputs: RefineInputs) -> list[tuple[ImagePredictions, str]]:
-        """Return every image's masks, and the hash that tells it from others in any run."""
+        """Return every image's masks, and the hash that identifies it in any run."""
         predicted = list(
             self._refiner.predict(inputs.images, inputs.probs, inputs.labels, self._config)
         )

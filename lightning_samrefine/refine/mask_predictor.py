@@ -91,7 +91,7 @@ class MaskPredictor:
         looks: list[MaskPredictions] = []
         for start in range(0, len(windows), at_once):
             part = windows[start : start + at_once]
-            # The image is hashed once; where its windows lie tells them apart.
+            # The image is hashed once; their places distinguish its windows.
             keys = None if digests is None else [f"{digests[0]} {tuple(own)}" for own in part]
             found = self._look([raw.part(own) for own in part], config, keys)
             for own, look in zip(part, found, strict=True):
@@ -118,7 +118,7 @@ class MaskPredictor:
     ) -> Iterator[MaskPredictions]:
         """Look at images, or parts of one, as `predict` does.
 
-        Digests tell the images apart in a cache; None hashes them. Regions with no side above
+        Digests identify the images in a cache; None hashes them. Regions with no side above
         ``larger_than``, in pixels, are left out.
         """
         # All begin before the first is waited for.

@@ -186,7 +186,7 @@ def test_what_is_missing_is_named_with_what_was_there(adapter, batch, outputs, m
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-def test_a_one_hot_target_is_told_so(adapter, dtype):
+def test_the_error_of_a_one_hot_target_explains_it(adapter, dtype):
     one_hot = torch.nn.functional.one_hot(TARGET, C).permute(0, 3, 1, 2).to(dtype)
     for batch in ((IMAGE, one_hot), {"image": IMAGE, "mask": one_hot}):
         with pytest.raises(ValueError, match=r"target must .*shape .*one-hot.*argmax.* over dim 1"):
@@ -335,7 +335,7 @@ def test_a_custom_adapter_may_return_label_maps():
         (RefineInputs(IMAGE, LOGITS, TARGET, TARGET[:, 1:]), ValueError, r"target .*\(5, 8\)"),
     ],
 )
-def test_a_custom_adapter_that_returns_something_else_is_told(found, error, message):
+def test_a_custom_adapter_that_returns_something_else_is_an_error(found, error, message):
     with pytest.raises(error, match=message):
         BatchAdapter(C, function=lambda *_: found)(None, None)
 

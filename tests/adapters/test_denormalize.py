@@ -137,7 +137,7 @@ class TestSettledRange:
         with pytest.raises(WrongValuesError, match=r"range 0-1, like the images before"):
             converter(rgb.float())
 
-    def test_black_says_nothing(self, rgb):
+    def test_black_images_settle_no_range(self, rgb):
         converter = Denormalize()
         assert converter(torch.zeros(1, 3, 2, 2)).sum() == 0
         assert torch.equal(converter(rgb.float()), rgb)

@@ -13,7 +13,7 @@ X = torch.rand(2, 3, 6, 8)
 
 
 class Network(nn.Module):
-    """A body and two heads, of which only the heads return C channels."""
+    """A body and two heads; only the heads return C channels."""
 
     def __init__(self) -> None:
         super().__init__()

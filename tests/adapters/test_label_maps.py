@@ -45,7 +45,7 @@ def test_smaller_scores_are_enlarged_as_the_step_does_it():
     torch.testing.assert_close(probs, full.softmax(dim=1))
 
 
-def test_each_image_is_told_by_itself():
+def test_each_image_is_decided_by_itself():
     labels = LOGITS.argmax(dim=1)
     labels[1, 0, 0] = (labels[1, 0, 0] + 1) % C  # a rule of the step's own
     probs, read_labels = read({"preds": labels}, LOGITS)

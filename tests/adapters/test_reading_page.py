@@ -102,5 +102,5 @@ def test_every_row_is_tried():
     assert len(quoted()) == len(SITUATIONS)
 
 
-def test_readme_names_the_page():
+def test_readme_links_the_page():
     assert "(docs/reading.md)" in (PAGE.parents[1] / "README.md").read_text()

@@ -876,7 +876,7 @@ class TestRareForeground:
 
 
 class TestNamesThatTell:
-    """A name such as seg_logits or pred_mask tells of scores; the network's may not hide them."""
+    """A name such as seg_logits or pred_mask means scores; the network's must not hide them."""
 
     @pytest.mark.parametrize("name", ["prob", "logit", "seg_logits", "pred_mask", "y_prob"])
     def test_alone_they_are_scores(self, adapter, name):

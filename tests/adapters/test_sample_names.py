@@ -31,7 +31,7 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         (IMAGES, ["00000005", "00000009"]),
     ],
 )
-def test_where_names_are_found(batch, stems):
+def test_places_of_names(batch, stems):
     assert find_stems(batch, 2, None, [5, 9]) == stems
 
 
@@ -45,7 +45,7 @@ def test_a_key_is_believed_or_refused():
             find_stems(batch, 2, key, [0, 1])
 
 
-def test_without_names_and_numbers_it_says_what_was_there():
+def test_the_error_without_names_and_numbers_describes_the_batch():
     with pytest.raises(ValueError, match=r"No names found .* The batch is .*'image'"):
         find_stems({"image": IMAGES}, 2, None, [])
 

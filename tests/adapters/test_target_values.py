@@ -86,7 +86,7 @@ class TestCallback:
         assert logged["val/miou_raw"] == pytest.approx(jaccard(dataset), abs=1e-6)
 
     @pytest.mark.parametrize("ignore", ["auto", None])
-    def test_masks_of_0_and_255_are_refused_with_the_mend(self, random_sam, ignore):
+    def test_masks_of_0_and_255_are_refused_with_the_likely_fix(self, random_sam, ignore):
         callback = SAMRefineCallback(random_sam, num_classes=2, ignore_index=ignore, refine=REFINE)
         share = 100 * np.mean(Binary().truth[:2])
         message = rf"got 255 in {share:.3g}% of the pixels\. .*divide them by 255, or set ignore_i"
@@ -350,7 +350,7 @@ def test_targets_of_every_integer_type(dtype):
     assert to_labels(target, torch.zeros(1, 1, 3)).tolist() == [[[0, 1, 1]]]
 
 
-def test_a_mask_through_to_tensor_is_told_so():
+def test_the_error_of_a_mask_through_to_tensor_explains_it():
     target = torch.tensor([[[0.0, 1.0, 2.0, 255.0]]]) / 255
     with pytest.raises(ValueError, match="indices divided by 255, as ToTensor does"):
         to_labels(target, torch.zeros(1, 1, 4))

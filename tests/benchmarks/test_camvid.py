@@ -87,7 +87,7 @@ def test_the_network_sees_normalized_bgr(checkpoint):
     assert seen[0][0, :, 0, 0].tolist()[::2] == pytest.approx([blue, red])
 
 
-def test_segmenter_names_what_it_does_not_accept(checkpoint, tmp_path):
+def test_errors_of_the_segmenter_have_what_it_does_not_accept(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="resolution must be 'full' or 'half', got 'third'"):
         ESPNetSegmenter(checkpoint, resolution="third")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
@@ -153,7 +153,7 @@ def test_trained_weights_load_strictly(data_root):
 
 
 @pytest.mark.data
-def test_espnetv2_knows_camvid_without_training(data_root):
+def test_espnetv2_segments_camvid_without_training(data_root):
     network = CityscapesESPNetv2(data_root / CITYSCAPES_WEIGHTS).eval()
     data = camvid(data_root)
     data.setup("test")

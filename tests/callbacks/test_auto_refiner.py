@@ -95,7 +95,7 @@ def test_a_fit_is_found_logged_and_used_afterwards(random_sam, tmp_path):
     assert "test/miou_without_sam" in tested
 
 
-def test_the_report_tells_what_the_fit_found(random_sam, tmp_path):
+def test_the_report_has_what_the_fit_found(random_sam, tmp_path):
     own = callback(random_sam, report=tmp_path / "report.html")
     trainer(own).validate(ByColor().eval(), loader(), verbose=False)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -68,7 +68,7 @@ class AveragingCallback(Callback):
 
 
 def tiny_sam(seed):
-    """Return a SAM of which folded copies are made."""
+    """Return a SAM whose convolutions are folded into copies."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build_tiny_sam()

@@ -66,7 +66,7 @@ def test_every_dataloader_has_its_own_panels(random_sam, tmp_path):
     assert [entry["dataloader_idx"] for entry in callback.history] == [0, 1]
 
 
-def test_panels_are_drawn_as_often_and_as_large_as_asked(random_sam, tmp_path):
+def test_panels_are_drawn_at_the_given_interval_and_width(random_sam, tmp_path):
     run(random_sam, tmp_path, panels=1, panels_every_n_epochs=2, panels_width=500)
     (drawn,) = tmp_path.rglob("*.png")
     assert drawn.name == "val_epoch_000.png"
@@ -107,7 +107,7 @@ def test_a_report_that_cannot_be_written_ends_no_run(random_sam, tmp_path):
     assert callback.history[0]["miou_refined"] > 0
 
 
-def test_no_panels_unless_asked(random_sam, tmp_path):
+def test_no_panels_by_default(random_sam, tmp_path):
     run(random_sam, tmp_path, "validate")
     assert not list(tmp_path.rglob("*.png"))
 

@@ -111,7 +111,7 @@ class TestFirstBatch:
         with pytest.raises(RuntimeError, match="second loader alone"):
             validate(attach(sam), [loader(4), wide])
 
-    def test_scores_of_which_none_is_finite(self):
+    def test_scores_without_a_finite_value(self):
         class Nan(Segmenter):
             def forward(self, image):
                 return super().forward(image) * float("nan")
@@ -171,10 +171,12 @@ class TestKinds:
             logged = validate(
                 attach(sam), DataLoader([*Sizes(), *Sizes()], batch_size=1), Broken("logits")
             )
-        said = [str(one.message) for one in caught if "SAMRefineCallback" in str(one.message)]
-        assert len(said) == 3, said
+        warnings_of_ours = [
+            str(one.message) for one in caught if "SAMRefineCallback" in str(one.message)
+        ]
+        assert len(warnings_of_ours) == 3, warnings_of_ours
         for words in ("RuntimeError: a mask", "KeyError: 'a key'", "NaN or infinite"):
-            assert sum(words in one for one in said) == 1
+            assert sum(words in one for one in warnings_of_ours) == 1
         assert logged["val/refine_failed_images"] == 8
 
     def test_failed_images_count_as_their_raw_prediction(self):

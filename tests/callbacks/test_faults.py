@@ -52,7 +52,7 @@ def validate(callback, module=None, loaders=None, others=(), **kwargs):
 
 class TestMemory:
     @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-    def test_the_decoder_is_asked_for_less_and_the_size_remembered(self, error):
+    def test_the_decoder_gets_fewer_prompts_and_the_size_is_kept(self, error):
         image, probs = noisy(5)
         config = RefineConfig(max_prompts_per_batch=8)
         expected = Refiner(SmallSam(error), config, "32")(image, probs)
@@ -68,7 +68,7 @@ class TestMemory:
         assert max(sam.prompt_counts) == 2
 
     @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-    def test_the_encoder_is_asked_for_fewer_images(self, error):
+    def test_the_encoder_gets_fewer_images(self, error):
         images, probs = zip(*(noisy(seed=seed) for seed in range(5)), strict=True)
         sam = SmallSam(error, images=1)
         refiner = Refiner(sam, precision="32")
@@ -90,15 +90,15 @@ class TestMemory:
             validate(callback, loaders=loader(5, batch_size=2))
 
     def test_another_error_is_not_retried(self):
-        asked = []
+        chunks = []
 
         def ask(start, stop):
-            asked.append((start, stop))
+            chunks.append((start, stop))
             raise RuntimeError("size mismatch")
 
         with pytest.raises(RuntimeError, match="size mismatch"):
             list(ChunkSize().run(8, 4, ask))
-        assert asked == [(0, 4)]
+        assert chunks == [(0, 4)]
         assert not is_out_of_memory(ValueError("out of memory"))
 
     def test_what_the_failed_call_held_is_let_go_before_the_retry(self):
@@ -121,7 +121,7 @@ class TestModelOutput:
     )
     @pytest.mark.parametrize("part", [0, 1], ids=["logits", "pred_iou"])
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-    def test_an_answer_that_is_no_number_is_counted(self, refine, part, bad):
+    def test_a_non_finite_output_is_counted(self, refine, part, bad):
         class Broken(SamPromptable):
             is_broken = False
 
@@ -315,9 +315,7 @@ class TestRuns:
             def validation_step(self, batch, batch_idx):
                 return self(batch[0])
 
-        monkeypatch.setattr(
-            random_sam, "encode_images", lambda images: pytest.fail("SAM was asked")
-        )
+        monkeypatch.setattr(random_sam, "encode_images", lambda images: pytest.fail("SAM ran"))
         with pytest.raises(
             ValueError, match=r"target must .* shape \(1, 64, 80\).*need an adapter"
         ):

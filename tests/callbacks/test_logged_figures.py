@@ -72,7 +72,7 @@ def test_a_name_that_no_figure_has(plain):
         validate(plain(log=["miou_refind", "miou_raw"]))
 
 
-def test_what_is_monitored_or_names_a_file_is_logged(plain, tmp_path):
+def test_figures_that_are_monitored_or_part_of_a_file_name_are_logged(plain, tmp_path):
     best = ModelCheckpoint(
         tmp_path,
         "{val/boundary_f1_refined:.6f}",

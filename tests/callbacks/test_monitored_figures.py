@@ -1,4 +1,4 @@
-"""Figures that cannot come are warned of before an epoch is trained, and NaN is told in words."""
+"""Figures that cannot be logged are warned of before an epoch, and NaN is described in words."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_class_without_pixels_is_warned_of_before_training(random_sam):
         ("val/fast/iou_raw/7", {"name": "fast"}, "the classes are 0, 1, 2"),
     ],
 )
-def test_names_that_cannot_come(random_sam, monitor, kwargs, words):
+def test_monitored_names_that_cannot_be_logged(random_sam, monitor, kwargs, words):
     # With another ignore_index, 255 is no value of a target.
     val = data(lambda targets: targets.clamp(max=2)) if "ignore_index" in kwargs else data()
     (message,) = warned(random_sam, val, stopping(monitor), **kwargs)
@@ -116,7 +116,7 @@ def test_a_summary_without_a_scored_pixel(tmp_path):
     assert "No pixel was scored" in rendered(summary(metrics, tmp_path))
 
 
-def test_tuning_on_ignored_targets_says_so_in_words(folder, tmp_path, capsys):
+def test_tuning_on_ignored_targets_is_reported_in_words(folder, tmp_path, capsys):
     labels = tmp_path / "labels"
     shutil.copytree(folder / "labels", labels)
     for path in labels.iterdir():

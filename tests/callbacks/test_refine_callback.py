@@ -108,7 +108,7 @@ class TestFigures:
         assert run_validate(make(refine=replace(REFINE, pred_iou_thresh=1.0)))["val/miou_gain"] == 0
         assert run_validate(make(refine=REFINE))["val/miou_gain"] != 0
 
-    def test_several_loaders_are_told_apart(self, make, random_sam):
+    def test_several_loaders_have_figures_of_their_own(self, make, random_sam):
         logged = run_validate(make(), loaders=[loader(2, seed=1), loader(3, seed=2)])
         expected = {}
         for index, (length, seed) in enumerate([(2, 1), (3, 2)]):
@@ -351,9 +351,7 @@ class TestFit:
     def test_validate_alone_is_always_due(self, make):
         assert "val/miou_raw" in run_validate(make(every_n_epochs=7))
 
-    def test_the_sanity_check_asks_sam_nothing_and_logs_nothing(
-        self, make, random_sam, monkeypatch
-    ):
+    def test_the_sanity_check_neither_runs_sam_nor_logs(self, make, random_sam, monkeypatch):
         embedded = []
         embed = random_sam.encode_images
         monkeypatch.setattr(

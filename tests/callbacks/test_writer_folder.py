@@ -61,7 +61,7 @@ class Predicted(Blobs):
         return {"image": self.images[index], "name": f"{index}", "probs": self.probs[index]}
 
 
-def told(caplog):
+def logged(caplog):
     return [record.message for record in caplog.records if "images kept" in record.message]
 
 
@@ -78,15 +78,19 @@ class TestStalePredictions:
         )
         assert embedded == 2
         assert (writer.counts.kept, writer.counts.redone, writer.counts.written) == (2, 2, 2)
-        assert told(caplog)[0].startswith("SAMRefineWriter: 0 images kept, 0 redone, 4 new; 4 in ")
-        assert told(caplog)[1].startswith("SAMRefineWriter: 2 images kept, 2 redone, 0 new; 4 in ")
+        assert logged(caplog)[0].startswith(
+            "SAMRefineWriter: 0 images kept, 0 redone, 4 new; 4 in "
+        )
+        assert logged(caplog)[1].startswith(
+            "SAMRefineWriter: 2 images kept, 2 redone, 0 new; 4 in "
+        )
         refined = Refiner(sam, REFINE)(dataset.images[2], dataset.probs[2])
         with Image.open(tmp_path / "out/labels/2.png") as picture:
             assert np.array_equal(np.array(picture), refined.labels.numpy())
         predict(tmp_path / "fresh", DataLoader(dataset), Stored(), sam, probs="uint8")
         assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
-    def test_a_fingerprint_knows_a_prediction_but_for_its_last_bits(self):
+    def test_a_fingerprint_matches_a_prediction_up_to_its_last_bits(self):
         rng = np.random.default_rng(0)
         image = torch.from_numpy(rng.integers(0, 256, (3, 37, 53), dtype=np.uint8))
         probs = torch.from_numpy(rng.dirichlet(np.ones(5), (37, 53)).transpose(2, 0, 1)).float()
@@ -126,7 +130,7 @@ class TestNames:
         writer, embedded = predict(tmp_path, DataLoader(Again(6)))
         assert (embedded, writer.counts.written, len(rows(tmp_path))) == (2, 2, 2)
 
-    def test_names_that_only_a_suffix_tells_apart_are_refused_at_the_second(self, tmp_path):
+    def test_names_that_differ_only_in_their_suffix_are_refused_at_the_second(self, tmp_path):
         class Suffixed(Named):
             def __getitem__(self, index):
                 name = ["a.png", "b.png", "a.jpg", "c.png"][index]
@@ -287,17 +291,17 @@ class TestLock:
 
     @pytest.mark.slow
     def test_a_run_that_ends_meanwhile_is_waited_for(self, tmp_path, monkeypatch):
-        first, told = holder(tmp_path, 0), []
+        first, logged = holder(tmp_path, 0), []
 
         def end_first(message):
-            told.append(message)
+            logged.append(message)
             first.kill()
             first.wait()
 
         monkeypatch.setattr(folder_lock, "rank_zero_info", end_first)
         predict(tmp_path)
-        assert len(told) == 1
-        assert f"is held by another run (process {first.pid} on " in told[0]
+        assert len(logged) == 1
+        assert f"is held by another run (process {first.pid} on " in logged[0]
         assert len(rows(tmp_path)) == 5
 
     def test_two_writers_of_one_process_are_two_runs(self, tmp_path, impatient):

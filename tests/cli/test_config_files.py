@@ -81,6 +81,6 @@ def test_thresholds_of_the_command_line_pass():
 
 
 @pytest.mark.parametrize("name", ["fats", "bets", "fast.yam"])
-def test_an_unknown_preset_names_the_argument(name):
+def test_the_error_of_an_unknown_preset_has_the_argument(name):
     with pytest.raises(ValueError, match=f"^refine must be .*'fast'.*\\.yaml.*, got '{name}'"):
         parse_refine(name)

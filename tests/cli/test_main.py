@@ -293,7 +293,7 @@ def test_an_error_in_the_users_own_code_keeps_its_traceback(folder, tmp_path, mo
     assert explain(info.value) is None
 
 
-def test_an_error_in_a_worker_process_is_told_apart(tmp_path):
+def test_an_error_in_a_worker_process_is_recognized(tmp_path):
     own = [
         "segmenter=custom",
         "segmenter._target_=command_runs.Pixelwise",
@@ -454,7 +454,7 @@ def test_every_dataloader_has_its_table_and_the_mean_is_returned():
     assert text.count("could not be refined") == 1
 
 
-def test_nothing_refined_is_said():
+def test_nothing_refined_is_reported():
     assert "No refinement was logged" in rendered(summary({"val/loss": 1.0}, Path("out")))
 
 

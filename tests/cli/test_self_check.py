@@ -82,7 +82,7 @@ def test_a_sound_machine_passes_and_the_figures_are_those_of_a_refiner(found):
     assert tiny.changed > 0
 
 
-def test_the_block_for_a_bug_report_names_every_version_and_the_processor(found):
+def test_the_block_for_a_bug_report_has_every_version_and_the_processor(found):
     block = found.report()
     assert block.startswith("```text\nverdict: PASSED")
     assert block.endswith("```")
@@ -177,7 +177,7 @@ def test_a_gpu_is_described(monkeypatch):
     assert facts["driver"].startswith("unknown (no nvidia-smi), torch built for CUDA")
 
 
-def test_the_reason_of_a_precision_names_the_hardware(monkeypatch):
+def test_the_reason_of_a_precision_has_the_hardware(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for has, dtype, words in (
         (True, torch.bfloat16, "the CPU has bf16 instructions"),

@@ -165,7 +165,7 @@ def test_stored_scores_become_probabilities(folder, kind, tolerance):
     for expected, batch in zip(probs, batches, strict=True):
         assert batch["probs"].dtype == torch.float32
         assert "prediction" not in batch
-        # What the callback takes for probabilities without being told.
+        # What the callback takes for probabilities by default.
         assert (batch["probs"].sum(dim=1) - 1).abs().max() < 5e-4
         np.testing.assert_allclose(batch["probs"][0].numpy(), expected, atol=tolerance, rtol=0)
 
@@ -261,7 +261,7 @@ def test_batches_need_images_of_one_size(folder):
         data.setup("validate")
 
 
-def test_a_stage_without_its_split_says_which(folder):
+def test_the_error_of_a_stage_without_its_split_has_its_name(folder):
     data = FolderDataModule(num_classes=CLASSES, val=split(folder), test={"images": None})
     assert data.has_split("val")
     assert not data.has_split("test")
@@ -402,7 +402,7 @@ def test_pets_keep_every_tenth_image_for_validation(tmp_path):
 
 
 @pytest.mark.parametrize(("dataset", "folder"), [("voc", "VOCdevkit"), ("pet", "oxford-iiit-pet")])
-def test_an_absent_set_says_what_the_root_should_hold(tmp_path, dataset, folder):
+def test_the_error_of_an_absent_set_has_what_the_root_should_hold(tmp_path, dataset, folder):
     data = TorchvisionDataModule(dataset, tmp_path)
     message = rf"root must hold .* {dataset} .*{folder}, got {re.escape(str(tmp_path))}.*download="
     with pytest.raises(FileNotFoundError, match=message):

@@ -203,7 +203,7 @@ class TestStems:
 
 
 class TestOrientation:
-    """Pillow turns pixels by their EXIF orientation only where it is asked to."""
+    """Pillow turns pixels by their EXIF orientation only on request."""
 
     @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
     @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
@@ -230,7 +230,7 @@ class TestOrientation:
         assert np.array_equal(found, picture())
 
     @pytest.mark.parametrize(("orientation", "hw"), [(3, HW), (2, HW), (6, (6, 6))])
-    def test_where_sizes_do_not_tell_the_images_are_named(self, folder, orientation, hw):
+    def test_if_sizes_do_not_decide_the_error_lists_the_images(self, folder, orientation, hw):
         save(picture(hw=hw), folder / "images" / "a.png", exif=turned_by(orientation))
         save(labels(hw=hw), folder / "labels" / "a.png")
         with pytest.raises(
@@ -290,7 +290,7 @@ class TestSubfolders:
         ):
             module(tmp_path).setup("validate")
 
-    def test_images_beside_subfolders_are_told_apart(self, folder):
+    def test_images_beside_subfolders_are_warned_of(self, folder):
         save(picture(), folder / "images" / "more" / "c.png")
         with pytest.warns(UserWarning, match=r"1 images in its sub-folders \(more\) are left out"):
             assert len(read(folder)) == 2

@@ -64,7 +64,7 @@ def test_objects_stand_out_from_their_surroundings() -> None:
     assert float(torch.stack(distances).median()) > 50
 
 
-def test_color_alone_does_not_tell_the_class() -> None:
+def test_color_alone_does_not_determine_the_class() -> None:
     # Nearest class mean in color, on objects it was fitted to: shape has to do the rest.
     colors, classes = [], []
     for index in range(60):

@@ -32,16 +32,16 @@ from lightning_samrefine.utils.precision import autocast_dtype
 )
 def test_errors_of_full_gpus_halve_the_chunk(message):
     assert is_out_of_memory(RuntimeError(message))
-    asked = []
+    chunks = []
 
     def ask(start, stop):
-        asked.append(stop - start)
+        chunks.append(stop - start)
         if stop - start > 2:
             raise RuntimeError(message)
         return stop
 
     assert [stop for _, stop, _ in ChunkSize().run(5, 8, ask)] == [2, 4, 5]
-    assert asked == [5, 2, 2, 1]
+    assert chunks == [5, 2, 2, 1]
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

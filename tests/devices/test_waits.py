@@ -88,7 +88,7 @@ def simulated_sam(device):
 
 
 @pytest.mark.parametrize(("preset", "look"), ALLOWED)
-def test_an_image_waits_where_the_table_says(preset, look):
+def test_an_image_waits_where_the_table_has_it(preset, look):
     with SimulatedDevice("cuda") as device:
         cache = None if look == "no cache" else "memory"
         refiner = Refiner(simulated_sam(device), CONFIGS[preset], "32", cache=cache)
@@ -126,7 +126,7 @@ def test_an_image_without_padding_waits_no_more(look):
 
 @pytest.mark.parametrize("preset", CONFIGS)
 def test_more_regions_and_images_wait_no_more(preset):
-    """Prompts of a batch are decoded together; nothing is asked of the device region by region."""
+    """Prompts of a batch are decoded together; the CPU waits for no single region."""
     with SimulatedDevice("cuda") as device:
         refiner = Refiner(simulated_sam(device), CONFIGS[preset], "32")
         counts = []
@@ -158,7 +158,7 @@ def test_closed_classes_and_labels_wait_no_more():
         assert sum(device.waits.values()) <= MOST
 
 
-def test_metrics_wait_where_the_table_says():
+def test_metrics_wait_where_the_table_has_it():
     with SimulatedDevice("cuda") as device:
         refiner = Refiner(simulated_sam(device), CONFIGS["fast"], "32")
         comparison = RefinementComparison(4, 255).to(device.device)
@@ -182,7 +182,7 @@ def test_metrics_wait_where_the_table_says():
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
-def test_reading_a_batch_waits_where_the_table_says(name):
+def test_reading_a_batch_waits_where_the_table_has_it(name):
     with SimulatedDevice(name) as device:
         adapter = BatchAdapter(4)
         for first in (0, 4):  # the first batch settles what is where
@@ -244,7 +244,7 @@ def test_a_batch_is_checked_in_one_wait():
 
 @pytest.mark.parametrize("cache", ["memory", None])
 @pytest.mark.parametrize("samples", [True, False])
-def test_a_fitted_image_waits_where_the_table_says(samples, cache):
+def test_a_fitted_image_waits_where_the_table_has_it(samples, cache):
     with SimulatedDevice("cuda") as device:
         config = RefineConfig.preset("auto", min_region_area=1)
         auto = AutoRefiner(

@@ -54,7 +54,7 @@ def test_before_any_fit_the_presets_weights_count():
     assert control == LogLinear(("raw", "color", "presence"), (1.0, 1.3, 0.0), (0.0,) * C)
 
 
-def test_votes_that_tell_the_truth_are_used_and_told():
+def test_correct_votes_are_used_and_reported():
     auto = fitted([image(index) for index in range(12)])
     final = auto.fitted.final
     assert final.images == 12

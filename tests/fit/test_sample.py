@@ -65,7 +65,7 @@ def test_pixels_hold_their_own_target_raw_class_and_features():
     target = target.clone()
     raw = raw.clone()
     raw[10] = 9  # no class
-    # Each pixel's first probability tells the pixel.
+    # Each pixel's first probability identifies the pixel.
     (sample,) = collected_one(key, maps, target, raw)
     first = maps.probs.clamp(min=1e-4).log().half()[0].flatten()
     assert len(set(first.tolist())) > 0.9 * H * W
@@ -136,7 +136,7 @@ def test_memory_is_bounded_with_many_classes():
     assert [len(s) for s in sample] == [500] * 8
 
 
-def test_wants_foretells_what_add_keeps():
+def test_wants_is_whether_add_keeps_an_image():
     sample = PixelSample(C, max_images=3)
     for index in range(10):
         wanted = sample.wants(f"image {index}")

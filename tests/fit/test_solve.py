@@ -142,14 +142,14 @@ def test_predictions_come_from_weights_fitted_without_the_image():
         assert (prediction.numpy() == want).mean() > 0.999
 
 
-def test_labels_shuffled_between_images_are_foretold_as_harm_or_nothing(images):
+def test_labels_shuffled_between_images_predict_a_loss_or_nothing(images):
     targets = [sample.target for sample in images]
     shuffled = [
         ImageSample(s.key, s.group, s.names, s.features, target, s.raw)
         for s, target in zip(images, targets[1:] + targets[:1], strict=True)
     ]
     found = fit(shuffled, NAMES, C)
-    # Nothing in the features tells the class: the weights shrink towards 0.
+    # Nothing in the features depends on the class: the weights shrink towards 0.
     assert np.abs(found.weights).max() < 0.2
 
 

@@ -45,7 +45,7 @@ def class_ious(found: list[PixelLabels], side: str) -> torch.Tensor:
     return multiclass_jaccard_index(predictions, targets, num_classes=C, average="none")
 
 
-def test_a_certain_gain_is_refined_and_told_beside_the_control():
+def test_a_certain_gain_is_refined_and_reported_beside_the_control():
     found = images(20, {"raw": 0.3, "refined": 0.1, "control": 0.25})
     verdict = judge(found, C)
     assert verdict.refine
@@ -86,7 +86,7 @@ def test_a_gain_that_is_not_certain_refines_nothing():
     )
 
 
-def test_harm_is_told_and_not_done():
+def test_a_loss_is_reported_and_nothing_is_refined():
     verdict = judge(images(20, {"raw": 0.1, "refined": 0.3, "control": 0.1}), C)
     assert not verdict.refine
     assert verdict.frozen_classes == ()

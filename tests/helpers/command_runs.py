@@ -33,7 +33,7 @@ def small_sam(seed=0):
 
 
 class Pixelwise(LightningModule):
-    """A segmenter with one convolution, and the least that Lightning asks of it."""
+    """A segmenter with one convolution, and the least that Lightning requires."""
 
     def __init__(self, num_classes, lr=0.1):
         super().__init__()

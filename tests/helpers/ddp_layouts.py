@@ -37,7 +37,7 @@ SECONDS = 120
 
 
 class Step(Segmenter):
-    """Predicts nothing at all for one image, and shards its weights where that is asked for."""
+    """Predicts nothing at all for one image, and shards its weights if that is wanted."""
 
     def __init__(self, sharded: bool) -> None:
         super().__init__()

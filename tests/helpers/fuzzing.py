@@ -104,7 +104,7 @@ def fuzz_journal(folder: Path) -> Fuzz:
 
 
 def fuzz_manifest(folder: Path) -> Fuzz:
-    """A damaged Parquet file is no file, or still says what was written."""
+    """A damaged Parquet file is no file, or still has what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "manifest.parquet"
 

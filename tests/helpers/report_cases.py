@@ -50,7 +50,7 @@ def blob_image(index, hw, num_classes, regions=6):
 
 
 def evaluate(images, hw=(48, 64), class_names=("sky", "road", "car <i>", "pole"), **kwargs):
-    """Return the comparison's result and the gallery of so many images."""
+    """Return the comparison's result and the gallery of a number of images."""
     comparison = RefinementComparison(len(class_names), 255, class_names)
     gallery = Gallery(len(class_names), 255, **kwargs)
     for index in range(images):

@@ -36,7 +36,7 @@ def build_tiny_hf(family: str, seed: int = 0) -> HfPromptable:
             # them would not show.
             if not parameter.any():
                 parameter.normal_(std=0.1)
-        _spread_answers(sam)
+        _spread_predictions(sam)
     return sam
 
 
@@ -56,8 +56,8 @@ def random_prompts(sam: HfPromptable, count: int) -> Prompts:
     return Prompts(boxes, (low + high) / 2, 8 * masks, torch.arange(count))
 
 
-def _spread_answers(sam: HfPromptable, count: int = 64) -> None:
-    """Make the answers depend on the prompts, then fit their scale and offset in place."""
+def _spread_predictions(sam: HfPromptable, count: int = 64) -> None:
+    """Make the predictions depend on the prompts, then fit their scale and offset in place."""
     decoder = sam.module.mask_decoder
     for module in decoder.modules():
         if isinstance(module, nn.Linear):
@@ -67,12 +67,12 @@ def _spread_answers(sam: HfPromptable, count: int = 64) -> None:
     upscaled = []
     handle = decoder.activation.register_forward_hook(lambda *call: upscaled.append(call[2]))
     decoder.dynamic_multimask_via_stability = False
-    answers = [sam.predict_masks(embedding, prompts, several) for several in (False, True)]
+    predictions = [sam.predict_masks(embedding, prompts, several) for several in (False, True)]
     decoder.dynamic_multimask_via_stability = True
     handle.remove()
 
     head = decoder.iou_prediction_head.proj_out
-    pred_iou = torch.cat([answers[0][1][:, None], answers[1][1]], dim=1)
+    pred_iou = torch.cat([predictions[0][1][:, None], predictions[1][1]], dim=1)
     mean, std = PRED_IOU_MEAN, PRED_IOU_STD
     if decoder.iou_prediction_head.sigmoid_output:
         pred_iou, mean, std = pred_iou.logit(), 0.0, 1.0
@@ -172,7 +172,7 @@ def _edgetam() -> Any:
     backbone = {
         "model_type": "timm_wrapper",
         "architecture": "repvit_m1",
-        "num_classes": 2,  # of no use here, but asked for
+        "num_classes": 2,  # of no use here, but required
         "model_args": {
             "in_chans": 3,
             "features_only": True,

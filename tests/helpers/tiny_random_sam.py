@@ -1,4 +1,4 @@
-"""A SAM small enough to run thousands of prompts a minute, with answers worth testing.
+"""A SAM small enough to run thousands of prompts a minute, with predictions worth testing.
 
 Random weights give one and the same answer to every prompt: a predicted IoU in a band of a few
 thousandths and masks of a single sign. `build_random_sam` therefore fits affine maps after drawing
@@ -101,7 +101,7 @@ def _random_prompts(sam: Sam, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def spread_answers(sam: Sam, prompts: int = 128) -> None:
-    """Make the answers depend on the prompts, then fit their scale and offset in place."""
+    """Make the predictions depend on the prompts, then fit their scale and offset in place."""
     decoder = sam.mask_decoder
     for module in decoder.modules():
         if isinstance(module, nn.Linear):
@@ -113,7 +113,7 @@ def spread_answers(sam: Sam, prompts: int = 128) -> None:
     boxes, points, masks = _random_prompts(sam, prompts)
     clicks = (points, torch.ones(prompts, 1))
 
-    def answers(multimask: bool, **prompt: Tensor | None) -> tuple[Tensor, Tensor]:
+    def predictions(multimask: bool, **prompt: Tensor | None) -> tuple[Tensor, Tensor]:
         sparse, dense = sam.prompt_encoder(points=clicks, **prompt)
         return decoder(
             image_embeddings=embedding,
@@ -132,9 +132,9 @@ def spread_answers(sam: Sam, prompts: int = 128) -> None:
         mask_layer.weight.mul_(spread / logits.std())
         mask_layer.bias.mul_(spread / logits.std())
 
-    logits, pred_iou = answers(multimask=False, boxes=boxes, masks=masks)
+    logits, pred_iou = predictions(multimask=False, boxes=boxes, masks=masks)
     fit(0, logits, pred_iou, PRED_IOU_MEAN, PRED_IOU_STD, LOGIT_STD)
-    logits, pred_iou = answers(multimask=True, boxes=None, masks=None)
+    logits, pred_iou = predictions(multimask=True, boxes=None, masks=None)
     for k in range(3):
         fit(
             k + 1,

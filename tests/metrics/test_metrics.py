@@ -79,7 +79,7 @@ def test_scores_equal_torchmetrics(case):
             ("recall", MulticlassAccuracy),
         ):
             expected = metric(average="none", **arguments)(prediction, target)
-            # torchmetrics says 0 of a class that does not occur, where there is no score.
+            # torchmetrics returns 0 for a class that does not occur, where there is no score.
             occurs = ~found[name].isnan()
             torch.testing.assert_close(
                 found[name][occurs].float(), expected[occurs], atol=1e-6, rtol=0

@@ -104,7 +104,7 @@ def test_a_file_is_fetched_once(server, tmp_path):
     assert server.requests == [None]
 
 
-def test_a_truncated_answer_is_continued(server, tmp_path):
+def test_a_truncated_response_is_continued(server, tmp_path):
     server.cut_after = 100_000
     assert fetch(server.file(), tmp_path).read_bytes() == CONTENT
     assert server.requests == [None, *(f"bytes={n}00000-" for n in (1, 2, 3))]
@@ -194,7 +194,7 @@ def test_a_server_that_stalls_is_given_up_and_continued(server, tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", ["SAMREFINE_OFFLINE", "HF_HUB_OFFLINE"])
-def test_offline_nothing_is_asked(server, tmp_path, monkeypatch, name):
+def test_offline_there_is_no_request(server, tmp_path, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     with pytest.raises(DownloadError, match=f"{name} is set, so it is not downloaded"):
         fetch(server.file(), tmp_path)

@@ -1,4 +1,4 @@
-"""Models of transformers: SAM's answers, every family in a Trainer, and what loading refuses."""
+"""Models of transformers: SAM's predictions, every family in a Trainer, and refusals in loading."""
 
 import json
 import pickle
@@ -134,7 +134,7 @@ def test_every_family_refines_in_a_trainer(family):
 
 @pytest.mark.parametrize("regions_too", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_answers_a_grid_of_points_in_a_trainer(family, regions_too, monkeypatch):
+def test_every_family_predicts_masks_of_a_point_grid_in_a_trainer(family, regions_too, monkeypatch):
     sam = build_tiny_hf(family)
     points = []
     predict = sam.predict_masks
@@ -205,7 +205,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_pixels_are_normalized_as_the_folder_says(folder):
+def test_pixels_are_normalized_as_in_the_folder(folder):
     sam = load_sam("hf", folder)
     expected = torch.tensor([123.675, 116.28, 103.53])
     torch.testing.assert_close(sam.module.pixel_mean.flatten(), expected)

@@ -1,4 +1,4 @@
-"""Prompts on several images in one batch: the same answers as image by image, on any device."""
+"""Prompts on several images in one batch: the same predictions as image by image, on any device."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def assert_near(actual, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_joint_answers_are_those_of_each_image(sam, kind):
+def test_joint_predictions_are_those_of_each_image(sam, kind):
     embeddings, prompts = several(sam, kind)
     apart = [sam.predict_masks(*pair) for pair in zip(embeddings, prompts, strict=True)]
     expected = [torch.cat(part) for part in zip(*apart, strict=True)]
@@ -78,7 +78,7 @@ def test_a_joint_call_leaves_nothing_behind(sam):
     assert_near(sam.predict_masks(embeddings[0], prompts[0]), first)
 
 
-def test_a_subclass_with_answers_of_its_own_gives_them(sam):
+def test_a_subclass_that_overrides_predict_masks_is_used(sam):
     class Certain(SamPromptable):
         def predict_masks(self, embedding, prompts, multimask_output=False):
             logits, pred_iou = super().predict_masks(embedding, prompts, multimask_output)
@@ -124,19 +124,19 @@ def counting(module, limit=None):
 def test_chunks_reach_over_the_ends_of_images():
     sam, calls = counting(shaken(build_random_sam()))
     embeddings, prompts = several(sam)
-    answers = decode_prompts(sam, embeddings, prompts, 8, ChunkSize())
+    decoded = decode_prompts(sam, embeddings, prompts, 8, ChunkSize())
     assert calls == [[5, 1, 2], [8], [2, 3]]
-    for answer, embedding, own in zip(answers, embeddings, prompts, strict=True):
+    for one, embedding, own in zip(decoded, embeddings, prompts, strict=True):
         logits, pred_iou = sam.predict_masks(embedding, own)
-        assert_near((torch.stack(answer.low_res_logits), answer.pred_iou), (logits, pred_iou))
+        assert_near((torch.stack(one.low_res_logits), one.pred_iou), (logits, pred_iou))
 
 
 def test_where_memory_runs_out_fewer_prompts_come_together():
     sam, calls = counting(shaken(build_random_sam()), limit=4)
     embeddings, prompts = several(sam)
-    answers = decode_prompts(sam, embeddings, prompts, 8, ChunkSize())
+    decoded = decode_prompts(sam, embeddings, prompts, 8, ChunkSize())
     assert calls == [[4], [1, 1, 2], [4], [4], [2, 2], [1]]
-    assert [len(answer.pred_iou) for answer in answers] == list(COUNTS)
+    assert [len(one.pred_iou) for one in decoded] == list(COUNTS)
 
 
 def scenes():

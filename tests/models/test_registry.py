@@ -46,7 +46,7 @@ def test_saved_weights_come_back(tmp_path, random_vit_t, suffix):
     assert all(torch.equal(loaded[key], state_dict[key]) for key in state_dict)
 
 
-def test_wrong_checkpoints_say_what_was_expected(tmp_path):
+def test_errors_of_wrong_checkpoints_have_what_was_expected(tmp_path):
     with pytest.raises(ValueError, match=r"name must be one of .*'vit_t'.*'hf', got 'vit_x'"):
         load_sam("vit_x")
     with pytest.raises(FileNotFoundError, match=r"nowhere.pt', which is not a file"):
@@ -136,14 +136,14 @@ def test_the_published_vit_t_loads_strictly_under_mobile_sams_names(data_root):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_checkpoints_are_mapped_where_their_format_allows_it(tmp_path, monkeypatch, zipped):
-    path, load, asked = tmp_path / "weights.pt", torch.load, []
+    path, load, mapped = tmp_path / "weights.pt", torch.load, []
     weights = {"layer.weight": torch.arange(6.0).view(2, 3)}
     torch.save(weights, path, _use_new_zipfile_serialization=zipped)
     monkeypatch.setattr(
         torch,
         "load",
-        lambda *args, **kwargs: (asked.append(kwargs["mmap"]), load(*args, **kwargs))[1],
+        lambda *args, **kwargs: (mapped.append(kwargs["mmap"]), load(*args, **kwargs))[1],
     )
     read = read_state_dict(path, "a state dict")
     assert torch.equal(read["layer.weight"], weights["layer.weight"])
-    assert asked == [zipped]
+    assert mapped == [zipped]

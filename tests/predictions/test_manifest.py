@@ -147,7 +147,7 @@ def test_files_are_compared_by_size_and_checksum(tmp_path):
         assert holds(path, size, checksum) == expected
 
 
-def test_provenance_round_trips_and_tells_differences_apart(random_sam):
+def test_provenance_round_trips_and_lists_differences(random_sam):
     config = RefineConfig(max_regions=7)
     one = Provenance.of(config, random_sam, "float32", random_sam.module, {"mean": (0.5, 1)})
     again = Provenance.parse(one.dumps())

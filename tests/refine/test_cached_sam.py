@@ -152,7 +152,7 @@ def test_a_refiner_keeps_the_users_model_and_wraps_it(sam):
 
 @pytest.mark.parametrize("padding", [True, False])
 def test_an_image_has_one_hash_however_it_is_encoded(random_sam, padding):
-    """A fit tells images by it: its folds depend neither on padding nor on a cache."""
+    """A fit identifies images by it: its folds depend neither on padding nor on a cache."""
     image, probs = blobs()
     config = RefineConfig.preset("fast", min_region_area=1, encode_padding=padding)
     (found,) = Refiner(random_sam, config, cache="memory").predict([image], [probs])

@@ -63,8 +63,8 @@ def test_with_all_classes_open_the_gate_does_nothing(random_sam):
     assert equal(free, refine(random_sam, (image, probs), labels, classes=range(CLASSES)))
 
 
-def test_without_an_open_class_sam_is_not_asked(random_sam, monkeypatch):
-    monkeypatch.setattr(random_sam, "encode_images", lambda images: pytest.fail("SAM was asked"))
+def test_without_a_refined_class_sam_is_not_run(random_sam, monkeypatch):
+    monkeypatch.setattr(random_sam, "encode_images", lambda images: pytest.fail("SAM ran"))
     image, probs = prediction(0)
     assert torch.equal(refine(random_sam, (image, probs), classes=()).labels, probs.argmax(dim=0))
 

@@ -82,7 +82,7 @@ class TestColors:
         assert torch.equal(weighed(probs, image, 1.3, 2).argmax(0) == 0, sky)
 
     def test_a_rare_class_is_no_worse_for_being_rare(self):
-        """A pole of the street's own gray keeps what the prediction says of it."""
+        """A pole of the street's own gray keeps its prediction."""
         image = torch.full((3, 40, 40), 128, dtype=torch.uint8)
         probs = torch.full((2, 40, 40), 0.01)
         probs[0] = 0.99

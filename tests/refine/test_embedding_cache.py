@@ -579,7 +579,7 @@ def test_unchanging_images_and_other_stages_raise_no_alarm(cache, sam):
     assert cache.stats.hits == 9
 
 
-def test_images_that_do_not_fit_are_told_from_images_that_change(sam, tmp_path):
+def test_images_that_do_not_fit_are_distinguished_from_images_that_change(sam, tmp_path):
     cache = make_cache("memory", tmp_path, gb=30e-6)
     batch = images(8)
     for epoch in range(2):
@@ -609,7 +609,7 @@ def test_a_limit_below_one_image_blames_no_augmentation(sam, tmp_path, kind):
 # --- arguments ---
 
 
-def test_the_refiner_makes_the_cache_that_is_asked_for(sam, tmp_path, monkeypatch):
+def test_the_refiner_makes_the_chosen_cache(sam, tmp_path, monkeypatch):
     monkeypatch.setenv("SAMREFINE_HOME", str(tmp_path))
     assert Refiner(sam).cache is None
     refiner = Refiner(sam, CONFIG, "32", cache="disk", cache_gb=0.1)

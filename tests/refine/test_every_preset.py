@@ -112,7 +112,7 @@ def test_chunks_of_prompts_and_the_order_of_a_batch_change_nothing(refiner, rand
         assert (other.probs - out.probs).abs().median() < 1e-4
 
 
-def test_memory_that_runs_out_is_asked_for_less_and_for_no_more_later(refiner, random_sam):
+def test_after_memory_ran_out_chunks_stay_smaller(refiner, random_sam):
     images, probs = zip(*(noisy(seed=seed) for seed in range(3)), strict=True)
     small = SmallSam(MemoryError(), prompts=1, images=1)
     spare = Refiner(small, replace(refiner.config, max_prompts_per_batch=4), "32")

@@ -151,7 +151,7 @@ def test_what_no_accepted_mask_covers_is_raw(random_sam, case):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_perfect_stub_would_notice_a_wrong_label(stride):
-    """The stub must be able to fail: one that answers for another map changes the result."""
+    """The stub must be able to fail: one that predicts another map changes the result."""
     labels = torch.zeros(20, 24, dtype=torch.int64)
     labels[5:15, 6:18] = 1
     wider = torch.zeros_like(labels)

@@ -141,9 +141,9 @@ class ScriptedSam:
     The mask prompt is 16 pixels as well, so that a 16 × 16 image passes every resize unchanged.
     """
 
-    def __init__(self, answers):
-        self.answers = list(answers)
-        self.asked = []
+    def __init__(self, outputs):
+        self.outputs = list(outputs)
+        self.prompted = []
         self.image_encoder = self
         self.prompt_encoder = self
         self.img_size = 16
@@ -157,7 +157,7 @@ class ScriptedSam:
             return image
         coordinates, labels = points
         assert labels.tolist() == [[1.0]]
-        self.asked.append((boxes[0].tolist(), coordinates[0, 0].tolist(), masks[0, 0]))
+        self.prompted.append((boxes[0].tolist(), coordinates[0, 0].tolist(), masks[0, 0]))
         return None, None
 
     def get_dense_pe(self):
@@ -165,7 +165,7 @@ class ScriptedSam:
 
     def mask_decoder(self, **arguments):
         assert arguments["multimask_output"] is False
-        box, logit, pred_iou = self.answers.pop(0)
+        box, logit, pred_iou = self.outputs.pop(0)
         x0, y0, x1, y1 = box
         logits = torch.full((1, 1, 16, 16), -5.0)
         logits[..., y0:y1, x0:x1] = logit
@@ -205,9 +205,9 @@ def test_a_whole_refinement_by_hand():
     assert out.regions[0].grid_point == (2, 0)
     assert [region.point for region in out.regions] == [(4, 0), (14, 10), (8, 0)]
     assert out.skipped == 1
-    assert sam.asked[0][:2] == ([0, 0, 6, 10], [4, 0])
-    assert sam.asked[0][2][0, 0] == 6
-    assert sam.asked[0][2][0, 15] == 2
+    assert sam.prompted[0][:2] == ([0, 0, 6, 10], [4, 0])
+    assert sam.prompted[0][2][0, 0] == 6
+    assert sam.prompted[0][2][0, 15] == 2
 
     first, third = torch.sigmoid(torch.tensor([1.0, 0.5])).tolist()
     mapped0, mapped1 = np.zeros((16, 16), np.float32), np.zeros((16, 16), np.float32)

@@ -66,9 +66,9 @@ def bad_inputs():
 
 
 @pytest.mark.parametrize("case", bad_inputs())
-def test_bad_input_is_named_before_sam_is_asked(refiner, case, monkeypatch):
+def test_bad_input_is_refused_before_sam_runs(refiner, case, monkeypatch):
     arguments, error, message = bad_inputs()[case]
-    monkeypatch.setattr(refiner.sam, "encode_images", lambda images: pytest.fail("SAM was asked"))
+    monkeypatch.setattr(refiner.sam, "encode_images", lambda images: pytest.fail("SAM ran"))
     with pytest.raises(error, match=message):
         refiner(*arguments)
 
@@ -92,7 +92,7 @@ def test_counts_of_a_batch_must_agree(refiner):
 
 def test_an_image_without_regions_is_never_embedded(refiner, monkeypatch):
     image, probs = blobs()
-    monkeypatch.setattr(refiner.sam, "encode_images", lambda images: pytest.fail("SAM was asked"))
+    monkeypatch.setattr(refiner.sam, "encode_images", lambda images: pytest.fail("SAM ran"))
     unknown = torch.full(probs.shape[1:], 255)
     out = refiner(image, probs, unknown)
     assert torch.equal(out.labels, unknown)
@@ -151,7 +151,7 @@ def test_half_precision_and_small_integer_types_mean_the_same(refiner):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("where", ["one logit", "one pred_iou"])
-def test_answers_that_are_no_numbers_are_an_error(random_sam, monkeypatch, preset, where, bad):
+def test_non_finite_outputs_are_an_error(random_sam, monkeypatch, preset, where, bad):
     image, probs = blobs()
 
     def spoil(answer):
@@ -242,7 +242,7 @@ def test_on_a_gpu_an_image_is_split_while_the_one_before_is_encoded(refiner, eve
     assert events == [
         *(("enqueue", i) for i in range(3)),
         *[("wait", 0), ("embed", (0,))],
-        ("wait", 1),  # and SAM is not asked about an image without a region
+        ("wait", 1),  # and SAM does not see an image without a region
         *[("wait", 2), ("embed", (2,))],
     ]
 

@@ -57,7 +57,7 @@ def random_probs(num_classes=4, size=(42, 60), seed=0):
 
 class TestMultimask:
     @pytest.mark.parametrize("kinds", ["points", "boxes", "both"])
-    def test_it_answers_as_segment_anything_does(self, random_sam, kinds):
+    def test_its_predictions_are_those_of_segment_anything(self, random_sam, kinds):
         generator = torch.Generator().manual_seed(1)
         points = torch.rand(5, 2, generator=generator) * 64
         boxes = torch.cat([points - 9, points + 14], dim=1)
@@ -434,7 +434,7 @@ class TestRefiner:
         expected = Refiner(random_sam, RefineConfig.preset("fast"))(image, probs)
         assert torch.equal(refiner(image, probs).labels, expected.labels)
 
-    def test_a_model_that_answers_points_badly_is_prompted_by_regions(self, random_sam):
+    def test_a_model_without_useful_masks_for_points_is_prompted_by_regions(self, random_sam):
         only_regions = SamPromptable(random_sam.module, "regions", accepts_points=False)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -249,6 +249,6 @@ def test_charts_show_the_figures():
     assert trimaps.lines[1].get_ydata()[3] == 100 * result.trimap_miou("refined", 10)
 
 
-def test_a_figure_becomes_as_wide_as_asked():
+def test_a_figure_has_the_given_width():
     assert rasterize(Figure(figsize=(4, 2)), 300).size == (300, 150)
     assert rasterize(Figure(figsize=(4, 2))).size == (400, 200)

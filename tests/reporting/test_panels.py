@@ -36,7 +36,7 @@ def regions():
 
 
 def offer(picker, name, fixed, broken, total=100):
-    """Offer a 10 × 10 image whose refinement turns so many pixels right and so many wrong."""
+    """Offer a 10 × 10 image whose refinement turns given numbers of pixels right and wrong."""
     target = torch.zeros(total, dtype=torch.int64)
     raw, refined = target.clone(), target.clone()
     raw[:fixed] = 1

@@ -69,7 +69,7 @@ def test_the_page_needs_nothing_but_itself(page):
     assert len(seen) == len(set(seen)), "ids are unique across charts and sections"
 
 
-def test_the_page_says_what_was_measured(page):
+def test_the_page_has_what_was_measured(page):
     path, result = page
     text = path.read_text(encoding="utf-8")
     figures = result.figures()
@@ -85,7 +85,7 @@ def test_the_page_says_what_was_measured(page):
         assert f"{100 * figures[f'{name}_refined']:.2f}" in text
 
 
-def test_images_come_with_the_most_changed_first_and_no_more_than_asked():
+def test_the_most_changed_images_come_first_up_to_the_maximum():
     _, gallery = evaluate(6, max_images=4)
     kept = [json.loads(text) for text in gallery.images()]
     _, everything = evaluate(6)

@@ -92,7 +92,7 @@ class TestNames:
         images = EventAccumulator(logger.log_dir).Reload().Tags()["images"]
         assert {"val/panels", "val/fast/panels", "val/fast/class_iou"} <= set(images)
 
-    def test_states_and_checkpoints_tell_them_apart(self, make, tmp_path):
+    def test_states_and_checkpoints_keep_them_separate(self, make, tmp_path):
         both = [make(name="fast"), make()]
         assert both[0].state_key != both[1].state_key
         assert make().state_key == "SAMRefineCallback"

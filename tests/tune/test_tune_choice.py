@@ -99,7 +99,7 @@ def test_what_the_gate_promises_holds_in_the_counts(counts):
     assert refined[GAINS] > raw[GAINS]
 
 
-def test_the_margin_asks_for_more_or_less(counts):
+def test_a_larger_margin_freezes_more_classes(counts):
     strict = choose(counts, GRID, EVERY, Rule(margin=0.9))
     assert strict.config(GRID, BASE).classes == ()
     lenient = choose(counts, GRID, EVERY, Rule(margin=-1.0))
@@ -108,7 +108,7 @@ def test_the_margin_asks_for_more_or_less(counts):
 
 
 def test_luck_in_one_image_is_no_evidence(counts):
-    """Of the class that gains or loses by chance, some images alone would say that it gains."""
+    """Of the class that gains or loses by chance, it gains on some images alone."""
     gains = [
         np.subtract(*reversed(class_ious(counts.totals(0, "miou")[[image]])))[VARIES]
         for image in EVERY

@@ -101,7 +101,7 @@ def fuse_soft(
 
 @dataclass(frozen=True)
 class _Votes:
-    """What the masks of one look say.
+    """The votes of the masks of one look.
 
     Attributes:
         regions: The prompted regions.
