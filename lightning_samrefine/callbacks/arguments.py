@@ -36,15 +36,7 @@ AnyCallback = TypeVar("AnyCallback", bound=Callback)
 class SharedArguments:
     """SAM, the classes, and how a user's batches are read: arguments of every callback.
 
-    Attributes:
-        sam: A name for `load_sam`, or a `Promptable`.
-        checkpoint: The weights of a named SAM, see `load_sam`.
-        num_classes: C, None until the module's is known.
-        class_names: C names, or None.
-        refine: The thresholds.
-        precision: SAM's autocast, see `Refiner`.
-        adapter: Reads batches; its number of classes is not set yet.
-        group_key: Where the names of the images' groups are in the batch, None for no groups.
+    See `SAMRefineCallback`. The adapter reads batches; its number of classes is not set yet.
     """
 
     sam: str | Promptable

@@ -1,11 +1,14 @@
-"""Steps that the processes of a run take together."""
+"""Steps that the processes of a run take together, and warnings of one of them."""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_prefixed_message
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import distributed
 from typing_extensions import override
 
@@ -54,3 +57,9 @@ def gather_on_zero(value: Any) -> list[Any]:
     values: list[Any] | None = [None] * distributed.get_world_size() if zero else None
     distributed.gather_object(value, values)
     return values[1:] if values is not None else []
+
+
+def warn_on_this_process(message: str) -> None:
+    """Warn on whichever process it is, with its rank."""
+    rank: int | None = rank_zero_only.rank  # type: ignore[attr-defined]  # set by Lightning
+    warnings.warn(rank_prefixed_message(message, rank), RuntimeWarning, stacklevel=3)

@@ -52,17 +52,8 @@ from lightning_samrefine.reporting.loggers import safe_names
 class EvaluationOptions:
     """What an evaluation measures, and the names of its figures.
 
-    Attributes:
-        ignore_index: Target value that is not counted, or None.
-        trimap_width: Half-width in pixels of the band around borders.
-        max_batches: Number of batches measured of each loader, None for all.
-        class_names: C names, None for "0", "1", …
-        name: Part of the names of figures and files, None for no such part.
-        refine: The thresholds as the user gave them, for the report.
-        metrics: The user's metrics, or None; their figures are all logged.
-        log: Names and glob patterns of the other figures that are logged.
-        prog_bar: The same of those that the progress bar shows.
-        add_to_outputs: Where refined label maps go in the step's output, None for nowhere.
+    The fields are arguments of `SAMRefineCallback`, checked: what is logged as patterns, ``refine``
+    as the user gave it, ``ignore_index`` settled.
     """
 
     ignore_index: int | None

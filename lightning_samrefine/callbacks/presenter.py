@@ -66,13 +66,7 @@ class Presenter:
     Every process calls it: rank zero gathers the others' images and alone writes. An error in
     drawing or writing is a warning and never ends the run.
 
-    Args:
-        panels: Number of images drawn, half that gained and half that lost the most.
-        panels_every_n_epochs: Inside ``fit``, draw panels and charts for every n-th epoch.
-        panels_width: Their width in pixels.
-        report: Where the report goes: a path, True for ``report.html`` in the Trainer's log folder,
-            False for none.
-        name: Part of the names of pictures and files, if a Trainer has several callbacks.
+    See `SAMRefineCallback` for the arguments.
 
     Raises:
         TypeError: An argument of a wrong type.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_prefixed_message
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.adapters.candidates import Roles
@@ -24,6 +22,7 @@ from lightning_samrefine.adapters.scores import BinaryKind
 from lightning_samrefine.adapters.target_values import IgnoreIndex, TargetCheck, settle_ignore_index
 from lightning_samrefine.callbacks.arguments import SharedArguments, num_classes_of
 from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
+from lightning_samrefine.callbacks.collective import warn_on_this_process
 from lightning_samrefine.callbacks.safe_refiner import SafeRefiner, isolated_rng
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fit.auto import AutoFusion, FittedFusion
@@ -47,15 +46,9 @@ class RunState:
     A loaded SAM is moved to the device, a named one is loaded there. The global random states stay
     as they were.
 
-    Args:
-        owner: What messages begin with.
-        counted_in: Where failures are counted, for the warning.
-        shared: SAM, thresholds, classes, and how batches are read.
-        device: SAM's device during the run.
-        cache: Keeps embeddings, None for none.
-        ignore_index: Target value that is not counted; unused if no targets are read.
-        fitted: Weights that an earlier run fitted, for ``refine="auto"``.
-        with_probs: Whether refinements have refined probabilities.
+    Messages begin with ``owner``; failures are counted in ``counted_in``. SAM is on the device
+    during the run. The ``ignore_index`` is unused if no targets are read; ``fitted`` are the
+    weights that an earlier run fitted, for ``refine="auto"``.
 
     Attributes:
         refiner: Refines single images, and raises if one fails; `refine` does not.
@@ -264,11 +257,10 @@ class RunState:
             if dataloader_idx in self._understood or len(self._without_targets) + 1 >= loaders:
                 raise
             self._without_targets.add(dataloader_idx)
-            message = (
+            warn_on_this_process(
                 f"{self._owner}: dataloader {dataloader_idx} has no target under a usual name or "
                 f"target_key and is left out; the batch is {describe(batch)}"
             )
-            _warn(message)
             return None
         except Exception as error:
             wrong = isinstance(error, WrongValuesError) and dataloader_idx not in self._passed
@@ -321,14 +313,7 @@ class _WarnOnce:
         if kind in self._kinds:
             return
         self._kinds.add(kind)
-        message = (
+        warn_on_this_process(
             f"{self._owner}: {reason}. Further failures of this kind are counted in "
             f"{self._counted_in} without a warning."
         )
-        _warn(message)
-
-
-def _warn(message: str) -> None:
-    """Warn on any process."""
-    rank: int | None = rank_zero_only.rank  # type: ignore[attr-defined]  # set by Lightning
-    warnings.warn(rank_prefixed_message(message, rank), RuntimeWarning, stacklevel=3)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_prefixed_message
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -23,7 +21,7 @@ from lightning_samrefine.adapters.sample_names import find_stems, known_stems
 from lightning_samrefine.adapters.scores import ScoresKind
 from lightning_samrefine.callbacks.arguments import SharedArguments, Thresholds, fitted_config
 from lightning_samrefine.callbacks.base_callback import SAMCallback
-from lightning_samrefine.callbacks.collective import Together
+from lightning_samrefine.callbacks.collective import Together, warn_on_this_process
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.predictions.encoding import MAX_CLASSES, PROBS_KINDS, ProbsKind
 from lightning_samrefine.predictions.fingerprints import Fingerprint
@@ -293,11 +291,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         try:
             self._close()
         except Exception as error:
-            warnings.warn(
-                rank_prefixed_message(f"{_NAME}: {error}", trainer.global_rank),
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_on_this_process(f"{_NAME}: {error}")
         finally:
             self._release()
 
@@ -356,12 +350,9 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         with Together(_NAME, trainer, RuntimeError):
             self._close()
         if self.counts.unread:
-            message = (
+            warn_on_this_process(
                 f"{_NAME}: {self.counts.unread} images were in batches that could not be read; "
                 "there are no files for them"
-            )
-            warnings.warn(
-                rank_prefixed_message(message, trainer.global_rank), RuntimeWarning, stacklevel=2
             )
         with Together(_NAME, trainer, ValueError):
             if trainer.is_global_zero:

@@ -30,6 +30,8 @@ from lightning_samrefine.config_files import check_refine_keys, with_refine_file
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+    from lightning_samrefine import SAMRefineCallback
+
 # torch and Lightning are imported where they are needed: `samrefine --help` works without them.
 
 TASKS = ("validate", "test", "fit", "tune", "predict", "check")
@@ -275,23 +277,24 @@ def _execute(
     return metrics
 
 
-def _metrics(trainer: Trainer) -> dict[str, float]:
-    """Return what the last stage logged, and every figure of the callbacks, logged or not."""
+def _callbacks(trainer: Trainer) -> list[SAMRefineCallback]:
     from lightning_samrefine import SAMRefineCallback
     from lightning_samrefine.callbacks.arguments import callbacks_of
 
+    return callbacks_of(trainer, SAMRefineCallback)
+
+
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    """Return what the last stage logged, and every figure of the callbacks, logged or not."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    for callback in callbacks_of(trainer, SAMRefineCallback):
+    for callback in _callbacks(trainer):
         metrics |= callback.figures
     return metrics
 
 
 def _write_curve(trainer: Trainer, path: Path) -> None:
     """Draw raw against refined over the validations of each callback, if more than one."""
-    from lightning_samrefine import SAMRefineCallback
-    from lightning_samrefine.callbacks.arguments import callbacks_of
-
-    for callback in callbacks_of(trainer, SAMRefineCallback):
+    for callback in _callbacks(trainer):
         epochs = [figures for figures in callback.history if figures["stage"] == "val"]
         first_loader = [figures for figures in epochs if figures["dataloader_idx"] == 0]
         if len(first_loader) > 1:
@@ -305,12 +308,10 @@ def _write_curve(trainer: Trainer, path: Path) -> None:
 
 def _write_fitted(trainer: Trainer, folder: Path) -> None:
     """Write the weights that ``refine=auto`` fitted, and print what was found."""
-    from lightning_samrefine import SAMRefineCallback
-    from lightning_samrefine.callbacks.arguments import callbacks_of
     from lightning_samrefine.config_files import write_refine
     from lightning_samrefine.fusion_weights import FusionWeights
 
-    for callback in callbacks_of(trainer, SAMRefineCallback):
+    for callback in _callbacks(trainer):
         config = callback.fitted_config
         if config is not None and isinstance(config.weights, FusionWeights):
             path = folder / callback.presenter.named("fitted.yaml")

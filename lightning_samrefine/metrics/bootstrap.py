@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _CHUNK_BYTES = 4e6
+_RESAMPLES, _CONFIDENCE = 2000, 0.95
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ def paired_bootstrap(
     raw: np.ndarray,
     refined: np.ndarray,
     *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
+    resamples: int = _RESAMPLES,
+    confidence: float = _CONFIDENCE,
     seed: int = 0,
     ignore_index: int | None = None,
 ) -> BootstrapInterval:
@@ -71,8 +72,8 @@ def paired_bootstrap(
 def bootstrap_totals(
     totals: np.ndarray,
     *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
+    resamples: int = _RESAMPLES,
+    confidence: float = _CONFIDENCE,
     seed: int = 0,
     ignore_index: int | None = None,
 ) -> BootstrapInterval:
@@ -81,7 +82,12 @@ def bootstrap_totals(
     Raises:
         ValueError: No image, or an argument outside its range.
     """
-    _check_draws(len(totals), resamples, confidence)
+    if len(totals) == 0:
+        raise ValueError("totals must have at least one image, got none")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be a number in (0, 1), got {confidence}")
     scored = np.arange(totals.shape[2]) != (-1 if ignore_index is None else ignore_index)
     totals = totals[:, :, scored]
     found = np.concatenate([_gain(sums) for sums in _sums(totals, resamples, seed)])
@@ -93,27 +99,21 @@ def bootstrap_totals(
 
 
 def bootstrap_class_gains(
-    raw: np.ndarray,
-    refined: np.ndarray,
-    *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    raw: np.ndarray, refined: np.ndarray, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bound each class's gain in IoU as `paired_bootstrap` bounds that in mIoU.
+    """Bound each class's gain in IoU as `paired_bootstrap` bounds that in mIoU by default.
 
     Returns:
         Lower and upper ends of the percentile intervals, (C,) float64 each. In a resample without
         a class on a side, its IoU there counts as 0.
     """
     totals = _image_totals(raw, refined)
-    _check_draws(len(totals), resamples, confidence)
     gains = []
-    for sums in _sums(totals, resamples, seed):
+    for sums in _sums(totals, _RESAMPLES, seed):
         true, raw_hits, raw_predicted, hits, predicted = np.split(sums, 5, axis=1)
         before = raw_hits / np.maximum(true + raw_predicted - raw_hits, 1)
         gains.append(hits / np.maximum(true + predicted - hits, 1) - before)
-    tail = (1 - confidence) / 2
+    tail = (1 - _CONFIDENCE) / 2
     low, high = np.quantile(np.concatenate(gains), [tail, 1 - tail], axis=0)
     return low, high
 
@@ -143,15 +143,6 @@ def _image_totals(raw: np.ndarray, refined: np.ndarray) -> np.ndarray:
         ],
         axis=1,
     )
-
-
-def _check_draws(images: int, resamples: int, confidence: float) -> None:
-    if images == 0:
-        raise ValueError("totals must have at least one image, got none")
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be a number in (0, 1), got {confidence}")
 
 
 def _sums(totals: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:

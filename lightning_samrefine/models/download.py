@@ -67,11 +67,6 @@ class RemoteFile:
         return self.url.rsplit("/", 1)[-1]
 
 
-def weights_folder() -> Path:
-    """Return ``weights`` in the package's `home`."""
-    return home() / "weights"
-
-
 def fetch(file: RemoteFile, folder: Path | None = None) -> Path:
     """Return the path of a file, after downloading it if it is missing.
 
@@ -79,13 +74,13 @@ def fetch(file: RemoteFile, folder: Path | None = None) -> Path:
     ``<name>.part`` and is resumed. The file is renamed to its name after its sha256 was checked, so
     a file of that name is complete; the size of a file placed there by hand is checked.
 
-    The folder is `weights_folder` if None.
+    The folder is ``weights`` in the package's `home` if None.
 
     Raises:
         DownloadError: It cannot be downloaded, or has another size or hash. The message contains
             the URL, the folder and the sha256.
     """
-    path = (weights_folder() if folder is None else folder) / file.name
+    path = (home() / "weights" if folder is None else folder) / file.name
     if _is_there(file, path):
         return path
     offline = [key for key in _OFFLINE if os.environ.get(key, "").lower() in _TRUE]

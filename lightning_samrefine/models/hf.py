@@ -120,10 +120,6 @@ class HfPromptable:
 
         With one mask per prompt, SAM 2 and models derived from it return the best of their three
         masks if the single one is unstable, depending on their configuration.
-
-        Returns:
-            Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32; with
-            ``multimask_output`` (N, 3, m, m) and (N, 3).
         """
         module, count = self.module, len(prompts)
         boxes, points, masks = prompts.boxes, prompts.points, prompts.masks

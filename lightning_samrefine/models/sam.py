@@ -90,10 +90,6 @@ class SamPromptable:
 
         Segment-anything's own parts are computed by `FastMaskDecoder`; other parts, parts with
         hooks and an embedding that requires a gradient by the module's forward pass.
-
-        Returns:
-            Low-resolution logits (N, m, m) float32 and predicted IoU (N,) float32; with
-            ``multimask_output`` (N, 3, m, m) and (N, 3).
         """
         if self._can_be_fast(embedding):
             logits, pred_iou = self._fast_decoder([embedding], [prompts], multimask_output)
@@ -104,11 +100,7 @@ class SamPromptable:
     def predict_masks_jointly(
         self, embeddings: Sequence[Tensor], prompts: Sequence[Prompts]
     ) -> tuple[Tensor, Tensor]:
-        """Predict masks on several images, in one batch if their parts are segment-anything's.
-
-        Returns:
-            Logits (Σ N_k, m, m) float32 and predicted IoU (Σ N_k,) float32, image by image.
-        """
+        """Predict masks on several images, in one batch if their parts are segment-anything's."""
         # A subclass that overrides `predict_masks` is to have its effect here too.
         own = type(self).predict_masks is SamPromptable.predict_masks
         if own and all(self._can_be_fast(embedding) for embedding in embeddings):

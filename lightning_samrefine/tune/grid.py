@@ -14,10 +14,7 @@ from lightning_samrefine.config import RefineConfig
 class Cell:
     """One combination of thresholds.
 
-    Attributes:
-        score_thresh: See `RefineConfig`.
-        mask_prompt_scale: See `RefineConfig`.
-        pred_iou_thresh: See `RefineConfig`.
+    See `RefineConfig`.
     """
 
     score_thresh: float

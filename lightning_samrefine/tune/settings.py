@@ -59,14 +59,7 @@ class Rule:
 class TuneSettings:
     """The command's node ``tune``.
 
-    Attributes:
-        score_thresh: See `Grid`.
-        mask_prompt_scale: See `Grid`.
-        pred_iou_thresh: See `Grid`.
-        objective: See `Rule`.
-        margin: See `Rule`.
-        confidence: See `Rule`.
-        folds: Number of folds of the cross-validation, at least 2.
+    See `Grid` and `Rule`. There are at least 2 folds of the cross-validation.
 
     Raises:
         TypeError: A value of a wrong type.

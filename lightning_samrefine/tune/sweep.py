@@ -27,7 +27,8 @@ class Sweep:
     """
 
     def __init__(self, grid: Grid, base: RefineConfig, scoring: Scoring) -> None:
-        self.grid, self.base, self.scoring = grid, with_all_classes(base), scoring
+        self.grid, self.scoring = grid, scoring
+        self.base = replace(base, classes=None, class_pred_iou_thresh=None)
         self.counts = GridCounts(scoring, len(grid.cells))
 
     def __call__(self, refiner: Refiner, inputs: RefineInputs) -> None:
@@ -111,11 +112,6 @@ class Trial:
                 else:
                     found.append(truth.changes(_refined(refiner, config, inputs, index)))
             self.counts.add(truth.totals, found)
-
-
-def with_all_classes(config: RefineConfig) -> RefineConfig:
-    """Return a configuration that refines all classes, with one threshold for all."""
-    return replace(config, classes=None, class_pred_iou_thresh=None)
 
 
 def _targets(inputs: RefineInputs) -> Sequence[Tensor] | Tensor:

@@ -92,19 +92,19 @@ class TestMemory:
     def test_another_error_is_not_retried(self):
         chunks = []
 
-        def ask(start, stop):
+        def process(start, stop):
             chunks.append((start, stop))
             raise RuntimeError("size mismatch")
 
         with pytest.raises(RuntimeError, match="size mismatch"):
-            list(ChunkSize().run(8, 4, ask))
+            list(ChunkSize().run(8, 4, process))
         assert chunks == [(0, 4)]
         assert not is_out_of_memory(ValueError("out of memory"))
 
     def test_what_the_failed_call_held_is_let_go_before_the_retry(self):
         held = []
 
-        def ask(start, stop):
+        def process(start, stop):
             assert not [one for one in held if one() is not None]
             big = torch.zeros(10)
             held.append(weakref.ref(big))
@@ -112,7 +112,7 @@ class TestMemory:
                 raise MemoryError
             return stop
 
-        assert [stop for _, stop, _ in ChunkSize().run(3, 4, ask)] == [1, 2, 3]
+        assert [stop for _, stop, _ in ChunkSize().run(3, 4, process)] == [1, 2, 3]
 
 
 class TestModelOutput:

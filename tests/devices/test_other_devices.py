@@ -34,13 +34,13 @@ def test_errors_of_full_gpus_halve_the_chunk(message):
     assert is_out_of_memory(RuntimeError(message))
     chunks = []
 
-    def ask(start, stop):
+    def process(start, stop):
         chunks.append(stop - start)
         if stop - start > 2:
             raise RuntimeError(message)
         return stop
 
-    assert [stop for _, stop, _ in ChunkSize().run(5, 8, ask)] == [2, 4, 5]
+    assert [stop for _, stop, _ in ChunkSize().run(5, 8, process)] == [2, 4, 5]
     assert chunks == [5, 2, 2, 1]
 
 
@@ -52,12 +52,12 @@ def test_running_out_of_memory_releases_what_the_allocator_keeps(device, monkeyp
     monkeypatch.setattr(memory_module.torch.cuda, "empty_cache", lambda: released.append("cuda"))
     monkeypatch.setattr(memory_module.torch.mps, "empty_cache", lambda: released.append("mps"))
 
-    def ask(start, stop):
+    def process(start, stop):
         if stop - start > 1:
             raise MemoryError
         return stop
 
-    list(ChunkSize().run(2, 2, ask))
+    list(ChunkSize().run(2, 2, process))
     assert released == [device]
 
 

@@ -49,7 +49,7 @@ class OracleRegion:
 
 @dataclass
 class OracleResult:
-    """Everything that the algorithm returns, and what the tests ask about its way there.
+    """Everything that the algorithm returns, and what the tests check on its way there.
 
     Attributes:
         labels: (H, W) int64, S'.

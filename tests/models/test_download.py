@@ -16,7 +16,7 @@ from tiny_random_sam import build_random_sam
 from lightning_samrefine import load_sam
 from lightning_samrefine.models import download
 from lightning_samrefine.models import registry as loading
-from lightning_samrefine.models.download import DownloadError, RemoteFile, fetch, weights_folder
+from lightning_samrefine.models.download import DownloadError, RemoteFile, fetch
 from lightning_samrefine.utils.cache_dir import home
 
 CONTENT = bytes(range(256)) * 1200
@@ -302,7 +302,7 @@ def test_a_killed_download_leaves_no_lock_behind(server, tmp_path):
 
 def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert weights_folder() == tmp_path / "lightning-samrefine" / "weights"
+    assert home() == tmp_path / "lightning-samrefine"
     monkeypatch.setenv("SAMREFINE_HOME", str(tmp_path / "mine"))
     assert home() == tmp_path / "mine"
     monkeypatch.delenv("SAMREFINE_HOME")

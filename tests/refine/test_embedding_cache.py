@@ -20,7 +20,7 @@ from tiny_random_sam import build_random_sam
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.models.sam import SamPromptable
-from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, default_folder
+from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 from lightning_samrefine.refine.cache.stores import DiskStore, Entry, MemoryStore
 
 CONFIG = RefineConfig()
@@ -624,10 +624,11 @@ def test_the_refiner_makes_the_chosen_cache(sam, tmp_path, monkeypatch):
 def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("SAMREFINE_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "lightning-samrefine" / "embeddings"
+    folder = tmp_path / "lightning-samrefine" / "embeddings"
+    assert EmbeddingCache("disk")._store.folder == folder
     monkeypatch.delenv("XDG_CACHE_HOME")
     expected = Path.home() / ".cache" / "lightning-samrefine" / "embeddings"
-    assert default_folder() == expected
+    assert EmbeddingCache("disk")._store.folder == expected
 
 
 def test_wrong_arguments_are_refused(sam):

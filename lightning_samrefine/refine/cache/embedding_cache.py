@@ -67,7 +67,7 @@ class EmbeddingCache:
         gb: Limit in 10⁹ bytes, beyond which the least recently used entries are removed; 4 in
             memory and 20 on disk if None. An embedding of SAM is 4 MB in float32 and 2 MB in
             bf16; an image's mask proposals are about as large.
-        folder: The folder on disk, `default_folder` if None.
+        folder: The folder on disk, ``embeddings`` in the package's `home` if None.
 
     Raises:
         ValueError: An unknown kind, a limit not above 0, or a folder for a cache in memory.
@@ -94,7 +94,7 @@ class EmbeddingCache:
         self._store: MemoryStore | DiskStore = (
             MemoryStore(limit)
             if kind == "memory"
-            else DiskStore(limit, default_folder() if folder is None else Path(folder))
+            else DiskStore(limit, home() / "embeddings" if folder is None else Path(folder))
         )
         self._fingerprints: WeakKeyDictionary[nn.Module, dict[Any, _Fingerprint]] = (
             WeakKeyDictionary()
@@ -334,11 +334,6 @@ class _Epoch:
     misses: int = 0
     written: int = 0
     evictions: int = 0
-
-
-def default_folder() -> Path:
-    """Return ``embeddings`` in the package's `home`."""
-    return home() / "embeddings"
 
 
 def _tensors(value: Any) -> tuple[Tensor, ...]:

@@ -108,7 +108,7 @@ class Gallery:
                         for region, extent in zip(regions, regions.extents.tolist(), strict=True)
                     ],
                 }
-                self._keep(self._images, worth, name, entry, self.max_images)
+                self._keep(self._images, worth, name, _to_json(entry), self.max_images)
             self._add_regions(name, image, target, regions, found)
         except OSError as error:
             self._give_up(name, error)
@@ -144,7 +144,7 @@ class Gallery:
                     "broken": broken,
                     "crop": region_crop(image, target, found.valid, regions, index),
                 }
-                self._keep(places, worth, key, entry, MAX_REGIONS)
+                self._keep(places, worth, key, _to_json(entry), MAX_REGIONS)
 
     def images(self) -> Iterator[str]:
         """Yield the images' JSON objects, the most changed first."""
@@ -168,10 +168,10 @@ class Gallery:
         self.images_seen += exported["images_seen"]
         try:
             for worth, name, text in exported["images"]:
-                self._keep_text(self._images, worth, name, text, self.max_images)
+                self._keep(self._images, worth, name, text, self.max_images)
             for kind, entries in exported["regions"].items():
                 for worth, name, text in entries:
-                    self._keep_text(self._regions[kind], worth, name, text, MAX_REGIONS)
+                    self._keep(self._regions[kind], worth, name, text, MAX_REGIONS)
         except OSError as error:
             self._give_up("another process", error)
 
@@ -195,14 +195,7 @@ class Gallery:
             self._file.seek(place.offset)
             yield self._file.read(place.length).decode("ascii")
 
-    def _keep(
-        self, places: list[_Place], worth: float, name: str, entry: dict[str, Any], most: int
-    ) -> None:
-        self._keep_text(places, worth, name, _to_json(entry), most)
-
-    def _keep_text(
-        self, places: list[_Place], worth: float, name: str, text: str, most: int
-    ) -> None:
+    def _keep(self, places: list[_Place], worth: float, name: str, text: str, most: int) -> None:
         if not _enters(places, worth, name, most):
             return
         data = text.encode("ascii")
