@@ -25,9 +25,6 @@ class AutoRefiner:
 
     Before the first fit the refiner's soft fusion is used. The config takes the place of the
     refiner's own.
-
-    Attributes:
-        auto: As given.
     """
 
     def __init__(

@@ -183,12 +183,7 @@ class Evaluation:
     def finish(self, trainer: Trainer, stage: str) -> list[dict[str, Any]]:
         """Measure every loader, and log the chosen figures. A collective call.
 
-        Args:
-            trainer: The Trainer that runs the evaluation.
-            stage: ``"val"`` or ``"test"``.
-
-        Returns:
-            An entry for the history for each loader with an image.
+        Returns an entry for the history for each loader with an image.
         """
         self._state.end_pass()
         if self._state.cache is not None:
@@ -223,8 +218,7 @@ class Evaluation:
     def _fit(self, trainer: Trainer, auto: AutoFusion) -> dict[str, float]:
         """Fit the fusion to this evaluation's images. A collective call.
 
-        Returns:
-            The cross-validated figures; none if there are too few images.
+        Returns the cross-validated figures; none if there are too few images.
         """
         others = [image for part in gather_on_zero(list(auto.sample)) for image in part]
         verdict = auto.finish(others) if trainer.is_global_zero else None

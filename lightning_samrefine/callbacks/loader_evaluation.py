@@ -25,10 +25,6 @@ class LoaderEvaluation:
 
     The loader's sampler decides which samples are repeats. ``panels`` images are kept for panels;
     ``lists_images`` keeps a row for each image.
-
-    Attributes:
-        picker: The images for panels.
-        rows: The images that were measured, empty without ``lists_images``.
     """
 
     def __init__(

@@ -268,9 +268,6 @@ def make_scene(seed: int, index: int, size: int = 256) -> Scene:
         index: index of the scene in its family, ≥ 0.
         size: height and width of the scene in pixels, ≥ 64.
 
-    Returns:
-        The scene, which depends on the arguments only.
-
     Raises:
         ValueError: if an argument is out of its range.
     """

@@ -107,6 +107,8 @@ class PixelSample:
 
         On a GPU the CPU waits for the number of labeled pixels and for the features.
 
+        Returns whether it was added; an image without labeled pixels is not.
+
         Args:
             key: Identity of the image, such as its path or a hash of its pixels.
             maps: The image's features.
@@ -114,9 +116,6 @@ class PixelSample:
             raw: (H, W) integer, the raw label map.
             group: Images of one scene, patient or video share a group; the key if None.
             ignore_index: A value of ``target`` that is not a class, even in [0, C).
-
-        Returns:
-            Whether the image was added; an image without labeled pixels is not.
 
         Raises:
             ValueError: Shapes or a number of classes that do not fit.

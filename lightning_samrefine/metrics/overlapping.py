@@ -68,8 +68,7 @@ class OverlappingComparison(nn.Module):
         Its labels and targets are (H, W) integer, 0 and 1 and the ignored value; ``part`` counts C
         parts of an image, or C for each slice of a volume.
 
-        Returns:
-            One entry, whose matrices are (C + 1, C + 1).
+        Returns one entry, whose matrices are (C + 1, C + 1).
         """
         index = part[0] % self.num_classes
         own = self._comparison(index)

@@ -15,11 +15,7 @@ _MERGE_EVERY = 256
 
 
 class ImageTotals(Metric):
-    """Keeps the totals of the classes that occur in each image: about 200 bytes per image.
-
-    Attributes:
-        rows: List of flat int32 tensors.
-    """
+    """Keeps the totals of the classes that occur in each image: about 200 bytes per image."""
 
     full_state_update = False
     higher_is_better = None

@@ -34,8 +34,8 @@ def get_preprocess_shape(height: int, width: int, long_side: int) -> tuple[int, 
 
 
 @dataclass(frozen=True)
-class PaddedFrame:
-    """SAM's geometry: images keep their shape, and zeros fill the square right and below.
+class _Frame:
+    """A model's square frames.
 
     Attributes:
         image_size: S, side in pixels of the model's input.
@@ -44,6 +44,10 @@ class PaddedFrame:
 
     image_size: int
     mask_size: int
+
+
+class PaddedFrame(_Frame):
+    """SAM's geometry: images keep their shape, and zeros fill the square right and below."""
 
     def input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Return (h_in, w_in), the size an image of size (H, W) is resized to (steps 0 and 6)."""
@@ -60,17 +64,8 @@ class PaddedFrame:
         return _bilinear(padded[:, :height, :width], image_hw)
 
 
-@dataclass(frozen=True)
-class SquashedFrame:
-    """SAM 2's geometry: every image is stretched to the square, whatever its shape.
-
-    Attributes:
-        image_size: S, side in pixels of the model's input.
-        mask_size: m, side of its mask prompts and low-resolution logits.
-    """
-
-    image_size: int
-    mask_size: int
+class SquashedFrame(_Frame):
+    """SAM 2's geometry: every image is stretched to the square, whatever its shape."""
 
     def input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Return (S, S) (steps 0 and 6)."""

@@ -122,8 +122,7 @@ class OutputFolder:
 
         With ``overwrite`` what a run of another provenance has written is removed.
 
-        Returns:
-            The run's generation, above those of all journals.
+        Returns the run's generation, above those of all journals.
 
         Raises:
             ValueError: The folder has other content, or results of another provenance.

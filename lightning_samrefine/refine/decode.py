@@ -92,9 +92,6 @@ def decode_prompts(
         packed_hw: K × (h_n, w_n), the part of the logits that each image fills: masks are packed
             chunk by chunk, so that a batch's logits are never held together. None keeps logits.
 
-    Returns:
-        K outputs.
-
     Raises:
         FloatingPointError: Non-finite SAM outputs.
     """

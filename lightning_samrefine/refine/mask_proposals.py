@@ -106,9 +106,6 @@ def propose_masks(
         prompts_per_batch: Number of points decoded at once.
         at_once: Halves that number if memory runs out.
 
-    Returns:
-        The masks, on SAM's device.
-
     Raises:
         FloatingPointError: Non-finite SAM outputs.
     """
@@ -134,8 +131,7 @@ def propose_masks(
 def _best(masks: MaskProposals, stability: Tensor) -> MaskProposals | None:
     """Keep the good masks, and only the best of those that nearly equal one another.
 
-    Returns:
-        The masks; None if a predicted IoU is NaN or infinite.
+    Returns None if a predicted IoU is NaN or infinite.
     """
     good = (masks.pred_iou > _MIN_PRED_IOU) & (stability > _MIN_STABILITY)
     order = masks.pred_iou.masked_fill(~good, -1).argsort(descending=True, stable=True)

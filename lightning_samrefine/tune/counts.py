@@ -20,13 +20,7 @@ from lightning_samrefine.tune.settings import OBJECTIVES, Objective
 
 @dataclass(frozen=True)
 class Scoring:
-    """The scoring of predictions, the same as in `SAMRefineCallback`.
-
-    Attributes:
-        num_classes: C.
-        ignore_index: Target value that is not counted, or None.
-        trimap_width: Half-width in pixels of the band around borders.
-    """
+    """The scoring of predictions, the same as in `SAMRefineCallback`."""
 
     num_classes: int
     ignore_index: int | None

@@ -21,9 +21,6 @@ class Sweep:
     """Counts the changes of images by every cell of a grid.
 
     The classes and thresholds of single classes of ``base`` are ignored.
-
-    Attributes:
-        counts: Counts of the changes, cell by cell in the order of ``grid.cells``.
     """
 
     def __init__(self, grid: Grid, base: RefineConfig, scoring: Scoring) -> None:
@@ -77,8 +74,7 @@ class Trial:
     The configurations of each image come in the order of the loader; ``raw`` are the images'
     `Truth.totals` in the sweep, (N, 2, 3, C) int64.
 
-    Attributes:
-        counts: One cell per configuration.
+    It has one cell per configuration.
     """
 
     def __init__(

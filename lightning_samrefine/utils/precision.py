@@ -22,8 +22,7 @@ def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype 
     ``"auto"`` is bf16 on hardware with bf16 arithmetic, fp16 on other CUDA devices, and float32
     elsewhere: a CPU without bf16 instructions emulates them, 5 to 100 times slower than float32.
 
-    Returns:
-        The autocast type, None for no autocast; and the reason.
+    Without an autocast the type is None.
 
     Raises:
         ValueError: An unknown precision.

@@ -39,12 +39,7 @@ class _ImageBatch:
 
 @dataclass(frozen=True)
 class LazyEmbedding:
-    """An embedding that is read from the cache, or computed, when it is first needed.
-
-    Attributes:
-        batch: The images that were encoded together.
-        index: The image's place among them.
-    """
+    """An embedding that is read from the cache, or computed, when it is first needed."""
 
     batch: _ImageBatch
     index: int
@@ -96,9 +91,6 @@ class CachedSam:
 
         An image that has other embeddings without padding has other keys as well. The digests are
         the images' hashes if they are known.
-
-        Returns:
-            A `LazyEmbedding` an image.
         """
         images = list(images)
         digests = self.cache.digests(images) if digests is None else list(digests)

@@ -73,15 +73,14 @@ def image_tiles(
 def region_crop(image: Tensor, target: Tensor, valid: Tensor, regions: Regions, index: int) -> str:
     """Draw a region and its surroundings, tinted by the agreement of SAM's mask with the truth.
 
+    Returns a data URI.
+
     Args:
         image: (3, H, W) uint8 RGB.
         target: (H, W) integer.
         valid: (H, W) bool.
         regions: With masks.
         index: The region.
-
-    Returns:
-        A data URI.
     """
     for own in regions.windows:
         if index < len(own.table):
