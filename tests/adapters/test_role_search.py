@@ -665,7 +665,7 @@ class TestNumbers:
                 every_n_epochs=number(1),
                 max_batches=number(2),
             )
-            assert type(callback.num_classes) is int
+            assert type(callback.shared.num_classes) is int
             assert type(callback.ignore_index) is int
             assert callback.max_batches == 2
 
