@@ -25,6 +25,7 @@ from lightning_samrefine.adapters.scores import (
     ScoresKind,
 )
 from lightning_samrefine.adapters.target_values import whole_numbers
+from lightning_samrefine.utils.device import plain
 from lightning_samrefine.utils.validation import WrongValuesError
 
 
@@ -330,10 +331,10 @@ class BatchAdapter:
         )
 
     def _move(self, value: Any) -> Any:
-        """Move a tensor or a list of them to ``device``, if it is set."""
-        if self.device is None or value is None:
-            return value
-        return value.to(self.device) if isinstance(value, Tensor) else list(map(self._move, value))
+        """Move a tensor or a list of them to ``device``, if it is set; subclasses become plain."""
+        if isinstance(value, Tensor):
+            return plain(value if self.device is None else value.to(self.device))
+        return None if value is None else list(map(self._move, value))
 
     def _checked(self, inputs: RefineInputs) -> RefineInputs:
         if inputs.targets is None and self.needs_target:

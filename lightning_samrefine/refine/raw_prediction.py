@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.refine.windows import Window
+from lightning_samrefine.utils.device import plain
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ def read_predictions(
     read = []
     for index in range(len(images)):
         check_image_and_probs(images[index], probs[index], device)
-        own = probs[index].float()
-        given = None if labels is None else checked_labels(labels[index], own)
-        read.append(RawPrediction(images[index], own, given))
+        own = plain(probs[index]).float()
+        given = None if labels is None else plain(checked_labels(labels[index], own))
+        read.append(RawPrediction(plain(images[index]), own, given))
     return read
 
 

@@ -1,4 +1,4 @@
-"""Copies between GPU and CPU without unnecessary synchronization."""
+"""Plain tensors, and their copies between GPU and CPU without unnecessary synchronization."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def upload(value: Tensor | np.ndarray, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return a tensor without its subclass, whose methods may differ (MONAI's ``MetaTensor``)."""
+    if type(tensor) is Tensor:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
 
 
 def synchronize(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as nnf
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from lightning_samrefine import SAMRefineCallback
+from lightning_samrefine import RefineConfig, Refiner, SAMRefineCallback
 
 MEAN, STD = 0.5, 0.25
 
@@ -142,9 +142,13 @@ class MetaTensor(Tensor):
         made.meta = {"filename_or_obj": name}
         return made
 
+    def new_empty(self, size, dtype=None, device=None, requires_grad=False):
+        return super().new_empty(size, dtype=dtype, device=device, requires_grad=requires_grad)
 
+
+@pytest.mark.parametrize("refine", [REFINE, "auto"], ids=["fixed", "auto"])
 @pytest.mark.parametrize("returns", ["dict", "bare"])
-def test_sliding_windows_over_tensors_with_meta_data(random_sam, returns):
+def test_sliding_windows_over_tensors_with_meta_data(random_sam, returns, refine):
     def sample(image, target):
         return {"image": MetaTensor.of(image / 255, "a.nii"), "label": MetaTensor.of(target, "b")}
 
@@ -158,8 +162,19 @@ def test_sliding_windows_over_tensors_with_meta_data(random_sam, returns):
     torch.manual_seed(4)
     nn.init.normal_(network.weight)
     module, dataset = User(network, step), Samples(sample)
-    logged = validate(random_sam, module, dataset)
+    logged = validate(random_sam, module, dataset, refine=refine)
     assert logged["val/miou_raw"] == pytest.approx(expected(module, dataset), abs=1e-6)
+
+
+def test_a_refiner_given_tensors_with_meta_data(random_sam):
+    data = Samples(lambda image, target: (image, target))
+    image, probs = data.images[0], torch.rand(NUM_CLASSES, *data.images.shape[-2:]).softmax(dim=0)
+    config = RefineConfig.preset("fast")
+    expected = Refiner(random_sam, config)(image, probs)
+    given = (MetaTensor.of(each, "a.nii") for each in (image, probs, probs.argmax(dim=0)))
+    refined = Refiner(random_sam, config)(*given)
+    assert type(refined.labels) is type(refined.probs) is Tensor
+    assert torch.equal(refined.probs, expected.probs)
 
 
 @pytest.mark.parametrize("hw", [(1, 1), (1, 9), (8, 900), (33, 62)])
