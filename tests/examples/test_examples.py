@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from lightning_samrefine import Refiner, SAMRefineCallback, load_sam
+from lightning_samrefine import RefineConfig, Refiner, SAMRefineCallback, load_sam
 from lightning_samrefine.demo.scenes import ScenesDataset
 from lightning_samrefine.demo.segmenter import SmallSegmenter
 
@@ -42,7 +42,8 @@ def commands(name: str) -> list[list[str]]:
     """Return the commands of an example's README, without the installation."""
     (block,) = BLOCK.findall((EXAMPLES / name / "README.md").read_text(encoding="utf-8"))
     lines = [shlex.split(line) for line in block.replace("\\\n", " ").strip().splitlines()]
-    assert lines[0][:3] == ["pip", "install", "lightning-samrefine"]
+    assert lines[0][:2] == ["pip", "install"]
+    assert lines[0][2] in ("lightning-samrefine", "lightning-samrefine[predict]")
     assert all(line[0] == "python" for line in lines[1:])
     return lines[1:]
 
@@ -283,9 +284,9 @@ def test_hydra_template(tmp_path):
     assert len({other["miou_refined"] for other in others}) > 2
 
 
-def refined_by_hand(module: SmallSegmenter, pairs: Pairs) -> float:
+def refined_by_hand(module: SmallSegmenter, pairs: Pairs, preset: str = "default") -> float:
     """Return torchmetrics' mIoU of labels that a refiner makes of a network's probabilities."""
-    refiner = Refiner(load_sam("tiny"))
+    refiner = Refiner(load_sam("tiny"), RefineConfig.preset(preset))
     return miou(
         lambda image: refiner(image[0], module(image).softmax(dim=1)[0]).labels[None], pairs
     )
@@ -355,4 +356,18 @@ def test_ray_data(tmp_path):
     expected = miou(lambda image: module(image).argmax(dim=1), scenes())
     assert figures["miou_raw"] == pytest.approx(expected, abs=1e-5)
     by_hand = refined_by_hand(module, scenes())
+    assert figures["miou_refined"] == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_fiftyone(tmp_path, monkeypatch):
+    if importlib.util.find_spec("fiftyone") is None:
+        pytest.skip("fiftyone is absent")
+    monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path / "database"))
+    monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "true")
+    figures, _ = run("fiftyone", tmp_path)
+    seed_everything(0)
+    module = SmallSegmenter(6).eval()
+    expected = miou(lambda image: module(image).argmax(dim=1), scenes())
+    assert figures["miou_raw"] == pytest.approx(expected, abs=1e-5)
+    by_hand = refined_by_hand(module, scenes(), "fast")
     assert figures["miou_refined"] == pytest.approx(by_hand, abs=1e-3)
