@@ -25,6 +25,15 @@ def test_the_package_alone_loads_no_backend_nor_torch():
     assert names.isdisjoint(heavy)
 
 
+def test_the_writer_without_its_extra_names_it():
+    statement = "import sys; sys.modules['pyarrow'] = None; from lightning_samrefine import "
+    command = [sys.executable, "-c", f"{statement}SAMRefineWriter"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (last,) = done.stderr.splitlines()[-1:]
+    assert last.startswith("ModuleNotFoundError: SAMRefineWriter")
+    assert 'pip install "lightning-samrefine[predict]"' in last
+
+
 @pytest.mark.slow
 def test_the_callback_loads_no_model_of_transformers():
     """transformers itself may come with torchmetrics, which uses it where it is installed."""

@@ -23,6 +23,7 @@ from lightning_samrefine.adapters.scores import (
     SCORES_KINDS,
     BinaryKind,
     ScoresKind,
+    refuse_unclear_sums,
 )
 from lightning_samrefine.adapters.target_values import whole_numbers
 from lightning_samrefine.utils.device import plain
@@ -261,7 +262,7 @@ class BatchAdapter:
         if given and captured is not None and self.function is None and self.scores_key is None:
             search.check_view(roles, captured, given)
         is_overlapping = self.scores_kind == "multilabel"
-        kind = self._kind_of_one_channel(scores, kind)
+        kind = self._settled_kind(scores, kind)
         padding = None
         if self.function is None:
             container = batch if image.source == "batch" else outputs
@@ -282,8 +283,11 @@ class BatchAdapter:
         inputs, colors = RefineInputs(images, probs, labels, targets, parts), str(self.rgb)
         return Reading(inputs, roles, kind, has_probs, padding, colors, slices, is_overlapping)
 
-    def _kind_of_one_channel(self, scores: Found, kind: ScoresKind) -> ScoresKind:
-        """Return the kind of scores; that of a single map with overlapping classes."""
+    def _settled_kind(self, scores: Found, kind: ScoresKind) -> ScoresKind:
+        """Return the kind of scores; that of a single map with overlapping classes.
+
+        ``"auto"`` is left where the values of each image decide.
+        """
         name = str(scores.path[-1]).lower() if scores.path else ""
         value = scores.value
         if kind == "multilabel":
@@ -301,6 +305,8 @@ class BatchAdapter:
                 ) from error
         if kind == "auto" and self._num_classes == 2 and _has_one_channel(value):
             return self.binary(value, name)
+        if kind == "auto":
+            refuse_unclear_sums(value, str(scores))
         return kind
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Literal, NoReturn, TypeAlias
 
@@ -144,6 +143,37 @@ class BinaryKind:
         return "auto" if inside else "logits"
 
 
+def refuse_unclear_sums(scores: Samples, name: str) -> None:
+    """Refuse scores of several classes that ``"auto"`` cannot tell from a sigmoid for each class.
+
+    Args:
+        scores: Scores of a batch, or a list of its samples.
+        name: What the error calls them.
+
+    Raises:
+        ValueError: All values lie in [0, 1], and the sums over the classes are 1 in no image.
+            Logits have negative values, and those of a layer that starts at 0 are all 0.
+    """
+    parts = [scores] if isinstance(scores, Tensor) else [one[None] for one in scores]
+    soft = [one.ndim == 4 and one.shape[1] > 1 and one.is_floating_point() for one in parts]
+    if not all(soft) or not all(one.numel() for one in parts) or not parts:
+        return
+    tolerance = _SUM_TOLERANCE.get(parts[0].dtype, _DEFAULT_SUM_TOLERANCE)
+    outside = [((one < -tolerance) | (one > 1 + tolerance)).any() for one in parts]  # not if NaN
+    if bool(torch.stack(outside).any()):
+        return
+    clear = [_are_probs(one).any() | ((one == 0) | (one == 1)).all() for one in parts]
+    if bool(torch.stack(clear).any()):
+        return
+    sums = torch.stack([torch.stack(torch.aminmax(one.float().sum(dim=1))) for one in parts])
+    raise ValueError(
+        "scores_kind must be 'logits', 'probs' or 'multilabel' if scores of several classes lie in "
+        f"[0, 1] and do not sum to 1, got 'auto' and sums from {float(sums.min()):.4g} to "
+        f"{float(sums.max()):.4g} in {name}: 'multilabel' for overlapping classes, 'probs' for a "
+        "sigmoid for each of classes that do not overlap"
+    )
+
+
 def to_probs(
     scores: Tensor, kind: ScoresKind, num_classes: int, image_hw: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
@@ -197,8 +227,6 @@ def to_probs(
         is_probs = _are_probs(maps)
         # In one download: each would make the CPU wait for a GPU.
         are_all, are_some = torch.stack([is_probs.all(), is_probs.any()]).tolist()
-        if not are_all:
-            _warn_of_sums(maps)
     if kind == "probs":
         _check_probs(maps)
     if kind == "auto" and is_binary and bool(maps.any()):
@@ -247,6 +275,7 @@ def probs_behind_labels(
         return probs, None
     try:
         kind = "auto" if captured.shape[1] > 1 else BinaryKind()(captured)
+        refuse_unclear_sums(captured, "forward hook")
         soft, own = to_probs(captured, kind, probs.shape[1], (labels.shape[1], labels.shape[2]))
     except ValueError:
         return probs, None
@@ -286,24 +315,6 @@ def _are_probs(maps: Tensor) -> Tensor:
     total = maps.float().sum(dim=1)
     strange = outside.any(dim=1) | ((total - 1).abs() > tolerance)
     return ~(strange & ~total.isnan()).flatten(1).any(dim=1)
-
-
-def _warn_of_sums(maps: Tensor) -> None:
-    """Warn if maps read as logits look like a sigmoid for each class."""
-    if maps.shape[1] == 1:
-        return
-    # Logits of an untrained network are small as well, but none stands out.
-    low, high = torch.stack(torch.aminmax(maps.float())).tolist()
-    if low >= 0 and 0.5 < high <= 1:
-        total = maps.float().sum(dim=1)
-        warnings.warn(
-            "scores must sum to 1 over the classes to be read as probabilities, got sums from "
-            f"{float(total.min()):.4g} to {float(total.max()):.4g} and values from {low:.4g} to "
-            f"{high:.4g}: they are read as logits. Set scores_kind='probs' if they are a sigmoid "
-            "for each class, 'multilabel' if classes overlap, 'logits' if they are logits",
-            RuntimeWarning,
-            stacklevel=2,
-        )
 
 
 def _is_binary(maps: Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
@@ -40,7 +40,6 @@ from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, make_cache
 from lightning_samrefine.utils.validation import check_count
 
-_STAGES = ("fit", "validate", "test")
 # What a resumed fit goes on with, by attribute.
 _OF_A_FIT = ("history", "_history_start", "_validations")
 
@@ -131,6 +130,7 @@ class SAMRefineCallback(SAMCallback):
             ``target`` and one of ``logits``, ``probs`` and ``labels``.
         name: Distinguishes the callbacks of one Trainer: with ``"fast"`` figures are
             ``val/fast/miou_refined``, files ``fast_…``. Letters, digits, ``_``, ``-`` and ``.``.
+            Equal or missing ones raise Lightning's "Found more than one stateful callback".
 
     Attributes:
         history: Every figure, logged or not, one dict per evaluation and loader, with ``stage``,
@@ -139,7 +139,7 @@ class SAMRefineCallback(SAMCallback):
 
     Raises:
         MisconfigurationException: No number of classes, or one that contradicts ``class_names``;
-            in ``setup``, two callbacks of one name, or a Trainer of pytorch_lightning.
+            in ``setup``, names that differ in case alone, or a Trainer of pytorch_lightning.
         TypeError: An argument of a wrong type.
         ValueError: An argument outside its range, or a batch in which something is missing.
         FileNotFoundError: In ``setup``, no checkpoint, or none that could be downloaded.
@@ -267,8 +267,12 @@ class SAMRefineCallback(SAMCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        predicts = stage == "predict" and self.add_to_outputs is not None
-        if stage not in _STAGES and not predicts:
+        predicts = stage == "predict"
+        if predicts and self.add_to_outputs is None:
+            rank_zero_info(
+                "SAMRefineCallback refines nothing in predict without add_to_outputs (such as "
+                "'refined'); SAMRefineWriter writes refined predictions to files"
+            )
             return
         check_different(callbacks_of(trainer, SAMRefineCallback))
         if trainer.barebones:
@@ -293,15 +297,9 @@ class SAMRefineCallback(SAMCallback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         due = not fitting or self._validations % self.every_n_epochs == 0
         if due or trainer.sanity_checking:
-            draws = self.presenter.draws(trainer, self._validations)
+            draws, fits = self.presenter.draws(trainer, self._validations), not trainer.testing
             self._evaluation = Evaluation(
-                trainer,
-                pl_module,
-                self._run_state,
-                self._options,
-                self.presenter,
-                draws,
-                fits=not trainer.testing,
+                trainer, pl_module, self._run_state, self._options, self.presenter, draws, fits
             )
 
     @override

@@ -20,15 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-try:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "SAMRefineWriter: its manifest needs pyarrow, which is not installed; "
-        "pip install 'lightning-samrefine[predict]'"
-    ) from error
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 Row = dict[str, Any]
 

@@ -20,8 +20,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import pyarrow as pa
-import pyarrow.compute as pc
+try:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+except ModuleNotFoundError as error:  # here, where the writer needs it first
+    raise ModuleNotFoundError(
+        "SAMRefineWriter: its manifest needs pyarrow, which is not installed; "
+        'pip install "lightning-samrefine[predict]"'
+    ) from error
 
 from lightning_samrefine.predictions.manifest import (
     Contents,

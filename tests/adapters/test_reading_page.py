@@ -81,6 +81,7 @@ SITUATIONS = [
     lambda: ({"image": IMAGE, "mask": ((LOGITS + OTHER) > -1).long()}, LOGITS),
     lambda: (SAMPLE, {"pred": LOGITS.clamp(min=0)}),
     lambda: (SAMPLE, {"pred": (LOGITS + OTHER > -1).float()}),
+    lambda: (SAMPLE, {"pred": LOGITS.sigmoid()}),
     lambda: ({"image": IMAGE}, LOGITS),
 ]
 

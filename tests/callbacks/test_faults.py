@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import warnings
 import weakref
 
 import pytest
@@ -18,6 +17,7 @@ from tiny_random_sam import build_random_sam
 from torch.utils.data import DataLoader
 
 from lightning_samrefine import RefineConfig, Refiner, SAMRefineCallback
+from lightning_samrefine.adapters.batch_adapter import BatchAdapter
 from lightning_samrefine.adapters.scores import to_probs
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine.regions import begin_split
@@ -289,16 +289,25 @@ class TestTensors:
             iou = float((mine & truth).sum() / (mine | truth).sum())
             assert logged[f"val/iou_raw/{c}"] == pytest.approx(iou, abs=1e-6)
 
-    def test_scores_that_look_like_sigmoids_are_pointed_out(self):
-        generator = torch.Generator().manual_seed(0)
-        sigmoids = torch.rand(1, 4, 8, 8, generator=generator)
-        with pytest.warns(RuntimeWarning, match=r"scores must sum to .* scores_kind='probs'"):
-            to_probs(sigmoids, "auto", 4, (8, 8))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert torch.equal(to_probs(sigmoids, "probs", 4, (8, 8))[0], sigmoids)
-            to_probs(torch.zeros(1, 4, 8, 8), "auto", 4, (8, 8))
-            to_probs(sigmoids * 5 - 2, "auto", 4, (8, 8))
+    @pytest.mark.parametrize("scale", [1, 0.1])
+    def test_sigmoids_of_several_classes_are_not_taken_for_logits(self, scale):
+        image = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+        sigmoids = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * scale
+        batch = {"image": image, "mask": torch.zeros(2, 8, 8, dtype=torch.long)}
+
+        def probs(scores, kind="auto"):
+            return BatchAdapter(num_classes=4, scores_kind=kind)(batch, {"preds": scores}).probs
+
+        for scores in (sigmoids, list(sigmoids)):
+            with pytest.raises(ValueError, match=r"scores_kind must be 'logits', 'probs' or 'mult"):
+                probs(scores)
+        assert torch.equal(probs(sigmoids, "probs"), sigmoids)
+        assert torch.equal(probs(sigmoids, "logits"), sigmoids.softmax(dim=1))
+        for logits in (torch.zeros(2, 4, 8, 8), sigmoids * 5 - 2):
+            assert torch.equal(probs(logits), logits.softmax(dim=1))
+        # A damaged image does not change the kind of the others.
+        probabilities = torch.stack([sigmoids[0], sigmoids[1].softmax(dim=0)])
+        assert torch.equal(probs(probabilities)[1], probabilities[1])
 
 
 class TestRuns:

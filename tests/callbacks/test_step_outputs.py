@@ -55,9 +55,11 @@ def test_predict_returns_refined_label_maps(make, random_sam):
     assert callback.history == []
 
 
-def test_predict_is_left_alone_without_a_key(make):
+def test_predict_is_left_alone_without_a_key_and_the_log_names_it(make, caplog):
+    caplog.set_level("INFO")
     (one,) = Trainer(**SILENT, callbacks=[make()]).predict(Predicting(), loader(2))
     assert set(one) == {"logits"}
+    assert "refines nothing in predict without add_to_outputs" in caplog.text
 
 
 def test_predict_uses_the_weights_that_validation_fitted(random_sam):
