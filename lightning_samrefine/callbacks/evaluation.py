@@ -44,6 +44,7 @@ from lightning_samrefine.fit.auto import TOO_FEW, AutoFusion
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.metrics.overlapping import OverlappingComparison
 from lightning_samrefine.metrics.paired_metrics import PairedMetrics
+from lightning_samrefine.metrics.same_classes import different_classes
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.reporting.loggers import safe_names
 
@@ -207,6 +208,9 @@ class Evaluation:
             entries.append({sys.intern(name): value for name, value in entry.items()})
             if self._options.class_names is not None:  # in pictures they are what the user wrote
                 result = replace(result, class_names=tuple(self._options.class_names))
+            if (different := different_classes(result)) is not None:
+                title = f"{self._options.prefix(stage)}{suffix}"
+                self._state.warn_of_classes(title, different)
             self._evaluated.append(Evaluated(stage, index, suffix, loader, result))
         if self._state.auto is not None and self._fits:
             figures = self._fit(trainer, self._state.auto)

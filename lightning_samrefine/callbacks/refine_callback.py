@@ -49,8 +49,8 @@ class SAMRefineCallback(SAMCallback):
 
     Logs in ``validate`` (alone and inside ``fit``) under ``val/`` and in ``test`` under ``test/``:
     ``miou_raw``, ``miou_refined``, ``miou_gain`` and its 95% interval ``miou_gain_low|high``,
-    ``trimap_miou_*``, ``refine_accept_rate``, ``refine_ms_per_image``, ``refine_failed_images``,
-    and what ``metrics`` and ``log`` add, see
+    ``miou_gain_same_classes``, ``trimap_miou_*``, ``refine_accept_rate``, ``refine_ms_per_image``,
+    ``refine_failed_images``, and what ``metrics`` and ``log`` add, see
     `lightning_samrefine.metrics.comparison.ComparisonResult.figures`. With ``refine="auto"`` also
     ``miou_without_sam``, the control, and after the fit the cross-validated ``fitted_gain*``. With
     several dataloaders every name ends in ``/dataloader_idx_<i>``, as Lightning's own do. The

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.adapters.candidates import Roles
@@ -92,6 +92,7 @@ class RunState:
         # Loaders without targets, which are left out.
         self._without_targets: set[int] = set()
         self._announced: set[int] = set()
+        self._warned_of_classes: set[str] = set()
         # Loaders that were read to their end once: a wrong value there later ends no run.
         self._passed: set[int] = set()
 
@@ -279,6 +280,18 @@ class RunState:
     def is_left_out(self, dataloader_idx: int) -> bool:
         """Whether a loader has no targets while others have some."""
         return dataloader_idx in self._without_targets
+
+    def warn_of_classes(self, evaluation: str, message: str) -> None:
+        """Warn of an evaluation's first message: the later epochs' are in the history as figures.
+
+        The evaluation is named as in the logs, ``"val"`` or ``"val/fast/dataloader_idx_1"``.
+        """
+        if evaluation not in self._warned_of_classes:
+            self._warned_of_classes.add(evaluation)
+            rank_zero_warn(
+                f"{self._owner}: {evaluation}: {message}. Later evaluations have it without a "
+                f"warning: miou_gain_same_classes"
+            )
 
     def end_pass(self) -> None:
         """Note that the loaders that batches came from were read to their ends."""

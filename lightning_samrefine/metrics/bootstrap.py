@@ -47,8 +47,10 @@ def paired_bootstrap(
     """Bound the gain in mIoU by resampling images, both sides of an image together.
 
     Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13 (percentile
-    interval). mIoU is that of the summed confusion matrix of each resample; classes that do not
-    occur in a resample are left out of its mean.
+    interval). mIoU is that of the summed confusion matrix of each resample. As in the mIoU of all
+    images, a side's mean is over the classes that occur in the resample's targets or in that
+    side's prediction: where a class of no target is predicted on one side alone, the gain of a
+    resample is that of other classes, too.
 
     Args:
         raw: (N, C, C) or (N, C, C + 1) integer, a confusion matrix an image; rows are the true

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_samrefine.metrics.counts import CountingMetric
 from lightning_samrefine.refine.results import Regions
 from lightning_samrefine.utils.device import Download, upload
 
@@ -154,7 +154,7 @@ class Calibration:
         )
 
 
-class RegionCalibration(Metric):
+class RegionCalibration(CountingMetric):
     """Counts regions by predicted IoU, accepted and rejected ones.
 
     Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, with IoU for accuracy.
@@ -165,9 +165,6 @@ class RegionCalibration(Metric):
         ranks: (2, 4096) int64: regions that did not get better, and that did, by predicted IoU.
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
     bins: Tensor
     ranks: Tensor
 

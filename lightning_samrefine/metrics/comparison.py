@@ -39,13 +39,14 @@ from lightning_samrefine.metrics.confusion import (
     ConfusionMatrix,
     check_shape,
     class_iou,
+    class_totals,
     matrix_scores,
+    on_same_classes,
 )
-from lightning_samrefine.metrics.counts import Counts
+from lightning_samrefine.metrics.counts import RefinementCounts
 from lightning_samrefine.metrics.per_image import ImageTotals
 from lightning_samrefine.metrics.trimap import KnownLabels, valid_pixels
 from lightning_samrefine.refine.results import Regions
-from lightning_samrefine.utils.device import upload
 
 SIDES = ("raw", "refined")
 TRIMAP_WIDTHS = (1, 3, 5, 10)
@@ -53,30 +54,6 @@ TRIMAP_WIDTHS = (1, 3, 5, 10)
 _SCALARS = ("mdice", "pixel_acc", "class_acc", "fwiou")
 _WITH_GAIN = ("miou", "trimap_miou", "boundary_iou", "boundary_f1")
 MEANS = (*_WITH_GAIN, *_SCALARS)
-
-
-class RefinementCounts(Counts):
-    """Counts what the refinement did: integers, so that no order of addition changes them.
-
-    Attributes:
-        counts: (5,) int64: images, failed images, prompted regions, accepted regions, and
-            microseconds spent refining.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(5)
-
-    def update(
-        self,
-        images: int = 0,
-        failed: int = 0,
-        regions: int = 0,
-        accepted: int = 0,
-        seconds: float = 0.0,
-    ) -> None:
-        """Add the figures of some images."""
-        new = [images, failed, regions, accepted, round(seconds * 1e6)]
-        self.counts += upload(torch.tensor(new), self.counts.device)
 
 
 @dataclass(frozen=True)
@@ -99,11 +76,15 @@ class ImageComparison:
     region_changes: Tensor | None
 
     def mious(self, ignore_index: int | None) -> tuple[float, float]:
-        """Return the image's own mIoU, raw and refined, NaN if no pixel is scored."""
-        raw, refined = (
-            class_iou(one.cpu(), ignore_index).nanmean().item() for one in self.matrices
-        )
-        return raw, refined
+        """Return the image's own mIoU, raw and refined: means over its target's classes.
+
+        They are NaN if no pixel is scored. A class that only predictions hold costs the true
+        classes' IoU; in the means it would be of one side alone where the other has no such pixel.
+        """
+        raw, refined = (one.cpu() for one in self.matrices)
+        true = class_totals(raw)[1] > 0
+        before, after = (class_iou(one, ignore_index)[true].nanmean() for one in (raw, refined))
+        return before.item(), after.item()
 
 
 class RefinementComparison(nn.Module):
@@ -206,24 +187,20 @@ class RefinementComparison(nn.Module):
             self._pixels(side).update(counts)
             matrices.append(counts.sum(dim=0))
             self._borders(side).update(Borders(known, *distances), true_borders)
-        # Without a control, too: torchmetrics warns of a metric that was never updated.
-        shown = slice(0) if control is None else slice(None)
-        self.control.update((target if control is None else control)[shown], target[shown])
+        if control is not None:
+            self.control.update(control, target)
         self.images.update(matrices[0], matrices[1], part)
         changes = ChangedPixels(raw, refined, target, valid)
         self.changes.update(changes)
         scores = region_changes = None
-        pred_iou = true_iou = torch.empty(0)
-        better = torch.empty(0, dtype=torch.bool)
         if regions is not None and regions.have_masks:
             scores = score_regions(regions, raw, target, valid)
             kept = scores.measured
-            pred_iou, true_iou = regions.pred_iou[kept], scores.mask_iou[kept]
+            true_iou = scores.mask_iou[kept]
             better = true_iou > scores.raw_iou[kept]
+            self.calibration.update(regions.pred_iou[kept], true_iou, better)
             region_changes = changes.by_region(scores.windows, regions.classes)
             region_changes[~regions.accepted] = 0
-        # Without a region, too: torchmetrics warns of a metric that was never updated.
-        self.calibration.update(pred_iou, true_iou, better)
         return ImageComparison((matrices[0], matrices[1]), changes, valid, scores, region_changes)
 
     def _pixels(self, side: str) -> BandedConfusion:
@@ -333,6 +310,12 @@ class ComparisonResult:
             return None
         return bootstrap_totals(self.totals, ignore_index=self.ignore_index)
 
+    @cached_property
+    def same_classes_gain(self) -> float:
+        """The gain over the classes of both sides' mIoU, NaN if no pixel is scored."""
+        raw, refined = on_same_classes(*(self.scores[side]["iou"] for side in SIDES))
+        return (refined.nanmean() - raw.nanmean()).item()
+
     def trimap_miou(self, side: str, width: int) -> float:
         """Return the mIoU inside the band of a width; NaN if no pixel is in it."""
         matrix = self.matrices[side][self.widths.index(width)]
@@ -348,6 +331,7 @@ class ComparisonResult:
             by class ``iou_*/<class>``, ``dice_*/<class>``, ``boundary_iou_*/<class>`` and
             ``boundary_f1_*/<class>``.
             ``miou_gain_low`` and ``miou_gain_high``, the 95% interval of the gain;
+            ``miou_gain_same_classes``, the gain over the classes of both sides' mIoU;
             ``miou_without_sam`` of a control, if there is one.
             ``refine_fixed_px``, ``refine_broken_px``, ``refine_swapped_px``, by true class
             ``fixed_px/<class>``, ``broken_px/<class>`` and ``swapped_px/<class>``, and
@@ -356,7 +340,8 @@ class ComparisonResult:
             if none was), ``refine_regions_per_image`` (over the images that were refined),
             ``refine_ms_per_image``, ``refine_failed_images``; ``refine_iou_ece`` and
             ``refine_iou_auroc``, see `Calibration`.
-            Means are over the classes present; absent classes, and means over none, are left out.
+            Means are over the classes of a side: those in a target or in its prediction. Absent
+            classes, and means over none, are left out.
         """
         figures: dict[str, float] = {}
         for side in SIDES:
@@ -374,6 +359,7 @@ class ComparisonResult:
                 figures.update(zip(keys, scores[name].tolist(), strict=True))
         for name in _WITH_GAIN:
             figures[f"{name}_gain"] = figures[f"{name}_refined"] - figures[f"{name}_raw"]
+        figures["miou_gain_same_classes"] = self.same_classes_gain
         if self.control.any():
             without_sam = matrix_scores(self.control, self.ignore_index)["miou"]
             figures["miou_without_sam"] = without_sam.item()

@@ -15,8 +15,8 @@ from lightning_samrefine.metrics.comparison import (
     ComparisonResult,
     ImageComparison,
     RefinementComparison,
-    RefinementCounts,
 )
+from lightning_samrefine.metrics.counts import RefinementCounts
 from lightning_samrefine.metrics.per_image import ImageTotals
 from lightning_samrefine.refine.results import Regions
 
@@ -72,7 +72,6 @@ class OverlappingComparison(nn.Module):
         """
         index = part[0] % self.num_classes
         own = self._comparison(index)
-        own.counts.update()  # torchmetrics warns of a metric that was never updated
         (found,) = own.update(raw, refined, target, regions, control)
         matrices = [self._placed(matrix, index) for matrix in found.matrices]
         self.images.update(matrices[0], matrices[1], part)

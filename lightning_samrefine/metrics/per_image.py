@@ -5,21 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_samrefine.metrics.confusion import class_totals
+from lightning_samrefine.metrics.counts import CountingMetric
 
 # A row: 1 if a new image starts with it, the class, and five totals, all int32.
 _COLUMNS = 7
 _MERGE_EVERY = 256
 
 
-class ImageTotals(Metric):
+class ImageTotals(CountingMetric):
     """Keeps the totals of the classes that occur in each image: about 200 bytes per image."""
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
     rows: list[Tensor]
 
     def __init__(self, num_classes: int) -> None:

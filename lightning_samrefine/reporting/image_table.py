@@ -17,8 +17,9 @@ class ImageRow:
     Attributes:
         name: The image's name.
         gain: miou_refined − miou_raw of this image alone, NaN if no pixel is scored.
-        miou_raw: In [0, 1].
-        miou_refined: In [0, 1].
+        miou_raw: In [0, 1], the mean over the classes of the image's target, see
+            `ImageComparison.mious`.
+        miou_refined: In [0, 1], over the same classes.
         fixed_px: Pixels that became right.
         broken_px: Pixels that became wrong.
         swapped_px: Pixels that are wrong in another way.

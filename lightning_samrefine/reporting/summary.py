@@ -84,6 +84,12 @@ def summary(metrics: Mapping[str, float], folder: Path) -> RenderableType:
             if low in metrics:
                 bounds = f"{_per_cent(metrics[low], '+')} to {_per_cent(metrics[high], '+')}"
                 facts.insert(0, f"gain in mIoU within {bounds} (95%)")
+            gain, same = (
+                _per_cent(metrics.get(f"{stage}/{key}{loader}", math.nan), "+")
+                for key in ("miou_gain", "miou_gain_same_classes")
+            )
+            if gain != same:
+                facts.insert(0, f"gain {same} over the classes that both means have")
             failed = metrics.get(f"{stage}/refine_failed_images{loader}", 0)
             if failed:
                 facts.append(f"{failed:.0f} images could not be refined and kept their prediction")

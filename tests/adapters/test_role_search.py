@@ -623,6 +623,7 @@ class TestContainers:
         ours = [str(one.message) for one in caught if "SAMRefineCallback" in str(one.message)]
         assert len(ours) == 1
         assert f"dataloader {position}" in ours[0]
+        assert not any("before the ``update``" in str(one.message) for one in caught)
         key = f"val/miou_raw/dataloader_idx_{1 - position}"
         assert logged[key] == pytest.approx(raw_miou(module, dataset), abs=1e-6)
         assert not any(name.endswith(f"dataloader_idx_{position}") for name in logged)

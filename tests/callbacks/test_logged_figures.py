@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_runs import execute, overrides
@@ -14,9 +17,11 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lightning_samrefine import Refiner, SAMRefineCallback
+from lightning_samrefine.callbacks.run_state import RunState
 
 DOZEN = {
     "miou_raw", "miou_refined", "miou_gain", "miou_gain_low", "miou_gain_high",
+    "miou_gain_same_classes",
     "trimap_miou_raw", "trimap_miou_refined", "trimap_miou_gain",
     "refine_accept_rate", "refine_ms_per_image", "refine_failed_images",
 }  # fmt: skip
@@ -199,3 +204,50 @@ def test_the_command_writes_every_figure(folder, tmp_path):
         columns = set(file.readline().strip().split(","))
     assert "val/miou_gain" in columns
     assert "val/iou_raw/disc" not in columns
+
+
+class TestClassesOfOneMean:
+    """Class 3 is in no target: raw predicts it, and the refined prediction here does not."""
+
+    def callback(self, random_sam, monkeypatch, **kwargs):
+        original = RunState.refine
+
+        def without_class(state, inputs, dataloader_idx=0):
+            found, seconds = original(state, inputs, dataloader_idx)
+            kept = [replace(one, labels=one.labels.where(one.labels != 3, 0)) for one in found]
+            return kept, seconds
+
+        monkeypatch.setattr(RunState, "refine", without_class)
+        names = ["sky", "road", "car", "book"]
+        return SAMRefineCallback(random_sam, class_names=names, refine=REFINE, **kwargs)
+
+    def warnings_of(self, caught):
+        return [str(one.message) for one in caught if "a class in no target" in str(one.message)]
+
+    def test_they_are_named_once_a_stage(self, random_sam, monkeypatch, tmp_path):
+        callback = self.callback(random_sam, monkeypatch, report=tmp_path / "report.html")
+        module = Segmenter("logits", channels=4)
+        # Unchanged by training, which would unlearn the class.
+        module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+        trainer = Trainer(**SILENT, max_epochs=3, callbacks=[callback])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(module, loader(2), loader())
+        first, *others = callback.history
+        assert {one["miou_gain_same_classes"] for one in others} == {
+            first["miou_gain_same_classes"]
+        }
+        raw, refined = (
+            np.mean([first[f"iou_{side}/{name}"] for name in ("sky", "road", "car")])
+            for side in ("raw", "refined")
+        )
+        gain = refined - raw
+        assert first["miou_gain_same_classes"] == pytest.approx(gain, abs=1e-12)
+        (text,) = self.warnings_of(caught)
+        assert "SAMRefineCallback: val: " in text
+        assert (
+            f"(raw: book); over the 3 classes of both means the gain is {100 * gain:+.2f}" in text
+        )
+        assert f"not {100 * first['miou_gain']:+.2f}" in text
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert "(raw: book); over the 3 classes of both means" in page

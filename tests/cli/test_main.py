@@ -454,6 +454,14 @@ def test_every_dataloader_has_its_table_and_the_mean_is_returned():
     assert text.count("could not be refined") == 1
 
 
+def test_a_gain_over_other_classes_is_shown_beside_the_means():
+    means = {"val/miou_raw": 0.1837, "val/miou_refined": 0.1661, "val/miou_gain": -0.0176}
+    text = rendered(summary(means | {"val/miou_gain_same_classes": 0.0051}, Path("out")))
+    assert "gain +0.51 over the classes that both means have" in text
+    text = rendered(summary(means | {"val/miou_gain_same_classes": -0.0176}, Path("out")))
+    assert "both means" not in text
+
+
 def test_nothing_refined_is_reported():
     assert "No refinement was logged" in rendered(summary({"val/loss": 1.0}, Path("out")))
 

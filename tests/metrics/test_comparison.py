@@ -13,6 +13,8 @@ from metric_cases import label_maps, loop_band, loop_iou
 
 from lightning_samrefine.metrics import ConfusionMatrix, class_iou, trimap_band
 from lightning_samrefine.metrics.comparison import RefinementComparison
+from lightning_samrefine.metrics.overlapping import OverlappingComparison
+from lightning_samrefine.metrics.same_classes import different_classes
 
 pytestmark = pytest.mark.numerical
 
@@ -151,3 +153,69 @@ def test_bad_arguments_name_themselves():
         RefinementComparison(3, class_names=["a", "b"])
     with pytest.raises(ValueError, match="trimap_width must be at least 1, got 0"):
         RefinementComparison(3, trimap_width=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(label_maps())
+def test_the_gain_over_the_classes_of_both_means(case):
+    num_classes, ignore_index, raw, refined, target = case
+    comparison = RefinementComparison(num_classes, ignore_index)
+    comparison.update(raw, refined, target)
+    result = comparison.result()
+    sides = [loop_iou(labels, target, num_classes, ignore_index) for labels in (raw, refined)]
+    both = ~np.isnan(sides[0]) & ~np.isnan(sides[1])
+    expected = sides[1][both].mean() - sides[0][both].mean() if both.any() else math.nan
+    figures = result.figures()
+    assert figures.get("miou_gain_same_classes", math.nan) == pytest.approx(
+        expected, abs=1e-12, nan_ok=True
+    )
+    if np.array_equal(np.isnan(sides[0]), np.isnan(sides[1])):
+        assert figures.get("miou_gain_same_classes") == figures.get("miou_gain")
+        assert different_classes(result) is None
+
+
+def test_classes_of_one_mean_alone_are_named():
+    comparison = RefinementComparison(5, class_names=["sky", "road", "book", "face", "car"])
+    target = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
+    raw = torch.tensor([[0, 0, 2, 2, 1, 1, 1, 0]])
+    refined = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 3]])
+    comparison.update(raw, refined, target)
+    # By hand: sky 2/5 → 1, road 3/4 → 3/4, and a third class of 0 on each side.
+    assert comparison.compute()["miou_gain_same_classes"] == pytest.approx(0.3)
+    assert comparison.compute()["miou_gain"] == pytest.approx(0.2)
+    assert different_classes(comparison.result()) == (
+        "a class in no target counts, with an IoU of 0, in the mIoU of a prediction that has it "
+        "(raw: book; refined: face); over the 2 classes of both means the gain is +30.00 points, "
+        "not +20.00"
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(label_maps())
+def test_an_images_miou_is_that_of_its_targets_classes(case):
+    num_classes, ignore_index, raw, refined, target = case
+    target = target.where(target != 1, 0)  # predictions often hold a class that it lacks
+    comparison = RefinementComparison(num_classes, ignore_index)
+    (image,) = comparison.update(raw, refined, target)
+    present = np.isin(np.arange(num_classes), target.numpy())
+    expected = []
+    for labels in (raw, refined):
+        iou = loop_iou(labels, target, num_classes, ignore_index)[present]
+        expected.append(np.nanmean(iou) if not np.isnan(iou).all() else math.nan)
+    assert image.mious(ignore_index) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_stray_pixels_that_vanish_are_no_gain_of_75_points():
+    target = torch.zeros(100, 100).long()
+    raw = target.clone()
+    raw[0, :31] = torch.arange(31) % 3 + 1
+    (image,) = RefinementComparison(4).update(raw, target, target)
+    assert image.mious(None) == (1 - 31 / 10_000, 1.0)
+
+
+@pytest.mark.parametrize("comparison", [RefinementComparison, OverlappingComparison])
+@pytest.mark.filterwarnings("error")
+def test_without_an_image_nothing_is_counted_and_no_metric_warns(comparison):
+    result = comparison(3).result()
+    assert result.totals.shape == (0, 5, 3)
+    assert not result.control.any()

@@ -39,8 +39,9 @@ def expected_rows(sam, dataset):
         with torch.no_grad():
             logits = module.network(image[None] / 255 - 0.5)[0]
         raw, out = logits.argmax(dim=0), refiner(image, logits.softmax(dim=0))
+        true = np.isin(range(NUM_CLASSES), target)
         iou = [
-            np.nanmean(loop_iou(labels, target, NUM_CLASSES, IGNORE))
+            loop_iou(labels, target, NUM_CLASSES, IGNORE)[true].mean()
             for labels in (raw, out.labels)
         ]
         changed, true = (raw != out.labels) & (target != IGNORE), target

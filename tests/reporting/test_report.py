@@ -85,6 +85,24 @@ def test_the_page_has_what_was_measured(page):
         assert f"{100 * figures[f'{name}_refined']:.2f}" in text
 
 
+def test_a_loss_that_only_a_class_of_no_target_makes_is_no_verdict(tmp_path):
+    comparison = RefinementComparison(3, class_names=("sky", "road", "book"))
+    target = torch.arange(100).reshape(10, 10) // 50
+    raw, refined = target.clone(), target.clone()
+    raw[4] = 1  # ten pixels of sky called road
+    refined[0, 0] = 2  # all of them right again, and one pixel of a book that is not there
+    for _ in range(3):
+        comparison.update(raw, refined, target)
+    result = comparison.result()
+    assert result.figures()["miou_gain_high"] < 0 < result.figures()["miou_gain_same_classes"]
+    path = tmp_path / "report.html"
+    write_report(path, [ReportSection("test", None, result, Gallery(3))], FACTS)
+    text = path.read_text(encoding="utf-8")
+    assert "makes these masks" not in text
+    assert "<p>Over the classes of both means there is no such difference.</p>" in text
+    assert "(refined: book); over the 2 classes of both means the gain is +" in text
+
+
 def test_the_most_changed_images_come_first_up_to_the_maximum():
     _, gallery = evaluate(6, max_images=4)
     kept = [json.loads(text) for text in gallery.images()]

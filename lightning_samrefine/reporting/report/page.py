@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from lightning_samrefine.metrics.changes import KINDS
 from lightning_samrefine.metrics.comparison import SIDES, ComparisonResult
+from lightning_samrefine.metrics.same_classes import different_classes
 from lightning_samrefine.reporting.charts import (
     curve_unit,
     draw_class_bars,
@@ -135,6 +136,7 @@ def _context(index: int, section: ReportSection) -> dict[str, Any]:
         "step": section.step,
         "headline": _headline(result),
         "verdict": _verdict(result),
+        "different_classes": different_classes(result),
         "means": list(_means(result)),
         "classes": list(_classes(result)),
         "charts": list(_charts(section)),
@@ -182,6 +184,8 @@ def _verdict(result: ComparisonResult) -> str:
         return "One image alone cannot show whether a gain is luck."
     if interval.is_noise:
         return f"With these {images} images the true difference may be zero."
+    if (refined - raw) * result.same_classes_gain <= 0:
+        return "Over the classes of both means there is no such difference."
     word = "better" if refined > raw else "worse"
     return f"SAM makes these masks {word}, by more than the choice of {images} images explains."
 
