@@ -100,7 +100,7 @@ class Reading:
         padding: What was cut off, or None.
         slices: The slices of volumes, or None.
         is_overlapping: Whether ``kind`` is that of a binary map for each class.
-        colors: How the image's channels became RGB, in words; empty where they are RGB.
+        colors: How the image became uint8 RGB, in words; empty if nothing was set.
     """
 
     inputs: RefineInputs
@@ -280,7 +280,8 @@ class BatchAdapter:
         parts = slices.names if slices is not None else ("",)
         if is_overlapping:
             parts = tuple(f"{part}/{c}".strip("/") for part in parts for c in self._class_names)
-        inputs, colors = RefineInputs(images, probs, labels, targets, parts), str(self.rgb)
+        inputs = RefineInputs(images, probs, labels, targets, parts)
+        colors = self.rgb.describe(image.value)
         return Reading(inputs, roles, kind, has_probs, padding, colors, slices, is_overlapping)
 
     def _settled_kind(self, scores: Found, kind: ScoresKind) -> ScoresKind:

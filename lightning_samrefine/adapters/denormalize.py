@@ -39,15 +39,16 @@ class Denormalize:
 
     A range that is not set is inferred from the first batch with unambiguous values and kept from
     then on: a dark batch of 0 to 255 is not mistaken for a bright one of 0 to 1. Later values
-    outside it raise, because the earlier batches were converted wrongly.
+    outside it raise, because the earlier batches were converted wrongly. A range that is set and
+    does not fit the first batch that is not black raises as well.
 
     Args:
         image_mean: The mean subtracted in normalization, one number or one per channel; None for
             images that were not normalized.
         image_std: The standard deviation of the normalization.
-        image_range: ``"0-1"`` or ``"0-255"``, the range before normalization. None infers it from
-            ``image_mean`` and ``image_std`` (0-1 if none exceeds 1), and without those from the
-            values.
+        image_range: ``"0-1"`` or ``"0-255"``, the range in which ``image_mean`` and ``image_std``
+            are given. None infers it from the two (0-1 if none exceeds 1), and without those from
+            the images.
         image_channels: Indices of the image's channels that become red, green and blue, or one for
             gray; None for images of one or three channels. ``image_mean`` and ``image_std`` are
             those of all the image's channels, in their order.
@@ -94,18 +95,23 @@ class Denormalize:
                 f"{image_range!r}"
             )
         self.range = image_range
-        if image_range is None and self.mean is not None and self.std is not None:
-            self.range = "0-1" if max(*self.mean, *self.std) <= 1 else "0-255"
+        pair = [values for values in (self.mean, self.std) if values is not None]
+        self._are_up_to_1 = all(n <= 1 for values in pair for n in _shown(values, self.channels))
+        if image_range is None and pair:
+            self.range = "0-1" if self._are_up_to_1 else "0-255"
         self.settled = self.range
         self._looked_at = False
 
-    def __str__(self) -> str:
+    def describe(self, images: Samples) -> str:
+        """Return what is done to images of this kind, in words; empty if nothing."""
         parts = []
         if self.channels is not None:
             parts.append(f"channels {', '.join(map(str, self.channels))} shown")
         if self.stretch is not None:
             low, high = self.stretch
             parts.append(f"percentiles {low:g} to {high:g} of each image as 0 to 255")
+        if self.mean is not None and any(image.is_floating_point() for image in images):
+            parts.append("image_mean and image_std undone")
         return ", ".join(parts)
 
     def shows(self, images: Samples) -> bool:
@@ -168,7 +174,8 @@ class Denormalize:
 
         Raises:
             ValueError: A wrong shape, or values outside the range after undoing normalization.
-            WrongValuesError: Values outside the range inferred from earlier batches.
+            WrongValuesError: Values outside the range inferred from earlier batches; settings
+                that do not fit the first images.
         """
         count = images.shape[1] if images.ndim == 4 else 0
         images = self._chosen(images)
@@ -209,9 +216,6 @@ class Denormalize:
             return images.to(torch.uint8).expand(-1, 3, -1, -1)
 
         self._settle(images)
-        if self.range is not None and not self._looked_at:
-            self._looked_at = True
-            self._warn_of_settings(images)
         pixels = images.float()
         if self.mean is not None and self.std is not None:
             std, mean = (self._numbers(n, count, pixels) for n in (self.std, self.mean))
@@ -221,6 +225,10 @@ class Denormalize:
         tolerance = _TOLERANCE if self.range is None else _TOLERANCE_IF_SET
         self._check(low, high, _fits(low, high, image_range, tolerance), image_range)
         scale = _SCALES[image_range]
+        # Black is black in either range, hence the first image of another color is looked at.
+        if self.range is not None and not self._looked_at and high * scale > 0.5:
+            self._looked_at = True
+            self._check_settings(images, high)
         return (pixels * scale).round_().clamp_(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 
     def _chosen(self, images: Tensor) -> Tensor:
@@ -237,18 +245,34 @@ class Denormalize:
 
     def _numbers(self, numbers: tuple[float, ...], count: int, like: Tensor) -> Tensor:
         """Return a mean or deviation for the channels that are shown, (c, 1, 1) or (1, 1, 1)."""
-        if self.channels is not None and len(numbers) > 1:
-            if len(numbers) != count:
-                raise ValueError(
-                    "image_mean and image_std must be 1 number or one for each of the image's "
-                    f"{count} channels, got {len(numbers)}"
-                )
-            numbers = tuple(numbers[channel] for channel in self.channels)
-        return torch.tensor(numbers, device=like.device).view(-1, 1, 1)
+        if self.channels is not None and len(numbers) not in (1, count):
+            raise ValueError(
+                "image_mean and image_std must be 1 number or one for each of the image's "
+                f"{count} channels, got {len(numbers)}"
+            )
+        return torch.tensor(_shown(numbers, self.channels), device=like.device).view(-1, 1, 1)
 
-    def _warn_of_settings(self, images: Tensor) -> None:
-        """Warn if the first images look not normalized, or in 0 to 1 despite the set range."""
+    def _check_settings(self, images: Tensor, highest: float) -> None:
+        """Raise or warn if the first images do not fit the settings.
+
+        That is, if they look not normalized, or in 0 to 1 despite the range. A range of 0 to 255
+        with means and deviations of at most 1 is right for images that were normalized without a
+        division by 255, so the images decide. ``highest`` is the largest value of the undone ones.
+        """
         low, high = _bounds(images.float())
+        doubtful = self.mean is not None and self.range == "0-255" and self._are_up_to_1
+        if doubtful and highest <= 1 + _TOLERANCE_IF_SET:
+            raise WrongValuesError(
+                "image_range must be '0-1', the range in which image_mean and image_std are given, "
+                f"or left out, got '0-255': with the two undone images are up to {highest:.4g}, "
+                "which SAM would see as black"
+            )
+        # Undoing what was not done makes them darker; normalized ones hold negative or huge values.
+        if doubtful and low >= 0 and _LARGEST_NORMALIZED < high <= 255 and highest < 0.75 * high:
+            raise WrongValuesError(
+                "image_mean and image_std must be None where images are not normalized, got "
+                f"{self.mean} and {self.std} for images from {low:.4g} to {high:.4g}"
+            )
         # 0.5: images in 0 to 1 have bright pixels, normalized ones of low contrast seldom do.
         if not (low >= 0 and 0.5 < high <= 1) or bool((images == images.round()).all()):
             return
@@ -278,8 +302,9 @@ class Denormalize:
             f"image must be in the range {expected}{before}, got values from {low:.4g} to "
             f"{high:.4g}{undone}. SAM needs the image before normalization: set image_mean and "
             "image_std to the numbers of your Normalize transform (ImageNet's, the likeliest, are "
-            "image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]) and image_range "
-            "to the range before it ('0-1' or '0-255')."
+            "image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]). image_range is "
+            "the range in which these are given ('0-1' or '0-255'); left out, it is inferred from "
+            "them."
         )
 
 
@@ -347,6 +372,13 @@ def _per_channel(
     if len(numbers) not in (1, 3) and not any_count:
         raise ValueError(f"{name} must be 1 or 3 numbers, got {len(numbers)}")
     return tuple(float(number) for number in numbers)
+
+
+def _shown(numbers: tuple[float, ...], channels: tuple[int, ...] | None) -> tuple[float, ...]:
+    """Return the numbers of the channels that are shown; a single number is that of all."""
+    if channels is None or len(numbers) == 1:
+        return numbers
+    return tuple(numbers[channel] for channel in channels if channel < len(numbers))
 
 
 def _fits(low: float, high: float, image_range: str, tolerance: float) -> bool:

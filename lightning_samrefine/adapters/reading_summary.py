@@ -15,21 +15,24 @@ def summarize(reading: Reading, ignore_index: int | None = None) -> str:
     """Describe the places and kinds of image, target and scores, and the shares not evaluated.
 
     Returns:
-        One sentence without a full stop. The image's range is that of its values as given.
+        One sentence without a full stop, with the image's range as given and as SAM sees it.
     """
     inputs, roles = reading.inputs, reading.roles
     pairs = zip(inputs.labels, inputs.probs, strict=True)
     unknown = _share([(labels < 0) | (labels >= len(probs)) for labels, probs in pairs])
-    shares = [f"{unknown:.1%} of the predicted pixels unknown"]
+    shares = [f"{unknown:.1%} of the pixels predicted outside [0, {len(inputs.probs[0])})"]
     if inputs.targets is not None and ignore_index is not None:
         ignored = _share([target == ignore_index for target in inputs.targets])
         shares.insert(0, f"{ignored:.1%} of the target's pixels ignored")
     if roles is None or roles.image is None or roles.scores is None:
         parts = [f"RefineInputs of {len(inputs)} samples from the adapter"]
     else:
-        parts = [f"image {roles.image} with values {_range(roles.image.value)}"]
+        given, seen = _range(roles.image.value), _range(inputs.images)
+        parts = [f"image {roles.image} with values {given}"]
         if reading.colors:
             parts[0] += f", {reading.colors}"
+        if seen != given:
+            parts[0] += f", seen by SAM as {seen}"
         if roles.target is not None:
             parts.append(f"target {roles.target}")
         scores = items(roles.scores.value)[0]

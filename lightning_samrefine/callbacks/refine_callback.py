@@ -116,7 +116,7 @@ class SAMRefineCallback(SAMCallback):
             for images that are not neighbors.
         image_mean: The mean of your Normalize transform, undone for SAM.
         image_std: Its deviation.
-        image_range: ``"0-1"`` or ``"0-255"``, the range before it; None guesses.
+        image_range: ``"0-1"`` or ``"0-255"``, the range in which the two are given; None infers it.
         image_channels: Indices of the channels that become red, green and blue, or of one, such as
             ``(3, 2, 1)`` for Sentinel-2 and ``(2, 1, 0)`` for BGR.
         image_stretch: Percentiles of each image that become black and white, such as ``(2, 98)``,

@@ -87,7 +87,7 @@ class SAMRefineWriter(SAMCallback, BasePredictionWriter):
         scores_kind: The kind of scores.
         image_mean: The mean of your Normalize transform.
         image_std: Its deviation.
-        image_range: The range before it.
+        image_range: The range in which they are given.
         image_channels: The channels that become RGB.
         image_stretch: The percentiles that become black and white.
         padding_key: Where the pad mask or the sizes of padded images are.

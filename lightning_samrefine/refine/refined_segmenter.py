@@ -32,7 +32,7 @@ class RefinedSegmenter(nn.Module):
         scores_kind: ``"logits"``, ``"probs"``, ``"labels"``, or ``"auto"`` to decide by the values.
         image_mean: The mean of your Normalize transform, undone for SAM.
         image_std: Its deviation.
-        image_range: ``"0-1"`` or ``"0-255"``, the range before it; None guesses.
+        image_range: ``"0-1"`` or ``"0-255"``, the range in which the two are given; None infers it.
 
     Raises:
         ValueError: An argument outside its range.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
 import numpy as np
@@ -256,3 +257,84 @@ class TestSettingsThatDoNotFit:
         converter(255 * self.IMAGES)
         converter(self.IMAGES)  # a dark batch after others
         assert not recwarn.list
+
+
+class TestRangesThatDoNotFit:
+    """Numbers of one range and ``image_range`` of the other: SAM would see black images."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_numbers_of_0_to_1_with_the_range_0_to_255(self, rgb, dtype):
+        converter = Denormalize(MEAN, STD, "0-255")
+        with pytest.raises(WrongValuesError, match=r"image_range must be '0-1'.*, got '0-255'"):
+            converter(normalized(rgb).to(dtype))
+
+    def test_no_normalization_written_as_mean_0_and_deviation_1(self, rgb):
+        with pytest.raises(WrongValuesError, match="image_range must be '0-1'"):
+            Denormalize(0.0, 1.0, "0-255")(rgb / 255)
+        assert torch.equal(Denormalize(0.0, 1.0, "0-255")(rgb.float()), rgb)
+
+    def test_black_images_come_first(self, rgb):
+        converter = Denormalize(MEAN, STD, "0-255")
+        assert converter(normalized(torch.zeros_like(rgb))).sum() == 0
+        with pytest.raises(WrongValuesError, match="image_range must be '0-1'"):
+            converter(normalized(rgb))
+
+    def test_images_of_0_to_255_that_were_not_normalized(self, rgb):
+        with pytest.raises(WrongValuesError, match="image_mean and image_std must be None"):
+            Denormalize(MEAN, STD, "0-255")(rgb.float())
+
+    def test_numbers_of_0_to_1_that_were_applied_to_0_to_255(self, rgb):
+        """Normalize without a division by 255: an odd pipeline, and its undoing is right."""
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (MEAN, STD))
+        images = torch.from_numpy((rgb.numpy() - mean) / std)
+        assert torch.equal(Denormalize(MEAN, STD, "0-255")(images), rgb)
+        with pytest.raises(ValueError, match=r"range 0-1, got values .*image_range"):
+            Denormalize(MEAN, STD)(images)
+
+    def test_numbers_of_0_to_255_with_the_range_0_to_1(self, rgb):
+        converter = Denormalize(120.0, 60.0, "0-1")
+        with pytest.raises(ValueError, match=r"range 0-1, got values from 0 to 255 after undoing"):
+            converter((rgb.float() - 120) / 60)
+
+    def test_dark_images_of_numbers_of_0_to_255(self):
+        dark = np.linspace(0, 1, 12, dtype=np.float32).reshape(1, 1, 3, 4)
+        found = Denormalize(120.0, 60.0, "0-255")(torch.from_numpy((dark - 120) / 60))
+        assert np.array_equal(found[:, :1].numpy(), np.round(dark).astype(np.uint8))
+
+    def test_bands_that_are_not_shown_do_not_decide_the_range(self, rgb):
+        """Red, green and blue in 0 to 1 beside a depth in meters."""
+        depth = torch.full((2, 1, 9, 11), 0.5)
+        converter = Denormalize((*MEAN, 7.0), (*STD, 3.0), image_channels=(0, 1, 2))
+        assert torch.equal(converter(torch.cat([normalized(rgb), depth], dim=1)), rgb)
+
+    def test_under_a_trainer_it_is_an_error_before_any_work(self, random_sam):
+        dataset = Blobs(2)
+        dataset.images = normalized(dataset.images)
+        callback = SAMRefineCallback(
+            random_sam,
+            num_classes=NUM_CLASSES,
+            refine=REFINE,
+            image_mean=MEAN,
+            image_std=STD,
+            image_range="0-255",
+        )
+        trainer = Trainer(**SILENT, callbacks=[callback])
+        with pytest.raises(ValueError, match="image_range must be '0-1'"):
+            trainer.validate(Segmenter(), DataLoader(dataset), verbose=False)
+
+    def test_the_log_line_shows_what_sam_sees(self, random_sam, caplog):
+        dataset = Blobs(2)
+        pixels = dataset.images
+        dataset.images = normalized(pixels)
+        callback = SAMRefineCallback(
+            random_sam, num_classes=NUM_CLASSES, refine=REFINE, image_mean=MEAN, image_std=STD
+        )
+        with caplog.at_level(logging.INFO):
+            trainer = Trainer(**SILENT, callbacks=[callback])
+            trainer.validate(Segmenter(), DataLoader(dataset, 2), verbose=False)
+        (line,) = (r.message for r in caplog.records if "reads image" in r.message)
+        low, high = normalized(pixels).aminmax()
+        assert (
+            f"with values {low:.4g} to {high:.4g}, image_mean and image_std undone, seen by SAM as "
+            f"{pixels.min()} to {pixels.max()};"
+        ) in line

@@ -722,7 +722,7 @@ class TestLine:
             "target batch['mask'] int64 (2, 32, 40)",
             "scores forward hook float32 (2, 3, 32, 40), logits",
             f"{ignored:.1%} of the target's pixels ignored",
-            "0.0% of the predicted pixels unknown",
+            "0.0% of the pixels predicted outside [0, 3)",
         ):
             assert part in lines[0]
 
