@@ -22,6 +22,7 @@ from lightning_samrefine.callbacks.monitored_figures import (
     is_monitored,
     matches,
     warn_monitors,
+    warn_shifted,
     warn_unmatched,
     warn_unscored,
 )
@@ -195,6 +196,7 @@ class Evaluation:
             if result.counts[0] == 0 and len(self._loaders) > 1:
                 continue
             warn_unscored(result, "of this evaluation")
+            warn_shifted(result)
             suffix = f"/dataloader_idx_{index}" if len(self._loaders) > 1 else ""
             figures, own = result.figures(), {}
             if result.counts[0] > 0:

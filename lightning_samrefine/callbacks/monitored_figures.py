@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -69,6 +70,28 @@ def warn_unscored(result: ComparisonResult, where: str) -> None:
         f"SAMRefineCallback: no pixel of the {images} images {where} is scored, for every target "
         f"there is ignore_index={result.ignore_index}; without scored pixels no IoU is logged"
     )
+
+
+def warn_shifted(result: ComparisonResult) -> None:
+    """Warn if targets look like the predicted classes plus or minus 1: the step shifts its labels.
+
+    It is certain where a class at the end occurs in no target, the network predicts the neighbor
+    of two classes or more on most of their pixels (of one class, a network that predicts a single
+    class would do so), and far more pixels agree with the neighbor than with the class.
+    """
+    matrix = result.matrices["raw"][-1]
+    pixels, classes = matrix.sum(dim=1), torch.arange(len(matrix))
+    most = torch.where(2 * matrix.amax(dim=1) > pixels, matrix.argmax(dim=1), -2)
+    for shift, absent in ((-1, 0), (1, -1)):
+        moved = int((most == classes + shift)[pixels > 0].sum()) >= 2
+        is_better = matrix.diagonal(shift).sum() > 2 * matrix.diagonal().sum()
+        if int(pixels[absent]) == 0 and moved and bool(is_better):
+            change = "1 less" if shift < 0 else "1 more"
+            rank_zero_warn(
+                f"SAMRefineCallback: the predicted classes are {change} than the targets in the "
+                "batch, as if the step shifted its labels: mIoU is wrong, raw and refined. Shift "
+                "them in the data set or in an adapter, where the callback sees it"
+            )
 
 
 def warn_monitors(trainer: Trainer, prefix: str, results: Sequence[ComparisonResult]) -> None:

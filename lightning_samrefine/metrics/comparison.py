@@ -336,7 +336,7 @@ class ComparisonResult:
             ``refine_fixed_px``, ``refine_broken_px``, ``refine_swapped_px``, by true class
             ``fixed_px/<class>``, ``broken_px/<class>`` and ``swapped_px/<class>``, and
             ``refine_fixed_broken_ratio`` (over at least one broken pixel);
-            ``refine_accept_rate`` (accepted of the prompted regions, 0
+            ``measured_images``; ``refine_accept_rate`` (accepted of the prompted regions, 0
             if none was), ``refine_regions_per_image`` (over the images that were refined),
             ``refine_ms_per_image``, ``refine_failed_images``; ``refine_iou_ece`` and
             ``refine_iou_auroc``, see `Calibration`.
@@ -374,6 +374,7 @@ class ComparisonResult:
         broken = max(figures["refine_broken_px"], 1.0)
         figures["refine_fixed_broken_ratio"] = figures["refine_fixed_px"] / broken
         images, failed, regions, accepted, microseconds = self.counts
+        figures["measured_images"] = float(len(self.totals))
         figures["refine_accept_rate"] = accepted / max(regions, 1)
         figures["refine_regions_per_image"] = regions / max(images - failed, 1)
         figures["refine_ms_per_image"] = microseconds / 1000 / max(images, 1)

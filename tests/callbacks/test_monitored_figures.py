@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning_stubs import IGNORE, NUM_CLASSES, REFINE, SILENT, Blobs, Segmenter, loader
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_samrefine import SAMRefineCallback
@@ -131,3 +132,54 @@ def test_tuning_on_ignored_targets_is_reported_in_words(folder, tmp_path, capsys
     assert "nan" not in (printed + written).lower().replace(str(tmp_path).lower(), "")
     assert "No pixel of the 2 validation images is scored" in " ".join(printed.split())
     assert "no pixel of the validation images is scored" in written
+
+
+class TestShiftedLabels:
+    """Labels that the step shifts: in the batch they are not those that the network learned."""
+
+    class Learned(Segmenter):
+        """Predicts the labels of `LabeledBlobs` moved by ``shift``, but for some wrong pixels."""
+
+        shift = -1
+
+        def forward(self, image):
+            labels = (image[:, 0].long() + self.shift).clamp(0, NUM_CLASSES - 1)
+            labels[:, ::5] = 0
+            return nn.functional.one_hot(labels, NUM_CLASSES).movedim(-1, 1) * 9.0 - 4
+
+    def warnings_of(self, random_sam, targets, shift):
+        dataset = Blobs(len(targets))
+        dataset.targets = targets
+        dataset.images = targets[:, None].repeat(1, 3, 1, 1).to(torch.uint8)
+        callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE)
+        module = self.Learned("none")
+        module.shift = shift
+        module.loss = lambda logits, target: torch.tensor(0.0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = Trainer(**SILENT, callbacks=[callback])
+            trainer.validate(module, DataLoader(dataset, batch_size=2), verbose=False)
+        return [str(one.message) for one in caught if "shifted" in str(one.message)]
+
+    # Columns of classes.
+    ALL = torch.arange(40).mul(NUM_CLASSES).div(40, rounding_mode="floor").expand(2, 32, 40)
+
+    def test_labels_from_1_on(self, random_sam):
+        (message,) = self.warnings_of(random_sam, self.ALL.clamp(min=1), -1)
+        assert "1 less" in message
+        assert "data set or in an adapter" in message
+
+    def test_labels_that_the_step_raises(self, random_sam):
+        (message,) = self.warnings_of(random_sam, self.ALL.clamp(max=1), 1)
+        assert "1 more" in message
+
+    @pytest.mark.parametrize(
+        ("targets", "shift"),
+        [
+            (ALL.clamp(min=1), 0),  # class 0 does not occur, and the network is right
+            (ALL, -1),  # class 0 occurs
+            (torch.ones_like(ALL), -1),  # a network that predicts one class is no evidence
+        ],
+    )
+    def test_no_evidence(self, random_sam, targets, shift):
+        assert self.warnings_of(random_sam, targets, shift) == []

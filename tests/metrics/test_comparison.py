@@ -120,6 +120,7 @@ def test_counts_become_rates():
     comparison.counts.update(regions=3, accepted=2)
     comparison.counts.update(failed=1)
     figures = comparison.compute()
+    assert figures["measured_images"] == 1.0
     assert figures["refine_accept_rate"] == 0.75
     assert figures["refine_regions_per_image"] == 4.0
     assert figures["refine_ms_per_image"] == pytest.approx(200)
