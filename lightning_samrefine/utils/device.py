@@ -20,11 +20,14 @@ def upload(value: Tensor | np.ndarray, device: torch.device) -> Tensor:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """Return a tensor without its subclass, whose methods may differ (MONAI's ``MetaTensor``)."""
-    if type(tensor) is Tensor:
-        return tensor
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.as_subclass(Tensor)
+    """Return a tensor without its subclass, whose methods may differ (MONAI's ``MetaTensor``).
+
+    Subclasses that hold their data elsewhere (a ``DTensor``) stay, for without them it is lost.
+    """
+    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and type(tensor) is not Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor.as_subclass(Tensor)
+    return tensor
 
 
 def synchronize(device: torch.device) -> None:
