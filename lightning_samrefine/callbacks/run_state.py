@@ -289,8 +289,8 @@ class RunState:
         if evaluation not in self._warned_of_classes:
             self._warned_of_classes.add(evaluation)
             rank_zero_warn(
-                f"{self._owner}: {evaluation}: {message}. Later evaluations have it without a "
-                f"warning: miou_gain_same_classes"
+                f"{self._owner}: {evaluation}: {message}. The history has the former as "
+                "miou_gain_same_classes, for later evaluations as well; these do not warn"
             )
 
     def end_pass(self) -> None:
