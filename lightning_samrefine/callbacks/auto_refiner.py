@@ -99,4 +99,4 @@ class AutoRefiner:
             return self._refiner.fuse(predictions, self._config, self._with_probs)
         config, raw = replace(self._config, weights=weights), predictions.raw
         refined = fuse_fitted(predictions, config, self._refiner.sam, self._with_probs, maps)
-        return restore_frozen_classes(refined, raw.probs, raw.labels, config.classes)
+        return restore_frozen_classes(refined, raw, config.classes)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.refine.raw_prediction import RawPrediction
 from lightning_samrefine.refine.regions import RegionSet
 from lightning_samrefine.refine.results import Refinement
 from lightning_samrefine.utils.device import upload
@@ -65,7 +66,7 @@ def regions_of_refined_classes(regions: RegionSet, classes: Sequence[int] | None
 
 
 def restore_frozen_classes(
-    refinement: Refinement, probs: Tensor, labels: Tensor, classes: Sequence[int] | None
+    refinement: Refinement, raw: RawPrediction, classes: Sequence[int] | None
 ) -> Refinement:
     """Take back every change of a pixel from or to a frozen class.
 
@@ -74,24 +75,23 @@ def restore_frozen_classes(
 
     Args:
         refinement: Of the whole image.
-        probs: (C, H, W) float32, the raw L.
-        labels: (H, W) int64, the raw S.
+        raw: Of the same image; its labels are computed only if a class is frozen.
         classes: The refined classes; all of them if None.
     """
     if classes is None:
         return refinement
-    num_classes = probs.shape[0]
+    labels, num_classes = raw.labels, len(raw.probs)
     # One more entry, for labels that are no class.
     frozen = torch.ones(num_classes + 1, dtype=torch.bool)
     frozen[[*classes, num_classes]] = False
     frozen = upload(frozen, labels.device)
     known = (labels >= 0) & (labels < num_classes)
-    raw = torch.where(known, labels, num_classes)
-    refined = torch.where(refinement.labels == labels, raw, refinement.labels)
-    taken_back = (refined != raw) & (frozen[raw] | frozen[refined])
+    before = torch.where(known, labels, num_classes)
+    after = torch.where(refinement.labels == labels, before, refinement.labels)
+    taken_back = (after != before) & (frozen[before] | frozen[after])
 
     def restored(refined: Tensor | None) -> Tensor | None:
-        return None if refined is None else torch.where(taken_back, probs, refined)
+        return None if refined is None else torch.where(taken_back, raw.probs, refined)
 
     return replace(
         refinement,

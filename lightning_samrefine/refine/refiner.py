@@ -202,7 +202,7 @@ class Refiner:
             fusion = fuse_soft if config.unsupported_weight else fuse_by_algorithm4
         with autocast(None, self.sam.device):  # whatever the caller's
             fused = fusion(predictions, config, self.sam, with_probs)
-        return restore_frozen_classes(fused, raw.probs, raw.labels, config.classes)
+        return restore_frozen_classes(fused, raw, config.classes)
 
     def _acting(self, config: RefineConfig | None) -> RefineConfig:
         return self.config if config is None else _possible(config, self.sam)

@@ -9,6 +9,7 @@ from random_predictions import blobs
 
 from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.refine.class_filter import check_classes, restore_frozen_classes
+from lightning_samrefine.refine.raw_prediction import RawPrediction
 from lightning_samrefine.refine.results import Refinement
 
 pytestmark = pytest.mark.numerical
@@ -75,12 +76,13 @@ def test_any_fusion_is_gated():
     new = torch.tensor([[1, 2, 0], [1, 0, 2]])
     probs = torch.full((3, 2, 3), 0.25)
     moved = Refinement(new, torch.ones(3, 2, 3), torch.ones(2, 3, dtype=torch.bool), *[None] * 4)
-    gated = restore_frozen_classes(moved, probs, raw, (1, 2))
+    before = RawPrediction(torch.zeros(3, 2, 3, dtype=torch.uint8), probs, raw)
+    gated = restore_frozen_classes(moved, before, (1, 2))
     expected = torch.tensor([[0, 2, 2], [1, 1, 2]])
     assert torch.equal(gated.labels, expected)
     raw_again = torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.bool)
     assert torch.equal((gated.probs == 0.25).all(dim=0), raw_again)
-    assert torch.equal(restore_frozen_classes(moved, probs, raw, None).labels, new)
+    assert torch.equal(restore_frozen_classes(moved, before, None).labels, new)
 
 
 def test_a_class_has_its_own_threshold(random_sam):

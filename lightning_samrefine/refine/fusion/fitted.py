@@ -75,7 +75,7 @@ def fuse_fitted(
     if not weights.frozen_classes:
         return refined
     refined_classes = np.setdiff1d(np.arange(len(raw.probs)), weights.frozen_classes).tolist()
-    return restore_frozen_classes(refined, raw.probs, raw.labels, refined_classes)
+    return restore_frozen_classes(refined, raw, refined_classes)
 
 
 def control_labels(raw: RawPrediction, maps: FeatureMaps, weights: FusionWeights) -> Tensor:
