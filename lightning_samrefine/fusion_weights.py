@@ -7,7 +7,7 @@ the softmax of the scores. The features are those of `lightning_samrefine.refine
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,10 @@ PRESET_WEIGHTS: Mapping[str, float] = MappingProxyType(
     {"raw": 1.0, "color": 1.3, "presence": 0.0, "region_votes": 1.0}
 )
 
-_KEYS = ("refine", "classes", "features", "biases", "control", "frozen_classes", "images", "found")
+_KEYS = (
+    *("refine", "classes", "features", "biases", "control", "frozen_classes"),
+    *("images", "found", "sam"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class FusionWeights:
         frozen_classes: Classes that keep their raw pixels.
         images: Number of images that the weights were fitted to; 0 for a preset's weights.
         found: What the cross-validation found, in one sentence.
+        sam: The name of the SAM that they were fitted with; empty if it is unknown.
+        source: Where they come from, in words.
 
     Raises:
         TypeError: A value of the wrong type.
@@ -91,6 +96,8 @@ class FusionWeights:
     frozen_classes: tuple[int, ...] = ()
     images: int = 0
     found: str = ""
+    sam: str = ""
+    source: str = field(default="this run", compare=False)
 
     def __post_init__(self) -> None:
         num_classes = len(self.classes)
@@ -115,13 +122,30 @@ class FusionWeights:
             raise ValueError(
                 f"frozen_classes must be different and ascending, got {list(self.frozen_classes)}"
             )
-        if not isinstance(self.found, str):
-            raise TypeError(f"found must be a string, got {self.found!r}")
+        for name in ("found", "sam"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a string, got {getattr(self, name)!r}")
+
+    def __str__(self) -> str:
+        return f"weights from {self.source}, fitted to {self.images} images: {self.found}"
+
+    def check_sam(self, name: str) -> None:
+        """Refuse a SAM of another name.
+
+        Raises:
+            ValueError: The weights were fitted with another SAM.
+        """
+        if self.sam not in ("", name):
+            raise ValueError(
+                f"sam must be {self.sam!r}, the model that the weights were fitted with, got "
+                f"{name!r}"
+            )
 
     def to_mapping(self) -> dict[str, Any]:
         """Return plain values, as `from_mapping` reads them."""
         return {
             "refine": self.refine,
+            "sam": self.sam,
             "found": self.found,
             "images": self.images,
             "classes": list(self.classes),
@@ -131,14 +155,17 @@ class FusionWeights:
         }
 
     @classmethod
-    def from_mapping(cls, values: Mapping[Any, Any]) -> FusionWeights:
+    def from_mapping(cls, values: Mapping[Any, Any], source: str = "refine") -> FusionWeights:
         """Build weights from plain values.
+
+        Without the key ``sam`` it is unknown.
 
         Raises:
             TypeError: A value of the wrong type.
             ValueError: A missing or unknown key, an unknown class, or a value outside its range.
         """
-        _check_keys("keys", _checked_mapping("weights", values), _KEYS)
+        values = {"sam": "", **_checked_mapping("weights", values)}
+        _check_keys("keys", values, _KEYS)
         names = values["classes"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"classes must be a list of strings, got {names!r}")
@@ -159,6 +186,8 @@ class FusionWeights:
             frozen_classes=tuple(sorted(names.index(name) for name in frozen)),
             images=values["images"],
             found=values["found"],
+            sam=values["sam"],
+            source=source,
         )
 
 

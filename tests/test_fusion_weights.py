@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from stub_sams import FixedSam
 
+from lightning_samrefine import Refiner, SAMRefineCallback, SAMRefineWriter
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.config_files import read_refine, write_refine
 from lightning_samrefine.fusion_weights import (
@@ -30,6 +33,7 @@ def weights() -> FusionWeights:
         frozen_classes=(0, 2),
         images=31,
         found="SAM adds +2.1 (1.6…2.7) to mIoU, +0.4 of it without SAM",
+        sam="vit_t",
     )
 
 
@@ -125,6 +129,25 @@ def test_weights_decide_the_classes():
 def test_weights_go_with_region_prompts_alone(fields: dict):
     with pytest.raises(ValueError, match="weights must be None without region prompts"):
         RefineConfig.preset("auto", **fields)
+
+
+def test_another_sam_is_refused_before_it_is_loaded(tmp_path: Path):
+    path = tmp_path / "fitted.yaml"
+    write_refine(RefineConfig.preset("auto", weights=weights()), path)
+    expected = "sam must be 'vit_t', the model that the weights were fitted with, got "
+    with pytest.raises(ValueError, match=f"{expected}'tiny'"):
+        SAMRefineCallback("tiny", refine=str(path))
+    with pytest.raises(ValueError, match=f"{expected}'tiny'"):
+        SAMRefineWriter(tmp_path / "labels", "tiny", refine=str(path))
+    with pytest.raises(ValueError, match=f"{expected}'stub'"):
+        Refiner(FixedSam((4, 4)), read_refine(path))
+    assert SAMRefineCallback("vit_t", refine=str(path)).class_names == list(CLASSES)
+
+
+def test_a_file_without_a_sam_is_read():
+    values = weights().to_mapping()
+    del values["sam"]
+    assert FusionWeights.from_mapping(values) == replace(weights(), sam="")
 
 
 def test_weights_need_the_soft_masks():

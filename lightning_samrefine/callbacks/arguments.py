@@ -19,7 +19,9 @@ from lightning_samrefine.adapters.layouts.volumes import checked_axis
 from lightning_samrefine.adapters.scores import ScoresKind
 from lightning_samrefine.config import PRESETS, RefineConfig
 from lightning_samrefine.config_files import is_refine_file, read_refine, refine_from_mapping
+from lightning_samrefine.fusion_weights import FusionWeights
 from lightning_samrefine.models import SAM_NAMES, Promptable
+from lightning_samrefine.models.registry import HF
 from lightning_samrefine.utils.precision import PRECISIONS
 from lightning_samrefine.utils.validation import as_integer, check_count
 
@@ -77,11 +79,18 @@ class SharedArguments:
 
         Raises:
             TypeError: An argument of a wrong type.
-            ValueError: An argument outside its range.
+            ValueError: An argument outside its range, or weights fitted with another SAM.
             MisconfigurationException: A number of classes that contradicts the names.
         """
         check_sam(sam, checkpoint, precision)
         names = parse_class_names(class_names)
+        config = _of_overlapping(parse_refine(refine), scores_kind)
+        if isinstance(config.weights, FusionWeights) and sam != HF:
+            config.weights.check_sam(sam if isinstance(sam, str) else sam.name)
+        num_classes = parse_num_classes(num_classes, names)
+        if names is None and config.class_names is not None:
+            names = parse_class_names(config.class_names)
+            rank_zero_info(f"class_names are those of refine: {', '.join(config.class_names)}")
         if group_key is not None and not isinstance(group_key, str):
             raise TypeError(
                 f"group_key must be a string such as 'scene' or None, got {group_key!r}"
@@ -89,9 +98,9 @@ class SharedArguments:
         return cls(
             sam=sam,
             checkpoint=checkpoint,
-            num_classes=parse_num_classes(num_classes, names),
+            num_classes=num_classes,
             class_names=names,
-            refine=_of_overlapping(parse_refine(refine), scores_kind),
+            refine=config,
             precision=precision,
             adapter=BatchAdapter(
                 image_key=image_key,

@@ -35,6 +35,7 @@ class AutoRefiner:
         config: RefineConfig | None = None,
         with_probs: bool = False,
     ) -> None:
+        auto.use_sam(refiner.sam.name)
         self._refiner, self.auto, self._ignore_index = refiner, auto, ignore_index
         self._with_probs = with_probs
         self._config = config or refiner.config

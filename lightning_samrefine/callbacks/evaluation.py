@@ -99,6 +99,7 @@ class Evaluation:
         fits: bool,
     ) -> None:
         state.begin(pl_module, fits)
+        self._fusion = state.fusion_in_use  # of its figures; it may be fitted at its end
         self._state, self._options, self._presenter = state, options, presenter
         self._module, self._draws, self._fits = pl_module, draws, fits
         self._evaluated: list[Evaluated] = []
@@ -213,7 +214,7 @@ class Evaluation:
             if (different := different_classes(result)) is not None:
                 title = f"{self._options.prefix(stage)}{suffix}"
                 self._state.warn_of_classes(title, different)
-            self._evaluated.append(Evaluated(stage, index, suffix, loader, result))
+            self._evaluated.append(Evaluated(stage, index, suffix, loader, result, self._fusion))
         if self._state.auto is not None and self._fits:
             figures = self._fit(trainer, self._state.auto)
             self._log(trainer, stage, "", figures)

@@ -51,6 +51,7 @@ class Evaluated:
         suffix: ``"/dataloader_idx_<i>"`` with several loaders, else empty.
         loader: The images and regions that were collected.
         result: Its figures, the classes named as the user does.
+        fusion: Which weights it was refined with, in words.
     """
 
     stage: str
@@ -58,6 +59,7 @@ class Evaluated:
     suffix: str
     loader: LoaderEvaluation
     result: ComparisonResult
+    fusion: str
 
 
 class Presenter:
@@ -253,6 +255,7 @@ class Presenter:
             epoch=trainer.current_epoch if in_epochs else None,
             step=logged_step(trainer) if in_epochs and curve_unit(same) == "step" else None,
             result=evaluated.result,
+            fusion=evaluated.fusion,
             gallery=gallery,
             curve=same if in_epochs else (),
             rows=evaluated.loader.rows,

@@ -26,6 +26,7 @@ from lightning_samrefine.callbacks.collective import warn_on_this_process
 from lightning_samrefine.callbacks.safe_refiner import SafeRefiner, isolated_rng
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.fit.auto import AutoFusion, FittedFusion
+from lightning_samrefine.fusion_weights import FusionWeights
 from lightning_samrefine.models import Promptable, load_sam
 from lightning_samrefine.models.base import accepts_masks, drop_derived
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
@@ -71,6 +72,7 @@ class RunState:
             cache = EmbeddingCache("memory", _SHARED_GB)
         self._with_probs = with_probs
         self._auto_refiner: AutoRefiner | None = None
+        self._logged_fusion = ""
         self._warn_once = _WarnOnce(owner, counted_in)
         sam = shared.sam
         # A user's own model, and the device to move it back to.
@@ -149,6 +151,7 @@ class RunState:
         rank_zero_info(
             f"{self._owner}: SAM {self.sam.name}{masks} on {self.sam.device} refines "
             f"{num_classes} classes with {config}"
+            + ("" if config.weights == "auto" else f", {self.fusion_in_use}")
         )
 
     def begin(self, pl_module: LightningModule, samples: bool = False) -> None:
@@ -160,6 +163,21 @@ class RunState:
         self.refiner.recheck_weights()
         if self._auto_refiner is not None:
             self._auto_refiner.start(samples)
+            if self.fusion_in_use != self._logged_fusion:
+                self._logged_fusion = self.fusion_in_use
+                rank_zero_info(f"{self._owner}: refines {self._logged_fusion}")
+
+    @property
+    def fusion_in_use(self) -> str:
+        """Whether preset or fitted weights are used, and where these come from, in words."""
+        weights = self.refiner.config.weights
+        if isinstance(weights, FusionWeights):
+            return f"with {weights}"
+        if self.auto is None:
+            return "without fitted weights"
+        if self.auto.fitted is None:
+            return "with the weights of preset 'fast', not with fitted ones: there are none yet"
+        return f"with {self.auto.fitted.final}"
 
     def refine_with(self, sam: Promptable, config: RefineConfig) -> None:
         """Refine with a SAM and thresholds or weights, before `bind`."""
@@ -175,7 +193,7 @@ class RunState:
         """Use the weights of a checkpoint, which Lightning loads after ``setup``."""
         self._fitted = fitted
         if self.auto is not None:
-            self.auto.fitted = fitted
+            self.auto.resume(fitted)
 
     @property
     def auto(self) -> AutoFusion | None:

@@ -56,8 +56,8 @@ class FittedFusion:
     def from_mapping(cls, values: Mapping[str, Any]) -> FittedFusion:
         """Build the weights from plain values."""
         return cls(
-            FusionWeights.from_mapping(values["final"]),
-            tuple(FusionWeights.from_mapping(fold) for fold in values["folds"]),
+            FusionWeights.from_mapping(values["final"], "a checkpoint"),
+            tuple(FusionWeights.from_mapping(fold, "a checkpoint") for fold in values["folds"]),
             values["fold_of"],
         )
 
@@ -70,6 +70,7 @@ class AutoFusion:
 
     Attributes:
         classes: As given.
+        sam: The name of the SAM whose masks are fused, empty until `use_sam`.
         fitted: The weights in use, None until an evaluation was fitted.
         sample: The labeled pixels of the running evaluation.
 
@@ -86,13 +87,36 @@ class AutoFusion:
         self.classes = tuple(classes)
         chosen = range(len(self.classes)) if refined is None else refined
         self._excluded = tuple(c for c in range(len(self.classes)) if c not in chosen)
-        if fitted is not None and fitted.final.classes != self.classes:
+        self.sam = ""
+        self.fitted: FittedFusion | None = None
+        if fitted is not None:
+            self.resume(fitted)
+        self.start()
+
+    def resume(self, fitted: FittedFusion) -> None:
+        """Use weights of an earlier run.
+
+        Raises:
+            ValueError: Weights of other classes, or fitted with another SAM.
+        """
+        if fitted.final.classes != self.classes:
             raise ValueError(
                 f"classes must be those of the fitted weights, {', '.join(fitted.final.classes)}, "
                 f"got {', '.join(self.classes)}"
             )
         self.fitted = fitted
-        self.start()
+        if self.sam:
+            self.use_sam(self.sam)
+
+    def use_sam(self, name: str) -> None:
+        """Note the name of the SAM whose masks are fused.
+
+        Raises:
+            ValueError: The weights were fitted with another one.
+        """
+        self.sam = name
+        if self.fitted is not None:
+            self.fitted.final.check_sam(name)
 
     def start(self) -> None:
         """Begin an evaluation with an empty sample."""
@@ -147,6 +171,7 @@ class AutoFusion:
             frozen_classes=verdict.frozen_classes,
             images=len(images),
             found=verdict.sentence(self.classes),
+            sam=self.sam,
         )
         folds = tuple(
             replace(final, fusion=fusion.fold_weights[fold], control=control.fold_weights[fold])

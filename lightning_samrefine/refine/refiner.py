@@ -70,7 +70,8 @@ class Refiner:
 
     Raises:
         TypeError: ``sam`` is no `Promptable`, ``config`` no `RefineConfig`, ``cache`` no cache.
-        ValueError: An unknown precision or cache, or a limit that does not apply.
+        ValueError: An unknown precision or cache, a limit that does not apply, or weights that were
+            fitted with another model.
 
     Example:
         >>> sam = load_sam("vit_t", checkpoint="mobile_sam.pt")  # doctest: +SKIP
@@ -209,7 +210,13 @@ class Refiner:
 
 
 def _possible(config: RefineConfig, sam: Promptable) -> RefineConfig:
-    """Return the configuration, with region prompts instead of points if the model needs it."""
+    """Return the configuration, with region prompts instead of points if the model needs it.
+
+    Raises:
+        ValueError: Its weights were fitted with another model.
+    """
+    if isinstance(config.weights, FusionWeights):
+        config.weights.check_sam(sam.name)
     if config.weights is not None and not accepts_points(sam):
         return replace(config, mask_prompts=True)
     if not config.points_per_side or (has_multimask_output(sam) and accepts_points(sam)):

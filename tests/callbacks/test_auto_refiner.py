@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning_stubs import NUM_CLASSES, SILENT, Blobs, Segmenter
+from tiny_random_sam import build_random_sam
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
@@ -15,9 +16,10 @@ from lightning_samrefine import Refiner, SAMRefineCallback, SAMRefineWriter
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter
 from lightning_samrefine.callbacks import auto_refiner
 from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
-from lightning_samrefine.config_files import read_refine
+from lightning_samrefine.config_files import read_refine, write_refine
 from lightning_samrefine.fit.auto import MIN_GROUPS, AutoFusion
 from lightning_samrefine.fusion_weights import FusionWeights
+from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine.cache import embedding_cache
 from lightning_samrefine.refine.cache.keys import image_digest
 
@@ -225,6 +227,46 @@ def test_a_checkpoint_that_is_tested_brings_its_weights(random_sam, tmp_path):
     )
     assert found["test/miou_refined"] == expected["test/miou_refined"]
     assert fresh.fitted_config == own.fitted_config
+
+
+def test_a_checkpoint_of_another_sam_is_refused(random_sam, tmp_path):
+    own, module = callback(random_sam), ByColor().eval()
+    runner = trainer(own)
+    runner.validate(module, loader(), verbose=False)
+    runner.save_checkpoint(tmp_path / "fitted.ckpt")
+    other = SamPromptable(build_random_sam(), "other")
+    expected = f"sam must be '{random_sam.name}', the model that .* fitted with, got 'other'"
+    tested = trainer(callback(other))
+    with pytest.raises(ValueError, match=expected):
+        tested.test(module, loader(6), ckpt_path=tmp_path / "fitted.ckpt", verbose=False)
+
+
+def test_log_and_report_have_the_weights_in_use(random_sam, tmp_path, caplog):
+    caplog.set_level("INFO")
+    page, module = tmp_path / "report.html", ByColor().eval()
+    own = callback(random_sam, report=page)
+    runner = trainer(own)
+    preset = "with the weights of preset 'fast', not with fitted ones: there are none yet"
+    fitted = f"fitted to {IMAGES} images: "
+    runner.validate(module, loader(), verbose=False)
+    assert f"refines {preset}" in caplog.text
+    assert preset in html.unescape(page.read_text(encoding="utf-8"))
+    assert fitted not in caplog.text
+    runner.save_checkpoint(tmp_path / "fitted.ckpt")
+    runner.validate(module, loader(), verbose=False)
+    assert f"refines with weights from this run, {fitted}" in caplog.text
+    assert f"with weights from this run, {fitted}" in page.read_text(encoding="utf-8")
+    trainer(callback(random_sam)).test(
+        module, loader(6), ckpt_path=tmp_path / "fitted.ckpt", verbose=False
+    )
+    assert f"refines with weights from a checkpoint, {fitted}" in caplog.text
+    write_refine(own.fitted_config, tmp_path / "fitted.yaml")
+    given = SAMRefineCallback(
+        random_sam, num_classes=NUM_CLASSES, refine=str(tmp_path / "fitted.yaml")
+    )
+    assert "class_names are those of refine: 0, 1, 2" in caplog.text
+    trainer(given).test(module, loader(6), verbose=False)
+    assert f"with weights from refine, {fitted}" in caplog.text
 
 
 def test_a_fit_of_epochs_uses_the_weights_of_the_epoch_before(random_sam, tmp_path):

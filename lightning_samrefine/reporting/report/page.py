@@ -50,6 +50,7 @@ class ReportSection:
         curve: The figures of the same loader's evaluations over epochs, this one last.
         step: The evaluation's step, None if its epoch has no other evaluation.
         rows: A row for each image.
+        fusion: Which weights it was refined with, in words.
     """
 
     title: str
@@ -59,6 +60,7 @@ class ReportSection:
     curve: Sequence[Mapping[str, Any]] = ()
     step: int | None = None
     rows: Sequence[ImageRow] = ()
+    fusion: str = ""
 
 
 def write_report(
@@ -137,6 +139,7 @@ def _context(index: int, section: ReportSection) -> dict[str, Any]:
         "headline": _headline(result),
         "verdict": _verdict(result),
         "different_classes": different_classes(result),
+        "fusion": section.fusion,
         "means": list(_means(result)),
         "classes": list(_classes(result)),
         "charts": list(_charts(section)),
