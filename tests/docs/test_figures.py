@@ -14,6 +14,9 @@ MEASURED = {
     "control": "the same without SAM",
     "fast": "fast",
     "default": "default",
+    "algorithm4": "algorithm4",
+    "DenseCRF": "DenseCRF",
+    "mode filter": "mode filter, 5 px",
 }
 CAMVID = "CamVid ESPNet"
 
@@ -65,6 +68,9 @@ def test_choosing(gains):
         ("control", "| `auto` without SAM"),
         ("fast", "| `fast` | +"),
         ("default", "| `default` | +"),
+        ("algorithm4", "| `algorithm4` | -"),
+        ("DenseCRF", "| DenseCRF"),
+        ("mode filter", "| mode filter"),
     ):
         (row,) = rows("docs/choosing.md", start)
         every = gains[name]
