@@ -152,7 +152,8 @@ def refuse_unclear_sums(scores: Samples, name: str) -> None:
 
     Raises:
         ValueError: All values lie in [0, 1], and the sums over the classes are 1 in no image.
-            Logits have negative values, and those of a layer that starts at 0 are all 0.
+            Logits have negative values, and those of a layer that starts at 0 are all 0; an
+            untrained network without either has to be named.
     """
     parts = [scores] if isinstance(scores, Tensor) else [one[None] for one in scores]
     soft = [one.ndim == 4 and one.shape[1] > 1 and one.is_floating_point() for one in parts]
@@ -170,7 +171,7 @@ def refuse_unclear_sums(scores: Samples, name: str) -> None:
         "scores_kind must be 'logits', 'probs' or 'multilabel' if scores of several classes lie in "
         f"[0, 1] and do not sum to 1, got 'auto' and sums from {float(sums.min()):.4g} to "
         f"{float(sums.max()):.4g} in {name}: 'multilabel' for overlapping classes, 'probs' for a "
-        "sigmoid for each of classes that do not overlap"
+        "sigmoid for each of other classes, 'logits' for an untrained network's logits"
     )
 
 
