@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 import pytest
 import torch
 from fuzzing import SETTINGS, fuzz_config, fuzz_journal, fuzz_manifest, fuzz_run_json
@@ -192,10 +189,3 @@ def test_weights_that_cannot_be_read_are_not_compared(random_sam):
 def test_fuzz_briefly(fuzz, tmp_path):
     strategy, check = fuzz(tmp_path)
     settings(SETTINGS, max_examples=60)(given(strategy)(check))()
-
-
-def test_without_pyarrow_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.delitem(sys.modules, "lightning_samrefine.predictions.manifest")
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-samrefine\[predict\]'"):
-        importlib.import_module("lightning_samrefine.predictions.manifest")
