@@ -160,7 +160,8 @@ def refuse_unclear_sums(scores: Samples, name: str) -> None:
     if not all(soft) or not all(one.numel() for one in parts) or not parts:
         return
     tolerance = _SUM_TOLERANCE.get(parts[0].dtype, _DEFAULT_SUM_TOLERANCE)
-    outside = [((one < -tolerance) | (one > 1 + tolerance)).any() for one in parts]  # not if NaN
+    # Not if NaN. A sigmoid is never negative, the logits of an untrained network are by little.
+    outside = [((one < 0) | (one > 1 + tolerance)).any() for one in parts]
     if bool(torch.stack(outside).any()):
         return
     clear = [_are_probs(one).any() | ((one == 0) | (one == 1)).all() for one in parts]

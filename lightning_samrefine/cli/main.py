@@ -141,18 +141,25 @@ def _job(cfg: DictConfig) -> float | None:
     # segmenter.py lies; last, so that it hides no installed package.
     if str(_original_cwd()) not in sys.path:
         sys.path.append(str(_original_cwd()))
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        return run(cfg)
     try:
         return run(cfg)
     except Exception as error:
         sentence = explain(error)
-        if sentence is None:
+        if sentence is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         if re.match(r"checkpoint(:| must) ", sentence):  # of `load_sam`; the command has two keys
             key = "model" if "model" in cfg.sam else "checkpoint"
             sentence = f"sam.{key}{sentence.removeprefix('checkpoint')}"
         sys.exit(f"samrefine: {sentence}\n(HYDRA_FULL_ERROR=1 shows where)")
+    finally:
+        _finish_wandb()
+
+
+def _finish_wandb() -> None:
+    """End W&B's run: the logger of a sweep's next job would go on with it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 _app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="samrefine")(_job)

@@ -303,7 +303,8 @@ class TestTensors:
                 probs(scores)
         assert torch.equal(probs(sigmoids, "probs"), sigmoids)
         assert torch.equal(probs(sigmoids, "logits"), sigmoids.softmax(dim=1))
-        for logits in (torch.zeros(2, 4, 8, 8), sigmoids * 5 - 2):
+        untrained = (sigmoids / scale - 0.5) / 1000
+        for logits in (torch.zeros(2, 4, 8, 8), sigmoids / scale * 5 - 2, untrained):
             assert torch.equal(probs(logits), logits.softmax(dim=1))
         # A damaged image does not change the kind of the others.
         probabilities = torch.stack([sigmoids[0], sigmoids[1].softmax(dim=0)])

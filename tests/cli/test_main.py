@@ -469,3 +469,15 @@ def test_nothing_refined_is_reported():
 def test_metrics_that_are_not_finite_stay_valid_json(tmp_path):
     write_metrics({"a": 0.5, "b": float("nan"), "c": float("inf")}, tmp_path / "m.json")
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": 0.5, "b": None, "c": None}
+
+
+def test_every_job_of_a_sweep_has_a_wandb_run_of_its_own(folder, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="needs wandb (extra: loggers)")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
+    for job in ("first", "second"):
+        _job(composed(tmp_path / job, *overrides(folder, "logger=wandb")))
+        assert wandb.run is None
+    wandb.teardown()  # its service writes the rest of the files as it leaves
+    for job in ("first", "second"):
+        assert len(list((tmp_path / job).rglob("run-*.wandb"))) == 1
