@@ -20,8 +20,15 @@ PRESET_WEIGHTS: Mapping[str, float] = MappingProxyType(
 )
 
 _KEYS = (
-    *("refine", "classes", "features", "biases", "control", "frozen_classes"),
-    *("images", "found", "sam"),
+    "refine",
+    "classes",
+    "features",
+    "biases",
+    "control",
+    "frozen_classes",
+    "images",
+    "found",
+    "sam",
 )
 
 
