@@ -49,7 +49,10 @@ def read_refine(path: str | Path) -> RefineConfig:
 def write_refine(config: RefineConfig, path: str | Path, comments: Sequence[str] = ()) -> None:
     """Write a YAML file that `read_refine` and ``samrefine refine=PATH`` read.
 
-    Every field is written, below the comments and what its fit found.
+    Args:
+        config: Every field is written. The head of the file also has what its fit found.
+        path: The file.
+        comments: Lines at its head.
     """
     from omegaconf import OmegaConf
 

@@ -188,7 +188,19 @@ class BatchAdapter:
     def __call__(
         self, batch: Any, outputs: Any, captured: Tensor | None = None, seen: str = "nothing"
     ) -> RefineInputs:
-        """Convert one batch, see `read`."""
+        """Convert one batch.
+
+        Args:
+            batch: As the dataloader yields it, on its device.
+            outputs: The step's output, may be None.
+            captured: Scores captured by a forward hook during the step.
+            seen: Description of what the hook captured, for the error.
+
+        Raises:
+            ValueError: A role was not found (the message lists the tensors there are), or does not
+                fit: shapes, number of classes, value ranges.
+            TypeError: A custom adapter returned something else.
+        """
         return self.read(batch, outputs, captured, seen).inputs
 
     def read(
@@ -203,10 +215,10 @@ class BatchAdapter:
         """Convert one batch, and return it with its sources.
 
         Args:
-            batch: As the dataloader yields it, on its device.
-            outputs: The step's output, may be None.
-            captured: Scores captured by a forward hook during the step.
-            seen: Description of what the hook captured, for the error.
+            batch: As in a call.
+            outputs: As in a call.
+            captured: As in a call.
+            seen: As in a call.
             settled: Where the roles of an earlier batch were found; this batch's are read from
                 the same places.
             given: Inputs of the network, to check that they show the batch's image; empty to skip
@@ -215,9 +227,8 @@ class BatchAdapter:
         Raises:
             MissingTargetError: Only the target is missing.
             WrongValuesError: The network's input was another view of the image.
-            ValueError: A role was not found (the message lists the tensors there are), or does not
-                fit: shapes, number of classes, value ranges.
-            TypeError: A custom adapter returned something else.
+            ValueError: As in a call.
+            TypeError: As in a call.
         """
         kind = self.scores_kind
         found = batch if self.function is None else self.function(batch, outputs, captured)
@@ -274,14 +285,14 @@ class BatchAdapter:
             None if target is None else self._move(target.value),
             self._move(captured) if returned else None,
         )
-        images, probs, labels, targets, has_probs = convert(
-            tensors, kind, self._num_classes, self.rgb, padding, is_overlapping
-        )
+        converted = convert(tensors, kind, self._num_classes, self.rgb, padding, is_overlapping)
         parts = slices.names if slices is not None else ("",)
         if is_overlapping:
             parts = tuple(f"{part}/{c}".strip("/") for part in parts for c in self._class_names)
-        inputs = RefineInputs(images, probs, labels, targets, parts)
-        colors = self.rgb.describe(image.value)
+        inputs = RefineInputs(
+            converted.images, converted.probs, converted.labels, converted.targets, parts
+        )
+        colors, has_probs = self.rgb.describe(image.value), converted.has_network_probs
         return Reading(inputs, roles, kind, has_probs, padding, colors, slices, is_overlapping)
 
     def _settled_kind(self, scores: Found, kind: ScoresKind) -> ScoresKind:

@@ -113,6 +113,9 @@ class ScoresCapture:
     def take(self, outputs: Any = None) -> tuple[Tensor | None, str]:
         """Stop capturing.
 
+        Args:
+            outputs: The step's output.
+
         Returns:
             The scores of this batch or None, and a description of the captured tensors for an
             error. A 4-D tensor with another number of channels is returned only if it is the

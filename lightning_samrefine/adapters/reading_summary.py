@@ -14,6 +14,10 @@ from lightning_samrefine.adapters.scores import kind_of
 def summarize(reading: Reading, ignore_index: int | None = None) -> str:
     """Describe the places and kinds of image, target and scores, and the shares not evaluated.
 
+    Args:
+        reading: A converted batch.
+        ignore_index: Target value that is not counted.
+
     Returns:
         One sentence without a full stop, with the image's range as given and as SAM sees it.
     """

@@ -57,8 +57,14 @@ class MissingTargetError(ValueError):
 class RoleSearch:
     """Finds image, target and scores.
 
-    Without a user's key a role is searched; ``shows`` returns whether a value has the shape of
-    images.
+    Args:
+        num_classes: C ≥ 2.
+        image_key: The user's key of the image, None to search.
+        target_key: That of the target.
+        scores_key: That of the scores.
+        scores_kind: Kind of scores.
+        needs_target: Whether to search a target.
+        shows: Whether a value has the shape of images.
     """
 
     num_classes: int
@@ -71,6 +77,11 @@ class RoleSearch:
 
     def __call__(self, batch: Any, outputs: Any, captured: Tensor | None) -> Roles:
         """Search one batch.
+
+        Args:
+            batch: As the dataloader yields it.
+            outputs: The step's output.
+            captured: Scores captured by a forward hook.
 
         Raises:
             ValueError: Two tensors are equally likely, or the only one cannot be scores.
@@ -105,6 +116,14 @@ class RoleSearch:
         """Raise if the network's input was another view than the batch's image.
 
         A step that returns other scores than those of the network may have undone the view.
+
+        Args:
+            roles: With image and scores.
+            captured: Scores captured by a forward hook.
+            given: Inputs of the network.
+
+        Raises:
+            WrongValuesError: As described.
         """
         image, scores = roles.image, roles.scores
         if image is None or scores is None or not self.shows(image.value):

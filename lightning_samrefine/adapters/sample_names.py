@@ -62,8 +62,11 @@ def find_stems(
 def names_under(batch: Any, key: str, count: int, argument: str) -> list[Any]:
     """Return what a batch holds for each of its images under a user's key.
 
-    These are strings, paths or integers, under a key such as ``"meta.path"`` that was given as
-    ``argument``.
+    Args:
+        batch: As the dataloader yields it.
+        key: Key of B strings, paths or integers, such as ``"meta.path"``.
+        count: B, the number of its images.
+        argument: Name of the argument that the key was given as, for the error.
 
     Raises:
         ValueError: Nothing under the key, or something else.
@@ -79,7 +82,12 @@ def names_under(batch: Any, key: str, count: int, argument: str) -> list[Any]:
 
 
 def own_names(batch: Any, count: int) -> list[str] | None:
-    """Return the names of a batch's images under a usual name, None without any."""
+    """Return the names of a batch's images under a usual name, None without any.
+
+    Args:
+        batch: As the dataloader yields it.
+        count: B, the number of its images.
+    """
     names = _search(batch, count)
     return None if names is None else [str(name) for name in names]
 

@@ -21,7 +21,12 @@ _TIE = 0.05
 
 @dataclass(frozen=True)
 class ScoresAgreement:
-    """Compares the labels of two candidates."""
+    """Compares the labels of two candidates.
+
+    Args:
+        num_classes: C ≥ 2.
+        kind: What the scores are.
+    """
 
     num_classes: int
     kind: ScoresKind = "auto"
@@ -32,7 +37,10 @@ class ScoresAgreement:
         Candidates of the same size may differ in ties only: a maximum share of all pixels would
         ignore small classes.
 
-        Both are resized to the image's size; without an image they are compared as they are.
+        Args:
+            first: A candidate.
+            second: Another one.
+            image: The image, to whose size both are resized; None compares them as they are.
         """
         same_sizes = all(
             one.shape[-2:] == other.shape[-2:]
@@ -52,8 +60,12 @@ class ScoresAgreement:
     ) -> float:
         """Return the share of pixels with different labels, in [0, 1].
 
-        Pixels whose two labels' probabilities differ by no more than ``tie`` do not count; a
-        negative one counts all.
+        Args:
+            first: A candidate.
+            second: Another one.
+            image: The image, to whose size both are resized; None compares them as they are.
+            tie: Pixels whose two labels' probabilities differ by no more than this do not count;
+                negative counts all.
         """
         sizes = [(item.shape[-2], item.shape[-1]) for item in items(image.value)] if image else []
         maps = [self._probs_and_labels(one.value, sizes) for one in (first, second)]

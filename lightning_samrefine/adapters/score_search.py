@@ -55,7 +55,13 @@ _NO_CLASSES = re.compile(
 
 @dataclass(frozen=True)
 class ScoresSearch:
-    """Finds scores."""
+    """Finds scores.
+
+    Args:
+        num_classes: C ≥ 2.
+        key: The user's key, None to search.
+        kind: Kind of scores.
+    """
 
     num_classes: int
     key: str | None = None
@@ -75,7 +81,12 @@ class ScoresSearch:
     ) -> Found | None:
         """Search one batch.
 
-        Scores must fit the image's size, and be another tensor than image and target.
+        Args:
+            batch: As the dataloader yields it.
+            outputs: The step's output.
+            captured: Scores captured by a forward hook.
+            image: The image: scores must fit its size and be another tensor.
+            target: The target: scores must be another tensor.
 
         Raises:
             ValueError: Several tensors give different labels, or the only one cannot be scores.

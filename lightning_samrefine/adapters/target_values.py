@@ -70,6 +70,10 @@ class TargetCheck:
     can only mean "not annotated". With more classes, a warning is issued if the first batches of a
     loader hold only 0 and 255.
 
+    Args:
+        num_classes: C.
+        ignore_index: See `IgnoreIndex`.
+
     Attributes:
         ignore_index: The value that applies.
 
@@ -90,7 +94,9 @@ class TargetCheck:
     def __call__(self, targets: Samples, loader: int = 0) -> None:
         """Check the targets of a batch.
 
-        They are B × (H, W) int64.
+        Args:
+            targets: B × (H, W) int64.
+            loader: Index of the dataloader.
 
         Raises:
             WrongValuesError: As described.
@@ -132,7 +138,9 @@ class TargetCheck:
         Labels outside the classes are unknown pixels, so the foreground of such a prediction would
         never be counted as correct. Once a 1 has occurred in a loader, 255 can only mean "unknown".
 
-        They are B × (H, W) int64.
+        Args:
+            labels: B × (H, W) int64.
+            loader: Index of the dataloader.
 
         Raises:
             WrongValuesError: 255 occurs, and 1 has not occurred so far.
@@ -164,7 +172,11 @@ def describe_others(
 ) -> str:
     """Describe the values that are neither classes nor ignored, and how to fix them.
 
-    The text begins with ``name``.
+    Args:
+        labels: Integer tensor of any shape.
+        num_classes: C.
+        ignore_index: The ignored value, or None.
+        name: First word of the sentence.
     """
     others = _others(labels, num_classes, ignore_index)
     share = float(others.double().mean())
@@ -183,7 +195,9 @@ def describe_others(
 def mend(values: Sequence[int], num_classes: int) -> str:
     """Return the likely fix for label values that include some outside the classes.
 
-    The values are distinct and ascending, without the ignored one.
+    Args:
+        values: The distinct values, ascending, without the ignored one.
+        num_classes: C ≥ 2.
     """
     low, high = values[0], values[-1]
     outside = [value for value in values if not 0 <= value < num_classes]
@@ -258,8 +272,9 @@ def _shape_hint(target: Tensor, labels: Tensor) -> str:
 def whole_numbers(labels: Tensor, name: str) -> Tensor:
     """Convert a label map of any dtype to int64, if that is exact.
 
-    It is integer, bool, or float that holds whole numbers, of any shape. Errors begin with
-    ``name``.
+    Args:
+        labels: Integer, bool, or float that holds whole numbers, of any shape.
+        name: First word of the error.
 
     Raises:
         ValueError: Fractions, NaN or infinity, or complex numbers.

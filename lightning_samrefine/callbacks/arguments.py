@@ -38,7 +38,15 @@ AnyCallback = TypeVar("AnyCallback", bound=Callback)
 class SharedArguments:
     """SAM, the classes, and how a user's batches are read: arguments of every callback.
 
-    See `SAMRefineCallback`. The adapter reads batches; its number of classes is not set yet.
+    Attributes:
+        sam: A name for `load_sam`, or a `Promptable`.
+        checkpoint: The weights of a named SAM, see `load_sam`.
+        num_classes: C, None until the module's is known.
+        class_names: C names, or None.
+        refine: The thresholds.
+        precision: SAM's autocast, see `Refiner`.
+        adapter: Reads batches; its number of classes is not set yet.
+        group_key: Where the names of the images' groups are in the batch, None for no groups.
     """
 
     sam: str | Promptable
@@ -264,6 +272,10 @@ def parse_refine(refine: Thresholds) -> RefineConfig:
 
 def parse_patterns(argument: str, patterns: Sequence[str] | str) -> tuple[str, ...]:
     """Return names and glob patterns of figures; ``"all"`` is every figure.
+
+    Args:
+        argument: Its name, for the error.
+        patterns: As the user gave them.
 
     Raises:
         TypeError: Neither ``"all"`` nor a sequence of strings.

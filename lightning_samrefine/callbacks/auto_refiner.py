@@ -23,8 +23,15 @@ from lightning_samrefine.utils.precision import autocast
 class AutoRefiner:
     """Refines batches for ``refine="auto"``.
 
-    Before the first fit the refiner's soft fusion is used. The config takes the place of the
-    refiner's own.
+    Args:
+        refiner: Predicts masks; before the first fit its soft fusion is used.
+        auto: The weights, and the sample for the next fit.
+        ignore_index: Target value that is not a class, None for none.
+        config: In place of the refiner's own.
+        with_probs: Whether refinements have refined probabilities.
+
+    Attributes:
+        auto: As given.
     """
 
     def __init__(
@@ -60,7 +67,11 @@ class AutoRefiner:
 
     @torch.no_grad()
     def sample(self, inputs: RefineInputs) -> None:
-        """Sample labeled pixels of B samples, unrefined; non-finite scores are skipped."""
+        """Sample labeled pixels of B samples without refining them; non-finite scores are skipped.
+
+        Args:
+            inputs: B samples with targets.
+        """
         finite = [i for i, probs in enumerate(inputs.probs) if probs.isfinite().all()]
         inputs = inputs.take(finite)
         found = self._predict(inputs)

@@ -17,7 +17,11 @@ from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 
 
 class SAMCallback(Callback):
-    """Base class of the callbacks that read a user's batches and hold a SAM."""
+    """Base class of the callbacks that read a user's batches and hold a SAM.
+
+    Args:
+        shared: The arguments that they have in common.
+    """
 
     _FAILURES: ClassVar[str] = ""
     """Where failed refinements are counted, for the warnings."""

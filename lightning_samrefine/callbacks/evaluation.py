@@ -54,8 +54,17 @@ from lightning_samrefine.reporting.loggers import safe_names
 class EvaluationOptions:
     """What an evaluation measures, and the names of its figures.
 
-    The fields are arguments of `SAMRefineCallback`, checked: what is logged as patterns, ``refine``
-    as the user gave it, ``ignore_index`` settled.
+    Attributes:
+        ignore_index: Target value that is not counted, or None.
+        trimap_width: Half-width in pixels of the band around borders.
+        max_batches: Number of batches measured of each loader, None for all.
+        class_names: C names, None for "0", "1", …
+        name: Part of the names of figures and files, None for no such part.
+        refine: The thresholds as the user gave them, for the report.
+        metrics: The user's metrics, or None; their figures are all logged.
+        log: Names and glob patterns of the other figures that are logged.
+        prog_bar: The same of those that the progress bar shows.
+        add_to_outputs: Where refined label maps go in the step's output, None for nowhere.
     """
 
     ignore_index: int | None
@@ -81,8 +90,14 @@ class EvaluationOptions:
 class Evaluation:
     """One pass over the validation or test loaders.
 
-    Forward hooks stay on the module until `close`. With ``fits``, ``refine="auto"`` is fitted to
-    the images at the end; for ``draws`` see `Presenter.draws`.
+    Args:
+        trainer: The Trainer that runs it.
+        pl_module: The user's module; forward hooks stay on it until `close`.
+        state: The run's SAM.
+        options: What is measured.
+        presenter: Shows the results.
+        draws: Whether panels and charts are drawn, see `Presenter.draws`.
+        fits: Whether ``refine="auto"`` is fitted to the images at the end.
 
     Attributes:
         figures: All figures by the names that they are logged under, filled by `finish`.
@@ -139,6 +154,13 @@ class Evaluation:
 
         In the sanity check the reading is rehearsed, so that a wrong set-up is reported before an
         epoch was trained, and nothing is refined.
+
+        Args:
+            trainer: The Trainer that runs the evaluation.
+            batch: As the dataloader yields it.
+            outputs: The return value of the step.
+            batch_idx: The batch's number.
+            dataloader_idx: The loader's number.
         """
         if not self._options.covers(batch_idx):
             return
@@ -186,7 +208,12 @@ class Evaluation:
     def finish(self, trainer: Trainer, stage: str) -> list[dict[str, Any]]:
         """Measure every loader, and log the chosen figures. A collective call.
 
-        Returns an entry for the history for each loader with an image.
+        Args:
+            trainer: The Trainer that runs the evaluation.
+            stage: ``"val"`` or ``"test"``.
+
+        Returns:
+            An entry for the history for each loader with an image.
         """
         self._state.end_pass()
         if self._state.cache is not None:
@@ -225,7 +252,8 @@ class Evaluation:
     def _fit(self, trainer: Trainer, auto: AutoFusion) -> dict[str, float]:
         """Fit the fusion to this evaluation's images. A collective call.
 
-        Returns the cross-validated figures; none if there are too few images.
+        Returns:
+            The cross-validated figures; none if there are too few images.
         """
         others = [image for part in gather_on_zero(list(auto.sample)) for image in part]
         verdict = auto.finish(others) if trainer.is_global_zero else None
@@ -240,7 +268,9 @@ class Evaluation:
     def present(self, trainer: Trainer, history: Sequence[Mapping[str, Any]]) -> None:
         """Show what `finish` measured in panels, charts and the report. A collective call.
 
-        The history is the running fit's, this evaluation included.
+        Args:
+            trainer: The Trainer that runs the evaluation.
+            history: The running fit's, this evaluation included.
         """
         if not self._evaluated:
             return

@@ -23,8 +23,18 @@ from lightning_samrefine.reporting.report.gallery_entries import Gallery
 class LoaderEvaluation:
     """Collects raw and refined predictions of one dataloader on one process.
 
-    The loader's sampler decides which samples are repeats. ``panels`` images are kept for panels;
-    ``lists_images`` keeps a row for each image.
+    Args:
+        dataloader: The loader; its sampler decides which samples are repeats.
+        comparison: Counts pixels and regions.
+        panels: Number of images kept for panels.
+        gallery: Keeps images and regions for the report, None without one.
+        has_control: Whether refinements have the labels of a control without SAM.
+        metrics: The user's metrics, None without any.
+        lists_images: Whether a row is kept for each image.
+
+    Attributes:
+        picker: The images for panels.
+        rows: The images that were measured, empty without ``lists_images``.
     """
 
     def __init__(

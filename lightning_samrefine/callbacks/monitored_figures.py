@@ -34,7 +34,9 @@ def matches(figure: str, patterns: Iterable[str]) -> bool:
 def is_monitored(trainer: Trainer, name: str) -> bool:
     """Whether a callback or scheduler monitors a figure, or puts it into the name of a file.
 
-    The name is as logged, such as ``"val/iou_refined/road"``.
+    Args:
+        trainer: With the callbacks and schedulers that monitor.
+        name: As logged, such as ``"val/iou_refined/road"``.
     """
     if any(name == monitor for _, monitor in _monitors(trainer)):
         return True
@@ -61,7 +63,9 @@ def warn_unmatched(patterns: Sequence[str], figures: Iterable[str]) -> None:
 def warn_unscored(result: ComparisonResult, where: str) -> None:
     """Warn if none of the images has a scored pixel.
 
-    ``where`` describes the images, such as ``"of the sanity check"``.
+    Args:
+        result: Of one dataloader.
+        where: Describes the images, such as ``"of the sanity check"``.
     """
     images = result.counts[0]
     if images == 0 or int(result.matrices["raw"].sum()) > 0:
@@ -99,8 +103,10 @@ def warn_monitors(trainer: Trainer, prefix: str, results: Sequence[ComparisonRes
 
     A `ModelCheckpoint` ends the run if its figure is absent, and does so after the first epoch.
 
-    The figures' names begin with the prefix, such as ``"val/fast"``; there is a result a
-    dataloader.
+    Args:
+        trainer: With the callbacks and schedulers that monitor.
+        prefix: What the figures' names begin with, ``"val"`` or ``"val/fast"``.
+        results: Of the targets of the sanity check, one a dataloader.
     """
     for owner, monitor in _monitors(trainer):
         if not monitor.startswith(f"{prefix}/"):

@@ -147,8 +147,13 @@ class Presenter:
     ) -> None:
         """Show the results of a pass over all loaders. A collective call.
 
-        The history is the running fit's, these evaluations included. The thresholds are a
-        dataclass; ``about`` has further facts for the report, by name.
+        Args:
+            trainer: Has loggers, log folder and epoch.
+            evaluations: One per loader.
+            draws: Whether panels and charts are due, see `draws`.
+            history: The running fit's, these evaluations included.
+            thresholds: The refinement's settings, a dataclass.
+            about: Further facts for the report, by name.
         """
         folder = _log_folder(trainer)
         for evaluated in evaluations:
@@ -265,7 +270,10 @@ class Presenter:
 def sample_names(batch: Any, count: int, fallback: str) -> list[str]:
     """Return the names of a batch's samples: its own if it has some, else by position.
 
-    See `own_names`; a fallback is such as ``"batch 3"``.
+    Args:
+        batch: As the dataloader yields it, see `own_names`.
+        count: B.
+        fallback: Such as ``"batch 3"``.
     """
     positions = [f"{fallback}, image {index}" for index in range(count)]
     return own_names(batch, count) or positions

@@ -47,12 +47,22 @@ class RunState:
     A loaded SAM is moved to the device, a named one is loaded there. The global random states stay
     as they were.
 
-    Messages begin with ``owner``; failures are counted in ``counted_in``. SAM is on the device
-    during the run. The ``ignore_index`` is unused if no targets are read; ``fitted`` are the
-    weights that an earlier run fitted, for ``refine="auto"``.
+    Args:
+        owner: What messages begin with.
+        counted_in: Where failures are counted, for the warning.
+        shared: SAM, thresholds, classes, and how batches are read.
+        device: SAM's device during the run.
+        cache: Keeps embeddings, None for none.
+        ignore_index: Target value that is not counted; unused if no targets are read.
+        fitted: Weights that an earlier run fitted, for ``refine="auto"``.
+        with_probs: Whether refinements have refined probabilities.
 
     Attributes:
         refiner: Refines single images, and raises if one fails; `refine` does not.
+
+    Raises:
+        ValueError: As `load_sam` and `Refiner` raise it.
+        FileNotFoundError: No checkpoint at the path.
     """
 
     def __init__(
@@ -157,7 +167,9 @@ class RunState:
     def begin(self, pl_module: LightningModule, samples: bool = False) -> None:
         """Begin an evaluation: `bind`, and drop what was computed with other weights of SAM.
 
-        With ``samples`` ``refine="auto"`` is fitted to its images at its end.
+        Args:
+            pl_module: As for `bind`.
+            samples: Whether ``refine="auto"`` is fitted to its images at its end.
         """
         self.bind(pl_module)
         self.refiner.recheck_weights()

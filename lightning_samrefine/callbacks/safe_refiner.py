@@ -59,7 +59,9 @@ class SafeRefiner:
     ) -> tuple[list[Refinement | None], float]:
         """Refine a batch, image by image if the batch as a whole fails.
 
-        The B ≥ 1 samples are on SAM's device.
+        Args:
+            inputs: B ≥ 1 samples on SAM's device.
+            dataloader_idx: The loader that they come from.
 
         Returns:
             B refinements, None for an image whose scores are not finite or whose refinement

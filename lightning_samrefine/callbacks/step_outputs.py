@@ -17,7 +17,11 @@ from lightning_samrefine.refine.results import Refinement
 
 
 def parse_key(add_to_outputs: str | None) -> str | None:
-    """Return the key."""
+    """Return the key.
+
+    Raises:
+        TypeError: Not a string.
+    """
     if add_to_outputs is not None and not isinstance(add_to_outputs, str):
         raise TypeError(f"add_to_outputs must be a string or None, got {add_to_outputs!r}")
     return add_to_outputs
@@ -41,7 +45,11 @@ def check_outputs(outputs: Any, key: str) -> None:
 
 
 def check_whole(inputs: RefineInputs, key: str | None, metrics: Any) -> None:
-    """Refuse volumes and overlapping classes where a label map is needed for each image."""
+    """Refuse volumes and overlapping classes where a label map is needed for each image.
+
+    Raises:
+        MisconfigurationException: As described.
+    """
     for name, value in (("add_to_outputs", key), ("metrics", metrics)):
         if value is not None and len(inputs.parts) > 1:
             raise MisconfigurationException(
@@ -56,7 +64,11 @@ def add_labels(
 
     They are (B, H, W) int64, or a list of B maps (H, W) if images differ in size.
 
-    A sample without a refinement keeps its raw labels.
+    Args:
+        outputs: A dict, see `check_outputs`.
+        key: Where they go.
+        inputs: B samples.
+        refinements: B refinements, None for a sample that keeps its raw labels.
     """
     labels: list[Tensor] = [
         raw if refinement is None else refinement.labels
@@ -69,7 +81,10 @@ def add_labels(
 class Prediction:
     """A predict run: batches are refined, without targets, and nothing is measured.
 
-    Forward hooks stay on the user's module until `close`.
+    Args:
+        pl_module: The user's module; forward hooks stay on it until `close`.
+        state: The run's SAM.
+        key: Where the refined label maps go in the step's output.
     """
 
     def __init__(self, pl_module: LightningModule, state: RunState, key: str) -> None:
@@ -84,7 +99,11 @@ class Prediction:
     def take(
         self, trainer: Trainer, batch: Any, outputs: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
-        """Refine a batch after the module's step; one that cannot be read gets no label maps."""
+        """Refine a batch after the module's step; one that cannot be read gets no label maps.
+
+        Raises:
+            MisconfigurationException: See `check_outputs`.
+        """
         check_outputs(outputs, self._key)
         inputs = self._state.read(batch, outputs, self._capture, dataloader_idx)
         if inputs is not None:

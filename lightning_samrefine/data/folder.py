@@ -279,7 +279,11 @@ class FolderDataModule(LightningDataModule):
 
 
 def _check_not_scaled(folder: Any, paths: Sequence[Path | None], hint: str = "") -> None:
-    """Raise if two classes are stored as 0 and 255; reads maps until one holds a 1."""
+    """Raise if two classes are stored as 0 and 255; reads maps until one holds a 1.
+
+    Raises:
+        ValueError: 255 occurs, and 1 occurs in none of the label maps.
+    """
     scaled = False
     for path in paths:
         if path is None or path.suffix == ".npz":

@@ -50,7 +50,10 @@ class FolderSplit:
     ) -> FolderSplit | None:
         """Convert a split's setting; None if all its values are ``None``.
 
-        The folders ``needed`` are required.
+        Args:
+            name: The split's name in errors.
+            value: The setting.
+            needed: The required folders.
 
         Raises:
             TypeError: Neither a mapping nor a `FolderSplit`, or an unknown key.

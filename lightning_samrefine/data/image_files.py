@@ -78,7 +78,12 @@ def check_depth(image: Image.Image, name: str) -> None:
 
     Pillow keeps the upper 8 of 16 bits: nearly black for images of a 12-bit camera.
 
-    The image is opened, not yet decoded.
+    Args:
+        image: Opened, not yet decoded.
+        name: The image's name in the error.
+
+    Raises:
+        ValueError: As described.
     """
     bits = 16 if image.format == "PNG" and ";16" in _raw_mode(image) else 8
     if isinstance(image, TiffImageFile):
@@ -94,7 +99,8 @@ def check_depth(image: Image.Image, name: str) -> None:
 def gray_step(image: Image.Image) -> int:
     """Return Pillow's scale factor for the values of a gray PNG of 2 or 4 bits, else 1.
 
-    The image is opened, not yet decoded.
+    Args:
+        image: Opened, not yet decoded.
     """
     return _GRAY_STEPS.get(_raw_mode(image), 1) if image.format == "PNG" else 1
 

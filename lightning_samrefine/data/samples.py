@@ -90,6 +90,9 @@ def check_prediction(labels: Tensor, num_classes: int, ignore_index: int | None,
 
     These are the ignored value, and unless they are classes 255 and 65,535, which
     `lightning_samrefine.SAMRefineWriter` writes.
+
+    Raises:
+        ValueError: Another value.
     """
     known = labels.flatten()
     for value in UNKNOWN_VALUES:
@@ -228,7 +231,8 @@ def check_equal_sizes(
 ) -> None:
     """Check that all images have one size (H, W) if the batch size is above 1.
 
-    The error has the names of two images.
+    Raises:
+        ValueError: Different sizes, with the names of two images.
     """
     if batch_size == 1:
         return

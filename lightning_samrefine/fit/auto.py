@@ -54,7 +54,12 @@ class FittedFusion:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> FittedFusion:
-        """Build the weights from plain values."""
+        """Build the weights from plain values.
+
+        Raises:
+            TypeError: A value of the wrong type.
+            ValueError: As `FusionWeights.from_mapping`.
+        """
         return cls(
             FusionWeights.from_mapping(values["final"], "a checkpoint"),
             tuple(FusionWeights.from_mapping(fold, "a checkpoint") for fold in values["folds"]),
@@ -65,8 +70,10 @@ class FittedFusion:
 class AutoFusion:
     """The fusion of ``refine="auto"`` over the evaluations of a run.
 
-    There may be weights of an earlier run of the same classes; ``refined`` are the indices of the
-    classes that the user lets refine, None for all.
+    Args:
+        classes: C class names.
+        fitted: Weights of an earlier run of the same classes.
+        refined: Indices of the classes that the user lets refine, None for all.
 
     Attributes:
         classes: As given.
@@ -139,7 +146,8 @@ class AutoFusion:
     def finish(self, others: Iterable[ImageSample] = ()) -> Verdict | None:
         """Fit the weights to the images of the evaluation and judge them.
 
-        There may be samples of other processes.
+        Args:
+            others: The samples of the other processes.
 
         Returns:
             What was found, None if the images are of fewer than `MIN_GROUPS` groups; the weights

@@ -53,7 +53,11 @@ class ImageSample:
         return len(self.target)
 
     def select(self, names: Sequence[str]) -> Tensor:
-        """Return the named features, (F, C, N) float64."""
+        """Return the named features, (F, C, N) float64.
+
+        Raises:
+            ValueError: A feature that was not sampled.
+        """
         missing = [name for name in names if name not in self.names]
         if missing:
             raise ValueError(
@@ -154,7 +158,11 @@ class PixelSample:
     def merge(self, others: Iterable[ImageSample]) -> None:
         """Add what another process collected.
 
-        Its images come in any order.
+        Args:
+            others: Its images, in any order.
+
+        Raises:
+            ValueError: An image of another number of classes.
         """
         for image in others:
             if image.num_classes != self.num_classes:
@@ -182,10 +190,15 @@ def assign_folds(samples: Sequence[ImageSample], count: int) -> np.ndarray:
 
     Which fold a group goes to depends on the set of groups alone, not on the order of the images.
 
-    Fewer folds are used if there are fewer groups.
+    Args:
+        samples: N images.
+        count: Number of folds, at least 2; fewer are used if there are fewer groups.
 
     Returns:
         (N,) int64, the fold of each image.
+
+    Raises:
+        ValueError: Fewer than two folds.
     """
     if count < 2:
         raise ValueError(f"count must be at least 2, got {count}")

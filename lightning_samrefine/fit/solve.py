@@ -55,8 +55,11 @@ def fit(
 
     The bias of a class that no pixel has stays 0.
 
-    The order of the images is one that their keys decide: sums round by the order. The minimum does
-    not depend on ``start``.
+    Args:
+        samples: N images, in an order that their keys decide: sums round by the order.
+        features: Names of features that all images have.
+        num_classes: C.
+        start: Where the search starts; the minimum does not depend on it.
 
     Raises:
         ValueError: An image that lacks a feature or has another number of classes.
@@ -69,7 +72,13 @@ def cross_validate(
 ) -> CrossValidation:
     """Fit to all images and, fold by fold, to all images outside the fold.
 
-    The images are of at least two groups.
+    Args:
+        samples: N images of at least two groups.
+        features: Names of features that all images have.
+        num_classes: C.
+
+    Raises:
+        ValueError: An image that lacks a feature or has another number of classes.
     """
     weights = fit(samples, features, num_classes)
     folds = assign_folds(samples, FOLDS).tolist()
@@ -95,7 +104,13 @@ def cross_validate(
 
 
 class _Problem:
-    """The objective over one set of pixels, in float64."""
+    """The objective over one set of pixels, in float64.
+
+    Args:
+        samples: At least one image.
+        names: The F features.
+        num_classes: C.
+    """
 
     def __init__(
         self, samples: Sequence[ImageSample], names: tuple[str, ...], num_classes: int

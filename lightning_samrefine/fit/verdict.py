@@ -147,6 +147,9 @@ def judge(
             classes, its targets belong to other images, or it is of no use: a gain would come from
             the frequencies of the classes, and nothing is refined.
         seed: Of the bootstrap's draws.
+
+    Raises:
+        ValueError: No image.
     """
     if not images:
         raise ValueError("images must be at least one, got none")
@@ -183,7 +186,10 @@ def _certain_losers(
 ) -> list[int]:
     """Return the classes to freeze, so that no other class certainly loses.
 
-    ``refined`` returns the counts of the refinement with some classes frozen.
+    Args:
+        refined: Returns the counts of the refinement with some classes frozen.
+        raw: The counts of the raw prediction.
+        seed: Of the bootstrap's draws.
     """
     frozen: list[int] = []
     while True:

@@ -105,9 +105,17 @@ def bootstrap_class_gains(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bound each class's gain in IoU as `paired_bootstrap` bounds that in mIoU by default.
 
+    Args:
+        raw: As for `paired_bootstrap`.
+        refined: As for `paired_bootstrap`.
+        seed: Of the draws.
+
     Returns:
         Lower and upper ends of the percentile intervals, (C,) float64 each. In a resample without
         a class on a side, its IoU there counts as 0.
+
+    Raises:
+        ValueError: As `paired_bootstrap`.
     """
     totals = _image_totals(raw, refined)
     gains = []

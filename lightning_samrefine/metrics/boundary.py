@@ -82,6 +82,9 @@ class BorderCounts(Counts):
     band and make no border, so that a prediction without a wrong pixel scores 1. Counts are summed
     over the data set, as those of mIoU are, and not averaged over images.
 
+    Args:
+        num_classes: C.
+
     Attributes:
         counts: (7, C) int64, pixels of the target's band, of the prediction's band, of both with
             the class in both; of the target's edge, those of them that the prediction has within
@@ -95,7 +98,9 @@ class BorderCounts(Counts):
     def update(self, prediction: Borders, target: Borders) -> None:
         """Add one image.
 
-        The prediction is known where the target is, and both have the same distances.
+        Args:
+            prediction: Borders of the prediction, known where the target is.
+            target: Borders of the target, of the same distances.
         """
         shared = target.band & prediction.band & (prediction.labels == target.labels)
         for row, labels in (

@@ -89,6 +89,9 @@ class ChangedPixels:
 class ChangeCounts(Counts):
     """Counts changed pixels by kind and true class.
 
+    Args:
+        num_classes: C.
+
     Attributes:
         counts: (3, C) int64, rows as in `KINDS`.
     """

@@ -126,7 +126,11 @@ class BandedConfusion(Counts):
 
 
 def check_shape(name: str, prediction: Tensor, target: Tensor) -> None:
-    """Refuse a prediction of another shape than the target's."""
+    """Refuse a prediction of another shape than the target's.
+
+    Raises:
+        ValueError: As described.
+    """
     if prediction.shape != target.shape:
         raise ValueError(
             f"{name} must have the target's shape {tuple(target.shape)}, got shape "
@@ -228,7 +232,12 @@ def class_totals(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unscored(scores: Tensor, ignore_index: int | None) -> Tensor:
-    """Set the score of the class that is not scored, if it is in [0, C), to NaN."""
+    """Set the score of the class that is not scored, if it is in [0, C), to NaN.
+
+    Args:
+        scores: (C,) float.
+        ignore_index: See `ConfusionMatrix`.
+    """
     if ignore_index is not None and 0 <= ignore_index < len(scores):
         scores[ignore_index] = math.nan
     return scores

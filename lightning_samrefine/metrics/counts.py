@@ -33,6 +33,9 @@ class CountingMetric(Metric):
 class Counts(CountingMetric):
     """Integers that are summed over batches and processes, so that no order changes them.
 
+    Args:
+        shape: Of the counts.
+
     Attributes:
         counts: int64.
     """

@@ -28,7 +28,11 @@ class OverlappingComparison(nn.Module):
     borders and changed pixels are those of each class's map. Two matrices a class fit one of
     (C + 1, C + 1): the last row and column are "not of the class", and hold no other class.
 
-    Arguments are those of `RefinementComparison`.
+    Args:
+        num_classes: C.
+        ignore_index: Target value that is not counted, or None.
+        class_names: C names for the per-class figures; "0", "1", … if None.
+        trimap_width: As for `RefinementComparison`.
 
     Attributes:
         counts: As of `RefinementComparison`.
@@ -65,8 +69,13 @@ class OverlappingComparison(nn.Module):
     ) -> list[ImageComparison]:
         """Add the binary map of one class of an image; the classes come in their order.
 
-        Its labels and targets are (H, W) integer, 0 and 1 and the ignored value; ``part`` counts C
-        parts of an image, or C for each slice of a volume.
+        Args:
+            raw: (H, W) integer, 0 and 1.
+            refined: (H, W) integer, 0 and 1.
+            target: (H, W) integer, 0, 1 and the ignored value.
+            regions: The prompted regions.
+            control: (H, W) integer, the labels refined without SAM.
+            part: Index and number of the parts of one image: C, or C for each slice of a volume.
 
         Returns one entry, whose matrices are (C + 1, C + 1).
         """
@@ -129,7 +138,10 @@ def foreground(
 ) -> tuple[Regions, ImageComparison]:
     """Return the regions of a class, without those of the rest of its image, under its index.
 
-    The regions are of classes 0 and 1 of a binary map.
+    Args:
+        regions: N regions of classes 0 and 1 of a binary map.
+        found: What the comparison returned.
+        index: The class's among all.
     """
     kept = regions.classes == 1
     values: dict[str, Any] = {

@@ -15,7 +15,14 @@ _MERGE_EVERY = 256
 
 
 class ImageTotals(CountingMetric):
-    """Keeps the totals of the classes that occur in each image: about 200 bytes per image."""
+    """Keeps the totals of the classes that occur in each image: about 200 bytes per image.
+
+    Args:
+        num_classes: C.
+
+    Attributes:
+        rows: List of flat int32 tensors.
+    """
 
     rows: list[Tensor]
 

@@ -74,7 +74,9 @@ def fetch(file: RemoteFile, folder: Path | None = None) -> Path:
     ``<name>.part`` and is resumed. The file is renamed to its name after its sha256 was checked, so
     a file of that name is complete; the size of a file placed there by hand is checked.
 
-    The folder is ``weights`` in the package's `home` if None.
+    Args:
+        file: The file to download.
+        folder: Target folder; None for ``weights`` in the package's `home`.
 
     Raises:
         DownloadError: It cannot be downloaded, or has another size or hash. The message contains

@@ -60,7 +60,10 @@ _LINES_AT_ONCE = 20_000
 class Journal:
     """Lines that are complete or ignored, one an image, appended by one process.
 
-    The run's generation is above that of all runs before.
+    Args:
+        folder: Of all journals.
+        generation: Number of the run, above that of all runs before.
+        rank: Number of the process.
     """
 
     def __init__(self, folder: Path, generation: int, rank: int) -> None:
@@ -86,7 +89,9 @@ class Journal:
 def file_columns(name: str, content: bytes | None) -> Row:
     """Return the size and checksum columns of the file of ``labels`` or ``probs``.
 
-    There may be no file, and no content.
+    Args:
+        name: The file's kind.
+        content: The file's bytes, None without a file.
     """
     if content is None:
         return {f"{name}_bytes": None, f"{name}_crc32": None}
@@ -120,7 +125,13 @@ def parse_line(line: bytes) -> Row | None:
 
 
 class JournalFollower:
-    """Reads the lines that the other processes of a run append to their journals."""
+    """Reads the lines that the other processes of a run append to their journals.
+
+    Args:
+        folder: Of all journals.
+        generation: Number of the run.
+        rank: Number of the process, whose own journal is left out.
+    """
 
     def __init__(self, folder: Path, generation: int, rank: int) -> None:
         self._folder, self._generation = folder, generation
@@ -128,7 +139,11 @@ class JournalFollower:
         self._read: dict[Path, int] = {}
 
     def new_rows(self) -> Iterator[Row]:
-        """Return the rows appended since the last call."""
+        """Return the rows appended since the last call.
+
+        Raises:
+            OSError: A journal could not be read.
+        """
         for generation, path in journal_files(self._folder):
             if generation != self._generation or path.name == self._own:
                 continue
@@ -162,7 +177,10 @@ class Contents:
     def load(cls, manifest: Path, journals: Path, before: int | None = None) -> Contents:
         """Read a manifest and the journals after it; missing or damaged parts are left out.
 
-        The manifest has generation −1. Journals of generation ``before`` and later are left out.
+        Args:
+            manifest: The Parquet file, generation −1.
+            journals: Their folder.
+            before: Journals of this generation and later ones are left out.
         """
         rows, seen = [_read_manifest(manifest)], [_SEEN.empty_table()]
         for generation, path in journal_files(journals):
@@ -210,7 +228,9 @@ def journal_files(folder: Path) -> list[tuple[int, Path]]:
 def manifest_bytes(rows: pa.Table, constants: Mapping[str, str]) -> bytes:
     """Return the Parquet file: equal rows and constants give equal bytes.
 
-    The rows are of `SCHEMA` and sorted; constants are columns with one value in every row.
+    Args:
+        rows: Of `SCHEMA`, sorted.
+        constants: Columns with one and the same value in every row.
     """
     table = rows.select(SCHEMA.names).combine_chunks()
     for name, value in constants.items():

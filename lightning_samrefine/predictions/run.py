@@ -47,7 +47,13 @@ class PredictCounts:
 class PredictionRun:
     """Writes images that are not done into a folder, and notes each once its files are complete.
 
-    The folder is prepared for this run, see `OutputFolder.prepare`. The counts are kept up to date.
+    Args:
+        files: The folder, prepared for this run.
+        generation: The run's number, see `OutputFolder.prepare`.
+        rank: The process's number.
+        probs: Which probabilities are written; None for none.
+        queue_size: Maximum number of images waiting to be written.
+        counts: Kept up to date.
     """
 
     def __init__(
@@ -74,6 +80,10 @@ class PredictionRun:
 
     def is_done(self, stem: str, found: Fingerprint) -> bool:
         """Whether an image's files are there already; of an earlier run's, note that they stay.
+
+        Args:
+            stem: The image's name.
+            found: Of the image and its raw prediction.
 
         Raises:
             ValueError: The name means another image or prediction elsewhere in this run, or no
@@ -104,7 +114,12 @@ class PredictionRun:
     ) -> None:
         """Hand the files of one image to the thread that writes, once there is room in its queue.
 
-        Without a refinement the raw prediction is written.
+        Args:
+            stem: The image's name.
+            found: Of the image and its raw prediction.
+            inputs: Samples with raw labels and probabilities.
+            index: The image's place among them.
+            refinement: None if refining failed, and the raw prediction is written.
 
         Raises:
             Exception: What writing an earlier image raised.

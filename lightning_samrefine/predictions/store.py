@@ -63,14 +63,22 @@ class Finished:
 
 
 class Spellings:
-    """Refuses names that differ only in case if the file system keeps one of such files."""
+    """Refuses names that differ only in case if the file system keeps one of such files.
+
+    Args:
+        files: The folder that they are for.
+    """
 
     def __init__(self, files: OutputFolder) -> None:
         self._folds = files.folds_case()
         self._known: dict[str, str] = {}
 
     def check(self, stem: str) -> None:
-        """Compare a name with those before it."""
+        """Compare a name with those before it.
+
+        Raises:
+            ValueError: It differs from one only in case.
+        """
         if not self._folds:
             return
         first = self._known.setdefault(stem.casefold(), stem)
@@ -84,7 +92,8 @@ class Spellings:
 class OutputFolder:
     """The files of a folder: reads, checks and writes them.
 
-    Several processes may share the folder.
+    Args:
+        path: The folder; several processes may share it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -126,7 +135,9 @@ class OutputFolder:
     def prepare(self, provenance: Provenance, overwrite: bool) -> int:
         """Prepare the folder for a run; one process does this before any file is written.
 
-        With ``overwrite`` what a run of another provenance has written is removed.
+        Args:
+            provenance: Of the run.
+            overwrite: Whether to remove what a run of another provenance has written.
 
         Returns the run's generation, above those of all journals.
 
@@ -163,7 +174,15 @@ class OutputFolder:
         return JournalFollower(self._journals, generation, rank)
 
     def check_stem(self, stem: str, with_probs: bool) -> None:
-        """Refuse a name that the file system cannot take; the folder exists."""
+        """Refuse a name that the file system cannot take; the folder exists.
+
+        Args:
+            stem: An image's name.
+            with_probs: Whether probabilities are written as well.
+
+        Raises:
+            ValueError: The name or one of its parts is too long.
+        """
         paths = [self.labels(stem), *([self.probs(stem)] if with_probs else [])]
         for path in paths:
             # Part by part: of a path below folders that are not there nothing is checked.
@@ -179,14 +198,22 @@ class OutputFolder:
                         ) from error
 
     def folds_case(self) -> bool:
-        """Whether the file system takes names that differ only in case for one."""
+        """Whether the file system takes names that differ only in case for one.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
         self._partial.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix="Case", dir=self._partial) as file:
             probe = Path(file.name)
             return probe.with_name(probe.name.swapcase()).exists()
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write a file atomically, replacing an older one."""
+        """Write a file atomically, replacing an older one.
+
+        Raises:
+            OSError: It could not be written.
+        """
         temporary = self._partial / uuid.uuid4().hex
         try:
             with temporary.open("wb") as file:
@@ -201,7 +228,11 @@ class OutputFolder:
             raise
 
     def write_prediction(self, row: Row, labels: bytes, probs: bytes | None) -> Row:
-        """Write an image's PNG and, if given, safetensors; return its row with their columns."""
+        """Write an image's PNG and, if given, safetensors; return its row with their columns.
+
+        Raises:
+            OSError: A file could not be written.
+        """
         self.write(self.labels(row["stem"]), labels)
         if probs is not None:
             self.write(self.probs(row["stem"]), probs)
@@ -214,7 +245,9 @@ class OutputFolder:
     def finish(self, generation: int, constants: Mapping[str, str]) -> Finished:
         """Turn the journals into the manifest; one process does this after all have written.
 
-        Constants are columns with one value in every row.
+        Args:
+            generation: Of the run that ends.
+            constants: Columns with one and the same value in every row.
 
         Raises:
             ValueError: One name meant different images: one of them is lost.

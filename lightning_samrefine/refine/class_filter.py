@@ -58,7 +58,9 @@ def check_classes(
 def regions_of_refined_classes(regions: RegionSet, classes: Sequence[int] | None) -> RegionSet:
     """Drop the regions of frozen classes before they are prompted.
 
-    All classes are refined if None.
+    Args:
+        regions: N regions.
+        classes: The refined classes; all of them if None.
     """
     if classes is None:
         return regions

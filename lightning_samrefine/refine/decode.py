@@ -34,8 +34,12 @@ def encode_images(
     Floats are rounded to the autocast's dtype: a stored embedding, which is kept in that dtype,
     has the same bits as a new one.
 
-    Images are (3, H, W) uint8. Without ``padding`` the model's square input is not padded, if the
-    model can do without.
+    Args:
+        sam: The model.
+        images: (3, H, W) uint8 each.
+        chunks: Halves the number of images at once if memory runs out.
+        padding: Whether to encode the padding of the model's square input, if the model can do
+            without.
     """
     dtype = active_autocast(sam.device)
 

@@ -46,7 +46,13 @@ _WINDOWS_AT_ONCE = 8
 
 
 class MaskPredictor:
-    """Prompts SAM with the regions of images and with a grid of points."""
+    """Prompts SAM with the regions of images and with a grid of points.
+
+    Args:
+        sam: The model.
+        precision: As for `Refiner`.
+        cache: Keeps embeddings and mask proposals, None for none.
+    """
 
     def __init__(self, sam: Promptable, precision: str, cache: EmbeddingCache | None) -> None:
         self._sam, self._precision, self._cache = sam, precision, cache
@@ -59,7 +65,9 @@ class MaskPredictor:
     ) -> Iterator[ImagePredictions]:
         """Predict masks on B images, as `Refiner.predict` does.
 
-        The thresholds are possible for the model.
+        Args:
+            read: B of them.
+            config: The thresholds, possible for the model.
         """
         sides = [window_side(config, self._sam, raw.image_hw) for raw in read]
         if any(sides):
@@ -118,8 +126,11 @@ class MaskPredictor:
     ) -> Iterator[MaskPredictions]:
         """Look at images, or parts of one, as `predict` does.
 
-        Digests identify the images in a cache; None hashes them. Regions with no side above
-        ``larger_than``, in pixels, are left out.
+        Args:
+            read: B of them.
+            config: The thresholds.
+            digests: Tell the images apart in a cache; None hashes them.
+            larger_than: Regions with no side above it, in pixels, are left out.
         """
         # All begin before the first is waited for.
         splits = [

@@ -164,7 +164,11 @@ class Refiner:
     ) -> Iterator[ImagePredictions]:
         """Predict the masks of every region and of the point grid on several images (steps 0 to 7).
 
-        Arguments are those of `refine_batch`; ``config`` takes the place of the refiner's own.
+        Args:
+            images: As for `refine_batch`.
+            probs: As for `refine_batch`.
+            labels: As for `refine_batch`.
+            config: In place of the refiner's own.
 
         Returns:
             B predictions in order; an image is decoded when its turn comes. A GPU decodes all of

@@ -249,8 +249,11 @@ def _click_positions(values: np.ndarray, runs: _Runs, count: int, ids: np.ndarra
 
     A click lies at the component's largest value, the first of equal ones.
 
-    The (h_d · w_d,) values are finite, in row-major order; ``ids`` are (N,) int64, the components
-    to search, of ``count``.
+    Args:
+        values: (h_d · w_d,) finite values in row-major order.
+        runs: Of the components.
+        count: Number of components.
+        ids: (N,) int64, the components to search.
     """
     if len(ids) == 0:
         return np.empty(0, np.int64)

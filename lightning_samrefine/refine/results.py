@@ -162,7 +162,12 @@ class Refinement:
     ) -> Refinement:
         """Put a result together; the accepted regions are listed once more.
 
-        Without ``covered`` no pixel is covered.
+        Args:
+            regions: Every prompted region.
+            labels: As above.
+            probs: As above.
+            covered: As above; None if no pixel is.
+            literal_probs: As above.
         """
         if covered is None:
             covered = torch.zeros_like(labels, dtype=torch.bool)
@@ -188,7 +193,12 @@ def region_table(
 ) -> Regions:
     """Bring N regions from the working grid to image pixels (step 12).
 
-    There are (N,) float32 predicted IoUs on the CPU, and (N,) bool, the accepted regions.
+    Args:
+        regions: On the working grid.
+        image_hw: (H, W).
+        stride: r.
+        pred_iou: (N,) float32 on the CPU.
+        accepted: (N,) bool.
     """
     height, width = image_hw
     extents = (regions.boxes + np.array([0, 0, 1, 1])) * stride

@@ -100,7 +100,9 @@ class WindowMaps:
     def rows(self, rows: slice, classes: slice = slice(None)) -> Tensor:
         """Return rows of the maps at the image's resolution, (c, n, W) float32.
 
-        The slice of rows has start and stop.
+        Args:
+            rows: With start and stop.
+            classes: Of the maps.
         """
         if len(self.windows) == 1:
             return _resized_rows(self.maps(0)[classes], self.image_hw, rows)

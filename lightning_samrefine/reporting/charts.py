@@ -1,7 +1,4 @@
-"""Charts of figures: classes, confusions, bands around borders, predicted IoU, epochs.
-
-The matplotlib figures belong to no global state.
-"""
+"""Charts of figures: classes, confusions, bands around borders, predicted IoU, epochs."""
 
 from __future__ import annotations
 
@@ -20,7 +17,15 @@ _LOSS = "#c8342b"
 
 
 def draw_class_bars(result: ComparisonResult, title: str = "IoU by class") -> Figure:
-    """Draw the IoU of every class that occurs, raw beside refined, with the gain in points."""
+    """Draw the IoU of every class that occurs, raw beside refined, with the gain in points.
+
+    Args:
+        result: An evaluation.
+        title: Headline of the figure.
+
+    Returns:
+        A matplotlib figure that belongs to no global state.
+    """
     iou = np.stack([result.scores[side]["iou"].numpy() * 100 for side in SIDES])
     shown = np.flatnonzero(~np.isnan(iou).all(axis=0))
     iou = iou[:, shown]
@@ -37,7 +42,12 @@ def draw_class_bars(result: ComparisonResult, title: str = "IoU by class") -> Fi
 def draw_confusions(result: ComparisonResult, most: int = 12) -> Figure:
     """Draw which class lost pixels to which, raw beside refined, with the difference.
 
-    These are the ``most`` pairs with the most pixels on either side.
+    Args:
+        result: An evaluation.
+        most: Maximum number of pairs, those with the most pixels on either side.
+
+    Returns:
+        A matplotlib figure that belongs to no global state.
     """
     pixels = np.stack([result.matrices[side][-1].numpy() for side in SIDES])
     for matrix in pixels:
@@ -83,7 +93,14 @@ def _paired_bars(
 
 
 def draw_reliability(calibration: Calibration) -> Figure:
-    """Draw the mean true IoU of regions against their predicted IoU, and how many there are."""
+    """Draw the mean true IoU of regions against their predicted IoU, and how many there are.
+
+    Args:
+        calibration: Of all regions, accepted and rejected.
+
+    Returns:
+        A matplotlib figure that belongs to no global state.
+    """
     figure = Figure(figsize=(5.4, 5), layout="constrained")
     curve, counts = figure.subplots(2, height_ratios=(3, 1), sharex=True)
     curve.plot([0, 1], [0, 1], color="#8a8f98", linestyle="--", linewidth=1, label="calibrated")
@@ -111,7 +128,14 @@ def draw_reliability(calibration: Calibration) -> Figure:
 
 
 def draw_trimaps(result: ComparisonResult) -> Figure:
-    """Draw mIoU inside bands around borders against their width."""
+    """Draw mIoU inside bands around borders against their width.
+
+    Args:
+        result: An evaluation.
+
+    Returns:
+        A matplotlib figure that belongs to no global state.
+    """
     figure = Figure(figsize=(5.4, 5), layout="constrained")
     axes: Axes = figure.subplots()
     for side in SIDES:
@@ -138,6 +162,12 @@ def draw_curve(history: Sequence[Mapping[str, float]]) -> Figure:
     Args:
         history: One mapping per evaluation, in order: ``epoch``, ``step`` if an epoch comes
             twice, and the names of `RefinementComparison.compute`.
+
+    Returns:
+        A matplotlib figure that belongs to no global state.
+
+    Raises:
+        ValueError: An empty history.
     """
     if not history:
         raise ValueError("history must have at least one evaluation, got none")

@@ -33,6 +33,10 @@ def safe_names(class_names: Iterable[str], loggers: Sequence[Logger] = ()) -> li
     "_"; with MLflow letters lose their accents and other characters than ASCII become "_", too. If
     that makes two names equal, the classes' numbers are added.
 
+    Args:
+        class_names: C names, all different.
+        loggers: The Trainer's.
+
     Returns:
         C names, different for each of the loggers, upper and lower case counting as the same.
     """
@@ -87,7 +91,10 @@ def show_pictures(
     ``log_image(key, images, step)``, such as W&B's. A logger that raises, for example because its
     server is unreachable, loses its pictures, with a warning.
 
-    Names are such as ``"val/panels"``. Call it on rank zero alone.
+    Args:
+        loggers: The Trainer's. Call on rank zero alone.
+        pictures: By name, such as ``"val/panels"``.
+        step: The step to log them under.
     """
     for logger in loggers:
         with _unless_it_fails(logger, "pictures"):
@@ -98,7 +105,11 @@ def show_pictures(
 def show_table(loggers: Sequence[Logger], name: str, rows: Iterable[ImageRow], step: int) -> None:
     """Log a table of images: a W&B table, and a CSV file among MLflow's artifacts.
 
-    Call it on rank zero alone.
+    Args:
+        loggers: The Trainer's. Call on rank zero alone.
+        name: Such as ``"val/images"``.
+        rows: One for each image.
+        step: The step to log it under.
     """
     rows = in_order(rows)
     for logger in loggers:
@@ -120,7 +131,12 @@ def show_masks(
 ) -> None:
     """Log images to W&B with masks that can be switched on and off: raw, refined and truth.
 
-    W&B stores 8 bits a pixel, and above 255 classes there are no masks. Call it on rank zero alone.
+    Args:
+        loggers: The Trainer's; others than W&B's have no masks. Call on rank zero alone.
+        name: Such as ``"val/masks"``.
+        panels: The images.
+        class_names: C names; W&B stores 8 bits a pixel, and above 255 classes there are no masks.
+        step: The step to log them under.
     """
     if not panels or len(class_names) > _NO_CLASS:
         return

@@ -138,7 +138,19 @@ def _changes_picture(panel: Panel) -> np.ndarray:
 
 
 def draw_panels(panels: Sequence[Panel], class_names: Sequence[str], title: str) -> Figure:
-    """Draw one row per panel, as high as its image within bounds."""
+    """Draw one row per panel, as high as its image within bounds.
+
+    Args:
+        panels: At least one.
+        class_names: C names, for the legend.
+        title: Headline of the figure.
+
+    Returns:
+        A matplotlib figure that belongs to no global state: save it, or give it to a logger.
+
+    Raises:
+        ValueError: Without a panel.
+    """
     if not panels:
         raise ValueError("panels must be at least one, got none")
     heights = [_row_height(*panel.image.shape[1:]) for panel in panels]

@@ -37,7 +37,14 @@ class TuneCallback(SAMCallback):
     With ``cache="memory"`` embeddings are kept for the callback's lifetime, so that the second
     pass of a tuning does not encode the images again.
 
-    Arguments are those of `SAMRefineCallback` that apply.
+    Args:
+        sam: As for `SAMRefineCallback`, like the following arguments.
+        ignore_index: Target value that is not counted.
+        cache: Cache of SAM's image embeddings.
+        cache_gb: Limit of the cache.
+        max_batches: Maximum number of batches per loader.
+        trimap_width: Half-width of the band around borders.
+        **shared: Other arguments of `SharedArguments.of`.
 
     Attributes:
         fit_config: The thresholds that a fusion is fitted with: the given ones, or those of the

@@ -56,7 +56,11 @@ def choose(counts: GridCounts, grid: Grid, images: np.ndarray, rule: Rule) -> Ch
     objective. Last, classes are frozen one at a time, the least certain first, until the gain of
     every refined class has a lower bound above the margin; freezing one changes the others'.
 
-    ``images`` are the (n,) indices of the images to choose from.
+    Args:
+        counts: The counts of all images.
+        grid: The grid of the sweep.
+        images: (n,) integer, the images to choose from.
+        rule: The definition of certain.
     """
     cell = best_cell(counts, grid, images, rule.objective)
     resample = _Resamples(len(images), rule)

@@ -30,7 +30,10 @@ class Scoring:
 class Truth:
     """One image's raw prediction and target, for comparison with refined predictions.
 
-    Raw labels are (H, W) int64, the target is (H, W) integer.
+    Args:
+        raw: (H, W) int64, the raw prediction.
+        target: (H, W) integer.
+        scoring: Classes, ignored value and width of the band.
 
     Attributes:
         totals: (2, 3, C) int64: over the image and over the trimap band, the pixels of each class,
@@ -85,7 +88,9 @@ class Truth:
 class GridCounts:
     """The counts of N images in every cell of a grid.
 
-    A class that is ignored counts as absent.
+    Args:
+        scoring: The scoring. A class that is ignored counts as absent.
+        cells: Number of cells.
     """
 
     def __init__(self, scoring: Scoring, cells: int) -> None:

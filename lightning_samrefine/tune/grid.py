@@ -30,7 +30,10 @@ class Cell:
 class Grid:
     """All combinations of some values of three thresholds.
 
-    They are values of τ_c, τ_m and τ_iou.
+    Args:
+        score_thresh: Values of τ_c.
+        mask_prompt_scale: Values of τ_m.
+        pred_iou_thresh: Values of τ_iou.
 
     Raises:
         TypeError: Not a sequence of numbers.

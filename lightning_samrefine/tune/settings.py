@@ -91,8 +91,15 @@ class TuneSettings:
     ) -> float | None:
         """Tune, write the files and print the result.
 
-        Returns the mIoU of the validation set, refined with the choice; None without a scored
-        pixel.
+        Args:
+            trainer: With a `TuneCallback`.
+            segmenter: Source of the predictions.
+            datamodule: With a validation set.
+            ckpt_path: Lightning checkpoint of the segmenter.
+            folder: Output folder.
+
+        Returns:
+            mIoU of the validation set, refined with the choice; None without a scored pixel.
         """
         from lightning_samrefine.reporting.summary import print_whole, write_metrics
         from lightning_samrefine.tune.report import tuning_metrics, tuning_summary, write_tuning

@@ -20,7 +20,13 @@ from lightning_samrefine.tune.grid import Grid
 class Sweep:
     """Counts the changes of images by every cell of a grid.
 
-    The classes and thresholds of single classes of ``base`` are ignored.
+    Args:
+        grid: The thresholds to try.
+        base: All other settings; its classes and thresholds of single classes are ignored.
+        scoring: The scoring.
+
+    Attributes:
+        counts: Counts of the changes, cell by cell in the order of ``grid.cells``.
     """
 
     def __init__(self, grid: Grid, base: RefineConfig, scoring: Scoring) -> None:
@@ -31,7 +37,10 @@ class Sweep:
     def __call__(self, refiner: Refiner, inputs: RefineInputs) -> None:
         """Sweep B samples.
 
-        Without a cache, images are encoded once per pair of the grid.
+        Args:
+            refiner: Its model, precision and cache are used. Without a cache, images are encoded
+                once per pair of the grid.
+            inputs: B samples with targets.
         """
         targets = _targets(inputs)
         for index in range(len(inputs)):
@@ -71,8 +80,10 @@ class Sweep:
 class Trial:
     """Runs chosen configurations, each image under several of them.
 
-    The configurations of each image come in the order of the loader; ``raw`` are the images'
-    `Truth.totals` in the sweep, (N, 2, 3, C) int64.
+    Args:
+        configs: The configurations of each image, in the order of the loader.
+        scoring: The scoring.
+        raw: (N, 2, 3, C) int64, the images' `Truth.totals` in the sweep.
 
     It has one cell per configuration.
     """

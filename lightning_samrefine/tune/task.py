@@ -106,8 +106,14 @@ def tune(
 ) -> Tuning:
     """Try a grid on a validation set and choose.
 
-    The `TuneCallback` of the Trainer keeps embeddings between the two passes; on both, the
-    validation loader must yield the same images in the same order.
+    Args:
+        trainer: Has a `TuneCallback`, whose ``cache`` keeps embeddings between the passes.
+        segmenter: The model whose predictions are refined.
+        datamodule: Its validation loader must yield the same images in the same order twice.
+        grid: The thresholds to try.
+        rule: The rule of the choice.
+        fold_count: Number of folds of the cross-validation, at least 2.
+        ckpt_path: Lightning checkpoint of the segmenter.
 
     Raises:
         MisconfigurationException: No `TuneCallback`, or fewer than two images.

@@ -12,7 +12,8 @@ Job = Callable[[], None]
 class BackgroundWriter:
     """Runs jobs one after the other in a daemon thread.
 
-    `put` blocks while ``capacity`` jobs are queued.
+    Args:
+        capacity: Maximum number of queued jobs; `put` blocks while the queue is full.
     """
 
     def __init__(self, capacity: int) -> None:

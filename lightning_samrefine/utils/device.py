@@ -43,6 +43,9 @@ class Download:
 
     From CUDA they are copied to pinned memory, after the work enqueued before and in parallel to
     the CPU. From other devices they are copied at once.
+
+    Args:
+        tensors: Of any shapes and dtypes.
     """
 
     def __init__(self, *tensors: Tensor) -> None:

@@ -22,7 +22,12 @@ def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype 
     ``"auto"`` is bf16 on hardware with bf16 arithmetic, fp16 on other CUDA devices, and float32
     elsewhere: a CPU without bf16 instructions emulates them, 5 to 100 times slower than float32.
 
-    Without an autocast the type is None.
+    Args:
+        precision: One of `PRECISIONS`.
+        device: The device SAM runs on.
+
+    Returns:
+        The autocast type, None for no autocast; and the reason.
 
     Raises:
         ValueError: An unknown precision.
@@ -63,8 +68,9 @@ def active_autocast(device: torch.device) -> torch.dtype | None:
 def rounded(value: Any, dtype: torch.dtype | None) -> Any:
     """Round floats to the precision of ``dtype``, keeping their own dtype.
 
-    Anything but a tensor or a tuple of tensors is returned unchanged, and everything if the dtype
-    is None.
+    Args:
+        value: A tensor or a tuple of tensors; anything else is returned unchanged.
+        dtype: Dtype of the autocast it was computed under; None returns it unchanged.
     """
     if dtype is None:
         return value

@@ -46,6 +46,25 @@ class FoundTensors:
         )
 
 
+@dataclass(frozen=True)
+class Converted:
+    """Converted tensors, see `RefineInputs`.
+
+    Attributes:
+        images: (B, 3, H, W) uint8 RGB.
+        probs: (B, C, H, W) float32.
+        labels: (B, H, W) int64.
+        targets: (B, H, W) int64, or None.
+        has_network_probs: (B,) bool, label maps with the network's probabilities, or None.
+    """
+
+    images: Samples
+    probs: Samples
+    labels: Samples
+    targets: Samples | None
+    has_network_probs: Tensor | None
+
+
 def convert(
     found: FoundTensors,
     kind: ScoresKind,
@@ -53,15 +72,16 @@ def convert(
     rgb: Denormalize,
     padding: RealParts | None = None,
     overlapping: bool = False,
-) -> tuple[Samples, Samples, Samples, Samples | None, Tensor | None]:
+) -> Converted:
     """Convert tensors, and cut the padding off.
 
-    With ``overlapping`` each class is a binary map of its own, and ``kind`` the kind of one such
-    map.
-
-    Returns:
-        The first four fields of `RefineInputs`; and (B,) bool, label maps with the network's
-        probabilities, or None.
+    Args:
+        found: The tensors.
+        kind: Kind of scores; of one map with overlapping classes.
+        num_classes: C.
+        rgb: Converts images.
+        padding: The real parts of a padded batch.
+        overlapping: Whether each class is a binary map of its own.
 
     Raises:
         ValueError: Shapes, numbers or values that do not fit.
@@ -99,7 +119,7 @@ def convert(
     elif target is not None:
         pairs = zip(target, labels, strict=True)
         targets = [to_labels(one[None], own[None])[0] for one, own in pairs]
-    return images, probs, labels, targets, has_network_probs
+    return Converted(images, probs, labels, targets, has_network_probs)
 
 
 def _check_numbers(found: FoundTensors, images: int) -> None:

@@ -26,7 +26,11 @@ def scores_by_class(scores: Samples) -> Samples:
 
 
 def targets_by_class(target: Samples, num_classes: int) -> Samples:
-    """Return multi-hot (B, C, H, W) targets, or B × (C, H, W), as B · C binary maps."""
+    """Return multi-hot (B, C, H, W) targets, or B × (C, H, W), as B · C binary maps.
+
+    Raises:
+        ValueError: Another shape.
+    """
     if not is_multi_hot(target, num_classes):
         shape = tuple(target.shape) if isinstance(target, Tensor) else tuple(target[0].shape)
         raise ValueError(

@@ -78,8 +78,11 @@ def find_slices(
 ) -> Slices | None:
     """Find the image of a batch, and return its slices if it is a volume.
 
-    Without the user's key of the image, the usual names and the first position are searched; for
-    ``shows`` see `Denormalize.shows`.
+    Args:
+        container: The batch or the step's output.
+        key: The user's key of the image, None for the usual names and the first position.
+        axis: Axis of (B, c, D, H, W) that is sliced.
+        shows: Whether a tensor has the shape of images, see `Denormalize.shows`.
 
     Returns:
         None if an image has two dimensions, or if no volume is found.

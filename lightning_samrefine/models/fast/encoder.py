@@ -148,7 +148,10 @@ def _patches(conv: nn.Conv2d, images: Tensor) -> Tensor:
 def _vit_attention(block: Block, x: Tensor, grid: int) -> Tensor:
     """Return attention's output before its projection, (B, h, w, D).
 
-    ``grid`` is the side of the whole square in tokens, for which relative positions were learned.
+    Args:
+        block: The block.
+        x: (B, h, w, D).
+        grid: Side of the whole square in tokens, for which relative positions were learned.
     """
     attn = block.attn
     height, width = x.shape[1:3]

@@ -66,6 +66,9 @@ def exact_coordinates(device: torch.device) -> Iterator[None]:
 
     TF32 is a setting of the whole process, so products over two elements are replaced; only this
     layer of a promptable model has them. Autocast is switched off.
+
+    Args:
+        device: Device of the model.
     """
     with autocast(None, device), _ElementwiseProducts():
         yield

@@ -62,7 +62,9 @@ class CachedSam:
     needed: if an image's mask proposals are cached and its regions are not prompted, its embedding
     is never read. Embeddings are `rounded` to the autocast's dtype, in which the cache keeps them.
 
-    The cache's key includes the model's weights and the autocast in effect.
+    Args:
+        sam: The model.
+        cache: Its key includes the model's weights and the autocast in effect.
     """
 
     def __init__(self, sam: Promptable, cache: EmbeddingCache) -> None:
@@ -89,8 +91,14 @@ class CachedSam:
     ) -> list[Embedding]:
         """Hash images, each uint8 (3, H, W); on CUDA the CPU waits once for all of them.
 
-        An image that has other embeddings without padding has other keys as well. The digests are
-        the images' hashes if they are known.
+        Args:
+            images: The images.
+            padding: See `lightning_samrefine.models.base.UnpaddedPromptable`. An image that has
+                other embeddings without padding has other keys as well.
+            digests: The images' hashes if they are known.
+
+        Returns:
+            A `LazyEmbedding` an image.
         """
         images = list(images)
         digests = self.cache.digests(images) if digests is None else list(digests)

@@ -337,7 +337,11 @@ class _Epoch:
 
 
 def _tensors(value: Any) -> tuple[Tensor, ...]:
-    """Return the tensors of a value."""
+    """Return the tensors of a value.
+
+    Raises:
+        TypeError: The value is neither a tensor nor a tuple of tensors.
+    """
     tensors = (value,) if isinstance(value, Tensor) else value
     # A named tuple would come back without its names.
     if type(tensors) is not tuple or not all(isinstance(t, Tensor) for t in tensors):

@@ -134,7 +134,11 @@ class DiskStore:
         return entry
 
     def put(self, key: str, entry: Entry) -> None:
-        """Write an entry, then remove what was used longest ago."""
+        """Write an entry, then remove what was used longest ago.
+
+        Raises:
+            OSError: The folder or the file could not be written.
+        """
         content = _serialize(key, entry)
         if len(content) > self._limit:
             self.evictions += 1

@@ -29,7 +29,11 @@ def fuse_by_algorithm4(
 ) -> Refinement:
     """Accept masks by their predicted IoU and let them compete pixel by pixel.
 
-    The predictions have the logits of every region; they are not changed.
+    Args:
+        predictions: With the logits of every region; they are not changed.
+        config: τ_iou and the stride.
+        sam: Brings masks to full resolution.
+        with_probs: Whether the refinement has probabilities.
 
     Raises:
         ValueError: Predictions without logits, made for another fusion.

@@ -55,7 +55,9 @@ class FeatureMaps:
     def fuse(self, weights: LogLinear, rows: slice | None = None) -> Tensor:
         """Return the refined probabilities, (C, n, W) float32, summing to 1 over the classes.
 
-        All H rows are fused if None.
+        Args:
+            weights: Of the features.
+            rows: With start and stop; all H of them if None.
 
         Raises:
             ValueError: Weights of another number of classes.
@@ -82,7 +84,10 @@ class FeatureMaps:
     def _values(self, name: str, c: int, where: slice | Tensor) -> Tensor:
         """Return one feature of one class, float32.
 
-        ``where`` is rows, with start and stop, or (N,) int64 indices into the flattened image.
+        Args:
+            name: The feature.
+            c: The class.
+            where: Rows, with start and stop, or (N,) int64 indices into the flattened image.
         """
         probs = _taken(self.probs[c], where)
         if name == "raw":

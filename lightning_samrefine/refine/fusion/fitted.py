@@ -29,8 +29,9 @@ from lightning_samrefine.utils.device import upload
 def feature_maps(predictions: ImagePredictions, config: RefineConfig) -> FeatureMaps:
     """Collect what the features of one image are computed from.
 
-    The config has ``weights``, and so region prompts; it decides which masks are accepted, and
-    regions without an accepted mask have no votes.
+    Args:
+        predictions: SAM's masks; regions without an accepted mask have no votes.
+        config: With ``weights``, and so with region prompts; it decides which masks are accepted.
     """
     probs, image = predictions.raw.probs, predictions.raw.image.to(predictions.raw.probs.device)
     ratios = color_ratios(probs, image, config.stride)
@@ -54,8 +55,12 @@ def fuse_fitted(
     If the weights refine nothing, or only some classes, the other pixels keep their raw labels and
     probabilities.
 
-    The predictions have packed masks of the regions; they are not changed. SAM is not used; the
-    maps are computed if None.
+    Args:
+        predictions: With packed masks of the regions; they are not changed.
+        config: Its ``weights`` are of the same classes.
+        sam: Not used; masks stay on the model's low-resolution grid.
+        with_probs: Whether the refinement has probabilities.
+        maps: From `feature_maps`; computed if None.
 
     Raises:
         ValueError: Weights of other classes.
@@ -79,7 +84,13 @@ def fuse_fitted(
 
 
 def control_labels(raw: RawPrediction, maps: FeatureMaps, weights: FusionWeights) -> Tensor:
-    """Return the labels of the fusion without SAM, (H, W) int64: what is gained without it."""
+    """Return the labels of the fusion without SAM, (H, W) int64: what is gained without it.
+
+    Args:
+        raw: The raw prediction.
+        maps: Its features.
+        weights: Their ``control`` is used, for all classes.
+    """
     return _fuse(raw, maps, weights.control, with_probs=False)[0]
 
 

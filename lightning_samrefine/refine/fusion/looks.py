@@ -29,8 +29,12 @@ def look_regions(
 ) -> WindowRegions:
     """List the regions of one look.
 
-    There are N masks or none, (N,) bool, the accepted regions, and (N,) float32 predicted IoUs on
-    the CPU.
+    Args:
+        look: Its predictions.
+        stride: r.
+        accepted: (N,) bool.
+        pred_iou: (N,) float32 on the CPU.
+        masks: N of them, or None.
     """
     seen = look.in_image
     table = region_table(look.regions, look.raw.image_hw, stride, pred_iou, accepted)
@@ -46,7 +50,9 @@ def image_regions(predictions: ImagePredictions, looks: Sequence[WindowRegions])
 def image_maps(predictions: ImagePredictions, maps: Callable[[int], Tensor]) -> WindowMaps:
     """Blend the looks' maps; beside windows, those of the whole image count if they are larger.
 
-    ``maps`` returns the (C, h, w) maps of the look of an index.
+    Args:
+        predictions: With looks.
+        maps: Returns the (C, h, w) maps of the look of an index.
     """
     image_hw, looks = predictions.raw.image_hw, predictions.looks
     if isinstance(predictions, MaskPredictions):

@@ -119,7 +119,9 @@ def normalize_(maps: Tensor) -> Tensor:
 def support_factors(votes: Sequence[MaskVotes], floors: Sequence[float]) -> Tensor:
     """Return (C, h_n, w_n) float32, Π (floor + support): a class without support keeps the floors.
 
-    There is a floor above 0 for each of at least one votes, all on one grid.
+    Args:
+        votes: At least one, on one grid.
+        floors: One for each of ``votes``, above 0.
     """
     first, *others = votes
     factors = first.classes + floors[0]

@@ -55,8 +55,11 @@ def fuse_soft(
     If regions are not prompted, a region's predicted IoU is that of the best mask proposal that
     stands for its class at its most probable pixel, 0 without one; it is reported, not used.
 
-    The predictions have packed masks of the regions if these are prompted; they are not changed.
-    SAM is not used: masks stay on the model's low-resolution grid.
+    Args:
+        predictions: With packed masks of the regions if these are prompted; they are not changed.
+        config: Its ``unsupported_weight`` is above 0.
+        sam: Not used; masks stay on the model's low-resolution grid.
+        with_probs: Whether the refinement has probabilities.
 
     Raises:
         ValueError: Predictions without the masks of prompted regions, made for another fusion.
@@ -163,8 +166,12 @@ def _with_regions(
 ) -> list[MaskVotes]:
     """Add the votes of accepted regions' masks.
 
-    There may be votes of mask proposals. Accepted regions are (N,) bool; ``small`` is (C, h_n, w_n)
-    float32, the raw probabilities on the grid of masks.
+    Args:
+        votes: Of the mask proposals, or none.
+        regions: N of them.
+        masks: Theirs.
+        accepted: (N,) bool.
+        small: (C, h_n, w_n) float32, the raw probabilities on the grid of masks.
     """
     mask_probs = masks.probs()
     device = mask_probs.device
