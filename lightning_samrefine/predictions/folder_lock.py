@@ -89,9 +89,11 @@ class FolderLock:
     def _lock(self, path: Path, deadline: float) -> FileLock:
         lock, has_waited = FileLock(path), False
         while True:
-            self._folder.mkdir(exist_ok=True)  # its last owner may just have removed it
+            self._folder.mkdir(exist_ok=True)
             try:
                 lock.acquire(timeout=max(0.0, deadline - time.monotonic()) if has_waited else 0)
+            except FileNotFoundError:
+                continue  # its last owner has just removed the folder
             except Timeout:
                 if has_waited:
                     raise ValueError(

@@ -250,7 +250,9 @@ from lightning_samrefine.predictions.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.acquire(int(sys.argv[2]))
 print("held", flush=True)
-time.sleep(300)
+sys.stdin.readline()
+time.sleep(0.3)
+lock.release()
 """
 
 
@@ -262,6 +264,7 @@ def impatient(monkeypatch):
 def holder(folder, rank):
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder / ".locks"), str(rank)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path(folder_lock.__file__).parents[1])},
@@ -290,19 +293,25 @@ class TestLock:
         assert not (tmp_path / ".locks").exists()
 
     @pytest.mark.slow
-    def test_a_run_that_ends_meanwhile_is_waited_for(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("ending", ["killed", "finished"])
+    def test_a_run_that_ends_meanwhile_is_waited_for(self, tmp_path, monkeypatch, ending):
         first, logged = holder(tmp_path, 0), []
 
         def end_first(message):
             logged.append(message)
-            first.kill()
-            first.wait()
+            if ending == "killed":
+                first.kill()
+                first.wait()
+            else:  # a moment later it removes its lock, and the folder of locks
+                first.stdin.close()
 
         monkeypatch.setattr(folder_lock, "rank_zero_info", end_first)
         predict(tmp_path)
+        first.wait()
         assert len(logged) == 1
         assert f"is held by another run (process {first.pid} on " in logged[0]
         assert len(rows(tmp_path)) == 5
+        assert not (tmp_path / ".locks").exists()
 
     def test_two_writers_of_one_process_are_two_runs(self, tmp_path, impatient):
         lock = FolderLock(tmp_path / ".locks")
