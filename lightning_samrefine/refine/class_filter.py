@@ -36,9 +36,10 @@ def check_classes(
     """
     tuned_for = config.class_names
     if tuned_for is not None:
-        # Classes without names go by their indices.
+        # Classes without names go by their indices. Names of another number are those of the file.
         indices = tuple(map(str, range(num_classes)))
-        names = indices if class_names is None else tuple(class_names)
+        named = class_names is not None and len(class_names) == num_classes
+        names = tuple(class_names or ()) if named else indices
         are_other = indices not in (names, tuned_for) and names != tuned_for
         if len(tuned_for) != num_classes or are_other:
             raise ValueError(

@@ -112,6 +112,7 @@ def test_a_class_that_does_not_exist_is_refused(random_sam, field):
         (None, 6, ["a", "b", "c", "d", "e", "f"], True),
         (["a", "b", "c", "d"], 6, None, False),
         (["a", "b", "c", "d"], 6, ["a", "b", "c", "d", "e", "f"], False),
+        (["a", "b", "c", "d"], 6, ["a", "b", "c", "d"], False),  # a run without names takes these
         (["0", "1", "2", "3"], 6, None, False),
         (["a", "b", "c", "d"], 4, ["a", "b", "c", "d"], True),
         (["a", "b", "c", "d"], 4, None, True),
@@ -125,7 +126,10 @@ def test_thresholds_tuned_for_other_classes_are_refused(tuned_for, num_classes, 
     if accepted:
         check_classes(config, num_classes, names)
         return
-    with pytest.raises(ValueError, match=rf"tuned for the {num_classes} classes .* got .* for 4 "):
+    own = names is not None and len(names) == num_classes
+    run = ", ".join(names if own else map(str, range(num_classes)))
+    expected = rf"tuned for the {num_classes} classes of this run \({run}\), got .* for 4 "
+    with pytest.raises(ValueError, match=expected):
         check_classes(config, num_classes, names)
 
 

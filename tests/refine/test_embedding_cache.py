@@ -557,7 +557,7 @@ def test_changing_images_are_noticed_after_two_epochs(cache, sam):
         if seed == 0:
             cache.end_epoch("val")
     held = cache.stats.nbytes
-    with pytest.warns(RuntimeWarning, match="images change from epoch to epoch") as record:
+    with pytest.warns(RuntimeWarning, match="images or SAM's weights change") as record:
         cache.end_epoch("val")
     assert len(record) == 1
     embed(cache, sam, images(3, seed=2))

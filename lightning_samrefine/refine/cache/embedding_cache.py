@@ -195,8 +195,8 @@ class EmbeddingCache:
         """Close an epoch, so that a cache that never hits is noticed.
 
         From the second epoch of a stage on, an epoch in which no image was found although an
-        earlier one was kept means that the images change, by random augmentation for example, or
-        that they do not fit. The cache then warns once and keeps no more.
+        earlier one was kept means that the images change, by random augmentation for example, that
+        SAM's weights do, or that the images do not fit. The cache then warns once and keeps no more.
 
         Args:
             stage: Distinguishes evaluations of different images, such as ``"val"``.
@@ -208,7 +208,7 @@ class EmbeddingCache:
                 f"the images do not fit into cache_gb={self._limit / 1e9:g}: what is kept of each "
                 "is larger than that, or is removed before it is needed again"
                 if self._store.evictions > epoch.evictions
-                else "the images change from epoch to epoch (random augmentation?)"
+                else "the images or SAM's weights change from epoch to epoch (random augmentation?)"
             )
             _warn(f"not one image was found in an epoch of {stage!r}: {reason}. No more are kept.")
         if epoch.written:
