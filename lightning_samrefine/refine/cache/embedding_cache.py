@@ -196,7 +196,8 @@ class EmbeddingCache:
 
         From the second epoch of a stage on, an epoch in which no image was found although an
         earlier one was kept means that the images change, by random augmentation for example, that
-        SAM's weights do, or that the images do not fit. The cache then warns once and keeps no more.
+        SAM's weights do, or that the images do not fit. The cache then warns once and keeps no
+        more.
 
         Args:
             stage: Distinguishes evaluations of different images, such as ``"val"``.
