@@ -211,6 +211,7 @@ class BatchAdapter:
         seen: str = "nothing",
         settled: Roles | None = None,
         given: Sequence[Sequence[Samples]] = (),
+        rivals: Sequence[Found] = (),
     ) -> Reading:
         """Convert one batch, and return it with its sources.
 
@@ -223,6 +224,7 @@ class BatchAdapter:
                 the same places.
             given: Inputs of the network, to check that they show the batch's image; empty to skip
                 the check.
+            rivals: What else left the modules and may be the prediction, see `ScoresCapture`.
 
         Raises:
             MissingTargetError: Only the target is missing.
@@ -236,7 +238,7 @@ class BatchAdapter:
         slices = find_slices(found, key, self.slice_axis, self.rgb.shows)
         if slices is not None:
             found, batch, outputs, captured = map(slices.cut, (found, batch, outputs, captured))
-            given = ()  # the network was given volumes
+            given = rivals = ()  # the network was given volumes
         if self.function is not None:
             if isinstance(found, RefineInputs):
                 if self.scores_kind == "multilabel":
@@ -258,7 +260,7 @@ class BatchAdapter:
                 self.rgb.shows,
             )
             if settled is None:
-                roles = search(batch, outputs, captured)
+                roles = search(batch, outputs, captured, rivals)
             else:
                 roles = search.again(settled, batch, outputs, captured)
         image, target, scores = roles.image, roles.target, roles.scores

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lightning_samrefine.adapters.nested import Leaf, Samples, describe, leaves
+from lightning_samrefine.adapters.nested import Leaf, Samples, describe, leaves, named
 
 HOOK_KEY = "forward"
 IMAGE_NAMES = (
@@ -28,7 +28,8 @@ class Found:
     """A tensor, or a list of them, and its place.
 
     Attributes:
-        source: ``"batch"``, ``"outputs"`` (of the step), ``"forward"`` (a hook) or ``"adapter"``.
+        source: ``"batch"``, ``"outputs"`` (of the step), ``"forward"`` (a hook), ``"adapter"``, or
+            the call of a module, such as ``"self.teacher(…)"``.
         path: Its keys and indices in the source.
         value: The tensor or list.
     """
@@ -46,7 +47,9 @@ class Found:
 
     @property
     def key(self) -> str:
-        """The value of ``image_key``, ``target_key`` or ``scores_key`` that selects it."""
+        """The value of ``image_key``, ``target_key`` or ``scores_key`` that selects it, if any."""
+        if self.source.startswith("self"):
+            return ""
         return HOOK_KEY if self.source == "forward" else ".".join(map(str, self.path))
 
     def __str__(self) -> str:
@@ -70,6 +73,20 @@ class Roles:
 def of(source: str, found: Iterable[Leaf | None]) -> list[Found]:
     """Attach the source to tensors; None is left out."""
     return [Found(source, leaf.path, leaf.value) for leaf in found if leaf is not None]
+
+
+def after_step(target: Found, batch: Any, outputs: Any) -> list[Found]:
+    """Return what a step made of the batch's target: at its place, and in what it returned.
+
+    Args:
+        target: The target as the dataloader yields it.
+        batch: The batch after the step.
+        outputs: The step's output.
+    """
+    if target.source != "batch":
+        return []
+    here = [leaf for leaf in leaves(batch) if leaf.path == target.path]
+    return [*of("batch", here), *of("outputs", named(outputs, TARGET_NAMES_IN_OUTPUTS))]
 
 
 def ambiguous(role: str, candidates: Sequence[Found]) -> NoReturn:

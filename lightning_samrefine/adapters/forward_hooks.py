@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 from weakref import ReferenceType, ref
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 from torch.utils.hooks import RemovableHandle
 
-from lightning_samrefine.adapters.candidates import shares_memory
+from lightning_samrefine.adapters.candidates import Found, is_target, shares_memory
 from lightning_samrefine.adapters.nested import (
     MAX_DEPTH,
     Kept,
@@ -23,7 +24,7 @@ from lightning_samrefine.adapters.nested import (
     snapshot,
 )
 from lightning_samrefine.adapters.network_scores import QUERIES, network_scores, query_masks
-from lightning_samrefine.adapters.network_view import images_in
+from lightning_samrefine.adapters.network_view import images_in, recolors
 
 Given: TypeAlias = list[list[Samples]]
 
@@ -39,26 +40,46 @@ class _Seen:
         values: A copy, (B, C, h, w).
         scores: The tensor itself, which the step may change in place; dead once the step drops it.
         given: The images that they were computed from, see `ScoresCapture.given`.
+        name: The child that returned them, None for the LightningModule itself.
+        is_rival: Whether they may be the prediction, too, where the LightningModule returned
+            scores beside the child: those of another network, or made of the module's.
     """
 
     values: Tensor
     scores: ReferenceType[Tensor]
     given: Given
+    name: str | None
+    is_rival: bool
 
     @classmethod
-    def of(cls, scores: Tensor, given: Given) -> _Seen:
-        return cls(scores.detach().clone(), ref(scores), given)
+    def of(
+        cls, scores: Tensor, given: Given, name: str | None = None, is_rival: bool = False
+    ) -> _Seen:
+        return cls(scores.detach().clone(), ref(scores), given, name, is_rival)
+
+    @property
+    def found(self) -> Found:
+        return Found(f"self.{self.name}(…)", (), self.values)
+
+    def is_among(self, values: Sequence[Any]) -> bool:
+        """Whether a module's arguments hold these scores."""
+        scores = self.scores()
+        return scores is not None and any(
+            shares_memory(scores, leaf.value) for value in values for leaf in leaves(value)
+        )
 
 
 class ScoresCapture:
     """Captures the scores that a LightningModule or one of its children returned in a step.
 
     Hooks are on the module itself, for steps that call ``self(x)``, and on its children, for
-    those that call ``self.model(x)``; the module's own output has precedence. If the input of a
-    child is another child's scores and no target (such as an upsampling after a head), its output
-    replaces them, unless it changes their channels or is smaller, as with a critic. Scores from
-    several independent calls (windows, flips, auxiliary heads) are ambiguous: which of them the
-    step evaluates is unknown.
+    those that call ``self.model(x)``; the module's own output has precedence over those of the
+    children that it calls. If the input of a child is scores and no target (such as an upsampling
+    after a head), its output replaces them, unless it changes their channels or is smaller, as
+    with a critic. Scores from several independent calls (windows, flips, auxiliary heads) are
+    ambiguous: which of them the step evaluates is unknown. So are those of another network beside
+    the module's own (an average of its weights, a teacher) and label maps that a module returned,
+    if they give other labels.
 
     A copy is captured: a loss or a metric may change its input in place.
 
@@ -76,9 +97,12 @@ class ScoresCapture:
         given: After `take`, in the first batches of a loader: the network's input images for the
             scores, see `lightning_samrefine.adapters.network_view.difference`. Empty in later
             batches, and without an input image.
+        rivals: After `take`, in the first batches of a loader: what else may be the prediction,
+            the scores of other networks and label maps.
     """
 
     given: Given
+    rivals: list[Found]
     _batch: dict[Any, Kept] | None
 
     def __init__(self, module: nn.Module, num_classes: int) -> None:
@@ -87,14 +111,16 @@ class ScoresCapture:
         self._batches: Counter[int] = Counter()
         self._forget()
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(self._on_own, with_kwargs=True)
+            module.register_forward_pre_hook(self._before_own),
+            module.register_forward_hook(self._on_own, with_kwargs=True),
         ]
         self._without_hooks: list[str] = []
         for name, child in _called_children(module):
             if _is_loss(name, child):
                 continue
             try:
-                self._handles.append(child.register_forward_hook(self._on_child, with_kwargs=True))
+                hook = partial(self._on_child, name)
+                self._handles.append(child.register_forward_hook(hook, with_kwargs=True))
             except Exception:  # special kinds of modules may raise anything
                 self._without_hooks.append(f"{name!r} ({type(child).__name__})")
 
@@ -121,17 +147,20 @@ class ScoresCapture:
             error. A 4-D tensor with another number of channels is returned only if it is the
             module's own output and nothing suitable was captured, for an error about its shape.
         """
-        own = [seen for step, seen in self._own if step is None or step is not outputs]
-        children, misfit, queries = self._children, self._misfit, self._queries
-        several = self._several
+        steps = [seen for step, seen in self._steps if step is not outputs]
+        calls, labels = steps or self._calls, self._labels
+        misfit, queries, several = self._misfit, self._queries, self._several
         self._armed = False
         self._forget()
-        for who, calls in (("forward", own), ("the module's children", children)):
-            if len(calls) == 1:
-                self.given = calls[0].given
-                return calls[0].values, f"scores from {who}"
-            if calls:
-                return None, f"scores from {len(calls)} calls of {who}, ambiguous"
+        own = [seen for seen in calls if seen.name is None]
+        others = [seen for seen in calls if seen.name is not None]
+        for who, some in (("forward", own), ("the module's children", others)):
+            if len(some) == 1:
+                self.given = some[0].given
+                self.rivals = [*(one.found for one in others if one.is_rival and own), *labels]
+                return some[0].values, f"scores from {who}"
+            if some:
+                return None, f"scores from {len(some)} calls of {who}, ambiguous"
         if queries:
             return None, QUERIES
         if several:
@@ -151,8 +180,10 @@ class ScoresCapture:
         self.take()
 
     def _forget(self) -> None:
-        self._own: list[tuple[Any, _Seen]] = []
-        self._children: list[_Seen] = []
+        self._steps: list[tuple[Any, _Seen]] = []
+        self._calls: list[_Seen] = []
+        self._labels: list[Found] = []
+        self._before: list[int] = []  # number of calls before each running call of the module
         self._misfit: Tensor | None = None
         self._queries = False
         self._several: list[str] = []
@@ -160,38 +191,65 @@ class ScoresCapture:
         self._notes_inputs = False
         self._made_from: list[tuple[list[ReferenceType[Tensor]], Given]] = []
         self.given = []
+        self.rivals = []
+
+    def _before_own(self, module: nn.Module, inputs: Any) -> None:
+        if not _is_step(inputs):
+            self._before.append(len(self._calls))
 
     def _on_own(
         self, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
+        is_step = _is_step(inputs)
+        start = self._before.pop() if self._before and not is_step else 0
         if not self._armed:
             return
+        values = (*inputs, *kwargs.values())
+        if not is_step:
+            self._note_labels("self(…)", output)
         scores = self._scores_in(output)
         if scores is not None:
-            # With a batch's index among the inputs it is the step, wrapped in forward.
-            is_step = any(isinstance(value, int) for value in inputs)
-            images = images_in((*inputs, *kwargs.values())) if self._notes_inputs else []
-            given = [images] if images else []
-            self._own.append((output if is_step else None, _Seen.of(scores, given)))
+            images = images_in(values) if self._notes_inputs else []
+            seen = _Seen.of(scores, [images] if images else [])
+            if is_step:
+                self._steps.append((output, seen))
+            else:
+                before = [one for one in self._calls[:start] if not one.is_among(values)]
+                self._calls = [*before, seen]
         elif isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
             self._misfit = output.detach().clone()
 
     def _on_child(
-        self, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
+        self, name: str, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
         if not self._armed:
             return
         values = (*inputs, *kwargs.values())
         images = self._note(values, output) if self._notes_inputs else []
+        if not self._before:
+            self._note_labels(f"self.{name}(…)", output)
         if (scores := self._scores_in(output)) is None:
             return
         given = [value for value in values if isinstance(value, Tensor)]
-        followed = [one for one in self._children if _follows(scores, one, given)]
-        self._children = [
-            one for one in self._children if not any(one is other for other in followed)
-        ]
+        followed = [one for one in self._calls if _follows(scores, one, given)]
+        is_rival = self._notes_inputs and any(one.name is None for one in followed)
+        if self._notes_inputs and not any(one.is_among(values) for one in self._calls):
+            is_rival = any(not recolors(scores, image) for image in images_in(values))
+        followed = [one for one in followed if one.name is not None]
+        self._calls = [one for one in self._calls if not any(one is other for other in followed)]
         # Scores computed from others have the same view.
-        self._children.append(_Seen.of(scores, followed[0].given if followed else images))
+        images = followed[0].given if followed else images
+        self._calls.append(_Seen.of(scores, images, name, is_rival))
+
+    def _note_labels(self, place: str, output: Any) -> None:
+        if self._notes_inputs:
+            self._labels += [
+                Found(place, leaf.path, leaf.value.detach().clone())
+                for leaf in leaves(output)
+                if isinstance(leaf.value, Tensor)
+                and not leaf.value.is_floating_point()
+                and is_target(leaf.value)
+            ]
 
     def _note(self, values: Sequence[Any], output: Any) -> Given:
         """Record and return the images that a child's output was computed from, nearest first."""
@@ -233,6 +291,11 @@ def _is_loss(name: str, child: nn.Module) -> bool:
     """Whether a child is a loss, by its base class or by the name of itself or its class."""
     called = f"{name} {type(child).__name__}".lower()
     return isinstance(child, _Loss) or "loss" in called or "criterion" in called
+
+
+def _is_step(inputs: Sequence[Any]) -> bool:
+    """Whether it is the step, wrapped in forward: a batch's index is among its inputs."""
+    return any(isinstance(value, int) for value in inputs)
 
 
 def _follows(scores: Tensor, seen: _Seen, given: Sequence[Tensor]) -> bool:

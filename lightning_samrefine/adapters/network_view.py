@@ -34,6 +34,7 @@ _UNCHANGED, _RESIZED = 1e-4, 1e-3
 _FLAT = 0.02
 _SIDE = 128  # pixels compared along a side if sizes differ
 
+CROPPED = "padded or cropped"
 _UNLIKE = "cropped, or of other content"
 
 _TURNED = {
@@ -76,6 +77,29 @@ def difference(given: Sequence[Sequence[Samples]], image: Samples) -> str | None
     return _UNLIKE if given else None
 
 
+def recolors(made: Tensor, given: Samples) -> bool:
+    """Whether a tensor is a linear map of an image's colors, as a normalized image is."""
+    if not isinstance(given, Tensor) or made.shape != given.shape or len(made) == 0:
+        return False
+    pair = [_thinned(_on_cpu(one[0])) for one in (made, given)]
+    if not all(bool(one.isfinite().all()) for one in pair):
+        return False
+    explained = _explained(*pair)
+    return explained is not None and 1 - explained < _UNCHANGED
+
+
+def turned_back(maps: Tensor, view: str) -> Tensor | None:
+    """Undo a flip or rotation that `difference` described, None for other differences.
+
+    Args:
+        maps: (B, C, h, w), or any other maps.
+        view: The description.
+    """
+    opposite = {"turned by 90°": "turned by 270°", "turned by 270°": "turned by 90°"}
+    turn = _TURNED.get(opposite.get(view, view))
+    return None if turn is None else turn(maps)
+
+
 def _difference(given: Samples, image: Samples) -> str | None:
     if len(given) != len(image):
         return None
@@ -93,7 +117,7 @@ def _of_sample(given: Tensor, image: Tensor) -> str | None:
     if float(of_image.std(dim=(1, 2)).max()) <= _FLAT * float(image.abs().max()):
         return None
     if given.shape[1:] != image.shape[1:] and _is_padded_or_cropped(given, image):
-        return "padded or cropped"
+        return CROPPED
     explained = _explained(grid, of_image)
     if explained is None:
         return None

@@ -8,7 +8,7 @@ lists them and the argument that selects one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,12 +39,14 @@ from lightning_samrefine.adapters.nested import (
     leaves,
     named,
 )
-from lightning_samrefine.adapters.network_view import difference
+from lightning_samrefine.adapters.network_view import CROPPED, difference, turned_back
 from lightning_samrefine.adapters.score_agreement import ScoresAgreement
 from lightning_samrefine.adapters.score_search import ScoresSearch
 from lightning_samrefine.adapters.scores import ScoresKind
 from lightning_samrefine.utils.validation import WrongValuesError
 
+# Maximum share of pixels whose labels a step changes after the network, by a threshold or the like.
+_CHANGED_BY_STEP = 0.25
 # Positions of a tuple after (image, target) that may hold the target instead.
 _LATER = (2, 3, 4)
 
@@ -75,13 +77,16 @@ class RoleSearch:
     needs_target: bool = True
     shows: Callable[[Samples], bool] = is_image
 
-    def __call__(self, batch: Any, outputs: Any, captured: Tensor | None) -> Roles:
+    def __call__(
+        self, batch: Any, outputs: Any, captured: Tensor | None, rivals: Sequence[Found] = ()
+    ) -> Roles:
         """Search one batch.
 
         Args:
             batch: As the dataloader yields it.
             outputs: The step's output.
             captured: Scores captured by a forward hook.
+            rivals: What else left the modules and may be the prediction.
 
         Raises:
             ValueError: Two tensors are equally likely, or the only one cannot be scores.
@@ -91,7 +96,7 @@ class RoleSearch:
         known = target if target is not None and self._fits_target(target.value) else None
         # Unsuitable shapes raise in the conversion.
         shown = image if image is not None and self.shows(image.value) else None
-        scores = search(batch, outputs, captured, shown, known)
+        scores = search(batch, outputs, captured, shown, known, rivals)
         if scores is not None and scores.source == "outputs" and self.scores_key is None:
             self._check_crop(outputs, image, scores)
         return Roles(image, target, scores)
@@ -115,7 +120,7 @@ class RoleSearch:
     ) -> None:
         """Raise if the network's input was another view than the batch's image.
 
-        A step that returns other scores than those of the network may have undone the view.
+        A step may have undone the view in the scores that it returns.
 
         Args:
             roles: With image and scores.
@@ -128,13 +133,11 @@ class RoleSearch:
         image, scores = roles.image, roles.scores
         if image is None or scores is None or not self.shows(image.value):
             return
-        hook = Found("forward", (), captured)
-        if scores.source != "forward":
-            agree = ScoresAgreement(self.num_classes, self.scores_kind)
-            if not (same_size(scores, hook) and agree(scores, hook, None)):
-                return
         found = difference(given, image.value)
-        if found is not None:
+        hook = Found("forward", (), captured)
+        if found is not None and (
+            scores.source == "forward" or self._has_view(image, scores, hook, found)
+        ):
             raise WrongValuesError(
                 f"scores must be of {image}, got {scores} of a network that was given "
                 f"{describe(given[0][0])}, the image {found}. In the step, turn the scores back or "
@@ -142,6 +145,23 @@ class RoleSearch:
                 "image, target and scores of one view; "
                 f"scores_key={(scores.key or HOOK_KEY)!r} takes them for those of the image"
             )
+
+    def _has_view(self, image: Found, scores: Found, hook: Found, view: str) -> bool:
+        """Whether a step's scores have the network's view of the image.
+
+        They have if they agree at least as well with the network's scores as with these turned
+        back: a step may have changed them otherwise (a threshold, a smoothing). What is cropped
+        cannot be turned back: then they have if they agree in most pixels.
+        """
+        share = ScoresAgreement(self.num_classes, self.scores_kind).share_differing
+        back = turned_back(items(hook.value)[0], view)
+        try:
+            differing = share(scores, hook, image)
+            if back is not None:
+                return differing <= share(scores, replace(hook, value=back), image)
+        except ValueError:  # of another size than the image: cropped or resized by the step
+            return False
+        return differing <= _CHANGED_BY_STEP or (view == CROPPED and same_size(scores, hook))
 
     def _image_and_target(self, batch: Any, outputs: Any) -> tuple[Found | None, Found | None]:
         images = self._candidates(batch, outputs, self.image_key, 0, IMAGE_NAMES, self.shows)

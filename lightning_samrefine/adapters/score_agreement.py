@@ -46,16 +46,21 @@ class ScoresAgreement:
             one.shape[-2:] == other.shape[-2:]
             for one, other in zip(items(first.value), items(second.value), strict=False)
         )
-        differing = self._share_differing(first, second, image)
+        differing = self.share_differing(first, second, image)
         if not same_sizes:
             return differing <= _DIFFERING_IN_SIZE
-        return differing <= _DIFFERING and self._share_differing(first, second, image, _TIE) == 0
+        return differing <= _DIFFERING and self.share_differing(first, second, image, _TIE) == 0
 
     def kind_of(self, value: Samples) -> str:
         """Return in words what scores are, see `lightning_samrefine.adapters.scores.kind_of`."""
-        return kind_of(items(value)[0], self.kind)
+        return kind_of(items(value)[0], self._kind(items(value)[0]))
 
-    def _share_differing(
+    def _kind(self, value: Tensor) -> ScoresKind:
+        """Return the kind of a candidate: integers are label maps, whatever the scores are."""
+        is_label_map = self.kind != "multilabel" and not value.is_floating_point()
+        return "labels" if is_label_map else self.kind
+
+    def share_differing(
         self, first: Found, second: Found, image: Found | None, tie: float = -1.0
     ) -> float:
         """Return the share of pixels with different labels, in [0, 1].
@@ -89,7 +94,7 @@ class ScoresAgreement:
         for index, item in enumerate(value):
             own_size = (item.shape[-2], item.shape[-1])
             size = sizes[min(index, len(sizes) - 1)] if sizes else own_size
-            probs, labels = to_probs(item[None], self.kind, self.num_classes, size)
+            probs, labels = to_probs(item[None], self._kind(item), self.num_classes, size)
             maps += zip(probs, labels, strict=True)  # several of overlapping classes
         return maps
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -78,6 +78,7 @@ class ScoresSearch:
         captured: Tensor | None,
         image: Found | None,
         target: Found | None,
+        rivals: Sequence[Found] = (),
     ) -> Found | None:
         """Search one batch.
 
@@ -87,6 +88,7 @@ class ScoresSearch:
             captured: Scores captured by a forward hook.
             image: The image: scores must fit its size and be another tensor.
             target: The target: scores must be another tensor.
+            rivals: What else left the modules and may be the prediction.
 
         Raises:
             ValueError: Several tensors give different labels, or the only one cannot be scores.
@@ -132,7 +134,11 @@ class ScoresSearch:
         elif hooked:
             bare = [one for one in unnamed if not one.path]
             chosen = self._bare_or_hooked(bare[0], hooked[0], image) if bare else hooked[0]
-            for one in self._label_maps(outputs, target, possible):
+            others = self._label_maps(of("outputs", leaves(outputs)), target, possible)
+            if chosen is hooked[0]:
+                soft = (one for one in rivals if items(one.value)[0].is_floating_point())
+                others += [*filter(possible, soft), *self._label_maps(rivals, target, possible)]
+            for one in others:
                 self._checked_by_hook(one, hooked[0], image)
         else:
             in_batch = [one for one in of("batch", named(batch, SCORES_NAMES)) if possible(one)]
@@ -188,7 +194,10 @@ class ScoresSearch:
         ]
 
     def _label_maps(
-        self, outputs: Any, target: Found | None, possible: Callable[[Found], bool]
+        self,
+        candidates: Iterable[Found],
+        target: Found | None,
+        possible: Callable[[Found], bool],
     ) -> list[Found]:
         """Return integer maps that may be the step's prediction, under any other name.
 
@@ -196,8 +205,8 @@ class ScoresSearch:
         """
         return [
             one
-            for one in of("outputs", leaves(outputs))
-            if one.path
+            for one in candidates
+            if (one.path or one.source != "outputs")
             and isinstance(one.value, Tensor)
             and not one.value.is_floating_point()
             and is_target(one.value)
@@ -292,7 +301,7 @@ def _single_samples(outputs: Any) -> list[Tensor]:
 
 
 def _may_hold_classes(path: tuple[str | int, ...]) -> bool:
-    name = str(path[-1]).lower()
+    name = str(path[-1]).lower() if path else ""
     return (
         name not in IMAGE_NAMES and not OTHER_PATTERN.search(name) and not _NO_CLASSES.search(name)
     )

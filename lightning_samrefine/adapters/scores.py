@@ -153,7 +153,8 @@ def refuse_unclear_sums(scores: Samples, name: str) -> None:
     Raises:
         ValueError: All values lie in [0, 1], and the sums over the classes are 1 in no image.
             Logits have negative values, and those of a layer that starts at 0 are all 0; an
-            untrained network without either has to be named.
+            untrained network without either has to be named. Or the sum is the same, above 1, in
+            every pixel, as that of several networks' probabilities or of percentages.
     """
     parts = [scores] if isinstance(scores, Tensor) else [one[None] for one in scores]
     soft = [one.ndim == 4 and one.shape[1] > 1 and one.is_floating_point() for one in parts]
@@ -161,18 +162,27 @@ def refuse_unclear_sums(scores: Samples, name: str) -> None:
         return
     tolerance = _SUM_TOLERANCE.get(parts[0].dtype, _DEFAULT_SUM_TOLERANCE)
     # Not if NaN. A sigmoid is never negative, the logits of an untrained network are by little.
-    outside = [((one < 0) | (one > 1 + tolerance)).any() for one in parts]
-    if bool(torch.stack(outside).any()):
+    outside = [torch.stack([(one < 0).any(), (one > 1 + tolerance).any()]) for one in parts]
+    negative, above = torch.stack(outside).any(dim=0).tolist()
+    if negative:
         return
     clear = [_are_probs(one).any() | ((one == 0) | (one == 1)).all() for one in parts]
-    if bool(torch.stack(clear).any()):
+    if not above and bool(torch.stack(clear).any()):
         return
     sums = torch.stack([torch.stack(torch.aminmax(one.float().sum(dim=1))) for one in parts])
+    low, high = float(sums.min()), float(sums.max())
+    if above and high - low <= tolerance * high:
+        raise ValueError(
+            f"scores must sum to 1 over the classes, got {high:.4g} in every pixel of {name}: "
+            "divide probabilities by their sum, or set scores_kind='logits'"
+        )
+    if above:
+        return
     raise ValueError(
         "scores_kind must be 'logits', 'probs' or 'multilabel' if scores of several classes lie in "
-        f"[0, 1] and do not sum to 1, got 'auto' and sums from {float(sums.min()):.4g} to "
-        f"{float(sums.max()):.4g} in {name}: 'multilabel' for overlapping classes, 'probs' for a "
-        "sigmoid for each of other classes, 'logits' for an untrained network's logits"
+        f"[0, 1] and do not sum to 1, got 'auto' and sums from {low:.4g} to {high:.4g} in {name}: "
+        "'multilabel' for overlapping classes, 'probs' for a sigmoid for each of other classes, "
+        "'logits' for an untrained network's logits"
     )
 
 

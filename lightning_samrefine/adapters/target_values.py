@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lightning_samrefine.adapters.candidates import Found, items, shares_memory
 from lightning_samrefine.adapters.layouts.overlapping import overlaps
 from lightning_samrefine.adapters.nested import Samples
 from lightning_samrefine.utils.validation import WrongValuesError, as_integer, some_of
@@ -19,7 +18,6 @@ DEFAULT_IGNORE_INDEX = 255
 IgnoreIndex: TypeAlias = int | Literal["auto"] | None
 """A target value that is not counted, None for none, or ``"auto"``: 255 unless it is a class."""
 
-_WARNED_AFTER = 2  # batches of masks of 0 and 255
 _CITYSCAPES_IDS = range(-1, 34)
 _CITYSCAPES_CLASSES = 19
 
@@ -65,10 +63,9 @@ class TargetCheck:
     A metric would leave such pixels out or crash on them. The message lists a few of the values,
     their share of the batch's pixels, and the likely fix.
 
-    With two classes and the default ignored value 255, masks of 0 and 255 would have no
-    foreground. They raise as well, until a pixel of class 1 occurs in the loader: from then on 255
-    can only mean "not annotated". With more classes, a warning is issued if the first batches of a
-    loader hold only 0 and 255.
+    With the default ignored value 255, masks of 0 and 255 would have no foreground. They raise as
+    well, until a pixel of another class occurs in the loader: from then on 255 can only mean "not
+    annotated". With more than two classes, so do images without any annotation.
 
     Args:
         num_classes: C.
@@ -84,11 +81,8 @@ class TargetCheck:
     def __init__(self, num_classes: int, ignore_index: IgnoreIndex) -> None:
         self.num_classes = num_classes
         self.ignore_index = settle_ignore_index(ignore_index, num_classes)
-        self._in_doubt = ignore_index == "auto" and num_classes == 2
-        self._may_warn = ignore_index == "auto" and num_classes > 2
-        self._only_0_and_255: Counter[int] = Counter()  # batches by loader
+        self._in_doubt = ignore_index == "auto"
         self._with_classes: set[int] = set()
-        self._with_foreground: set[int] = set()
         self._predicted_foreground: set[int] = set()
 
     def __call__(self, targets: Samples, loader: int = 0) -> None:
@@ -102,35 +96,60 @@ class TargetCheck:
             WrongValuesError: As described.
         """
         maps = [targets] if isinstance(targets, Tensor) else targets
-        doubtful = self._in_doubt and loader not in self._with_foreground
-        if doubtful and any(bool((one == 1).any()) for one in maps):
-            self._with_foreground.add(loader)
-            doubtful = False
-        ignore_index = None if doubtful else self.ignore_index
+        ignore_index = self.ignore_index
+        if self._in_doubt and loader not in self._with_classes:
+            both = [torch.stack([one == 0, (one != 0) & (one != 255)]).flatten(1) for one in maps]
+            zeros, classes = torch.stack([one.any(dim=1) for one in both]).any(dim=0).tolist()
+            if classes:
+                self._with_classes.add(loader)
+            elif zeros or self.num_classes == 2:
+                ignore_index = None
         if any(holds_others(one, self.num_classes, ignore_index) for one in maps):
             values = torch.cat([one.flatten() for one in maps])
             raise WrongValuesError(describe_others(values, self.num_classes, ignore_index))
-        if self._may_warn and loader not in self._with_classes:
-            self._look_for_classes(maps, loader)
 
-    def _look_for_classes(self, maps: Sequence[Tensor], loader: int) -> None:
-        """Warn if several batches hold only 0 and the ignored 255."""
-        both = [torch.stack([(one != 0) & (one != 255), one == 255]).flatten(1) for one in maps]
-        others, ignored = torch.stack([one.any(dim=1) for one in both]).any(dim=0).tolist()
-        if others:
-            self._with_classes.add(loader)
-            return
-        self._only_0_and_255[loader] += ignored
-        if self._only_0_and_255[loader] >= _WARNED_AFTER:
-            self._may_warn = False
-            warnings.warn(
-                f"target must hold class indices 0 to {self.num_classes - 1}, got 0 and 255 alone "
-                f"in the first {_WARNED_AFTER} batches that hold 255, which counts as not "
-                "annotated: if it marks a class, replace it by the class's index; otherwise set "
-                "ignore_index=255",
-                RuntimeWarning,
-                stacklevel=2,
+    def against(self, target: Found, others: Sequence[Found]) -> None:
+        """Raise if a step evaluates other classes than those of the target in the batch.
+
+        Args:
+            target: The target as the dataloader yields it.
+            others: What the step made of it: in place, or among what it returned. Maps of other
+                shapes and those with fractions are no class indices.
+
+        Raises:
+            WrongValuesError: Annotated pixels have another class.
+        """
+        for other in others:
+            if shares_memory(target.value, other.value):
+                continue
+            pairs = zip(items(target.value), items(other.value), strict=False)
+            share = max((self._share_differing(*pair) for pair in pairs), default=0.0)
+            if share > 0:
+                mend = f"set target_key={other.key!r}"
+                if other.key == target.key:
+                    mend = "map the labels in the data set, or return them and set target_key"
+                raise WrongValuesError(
+                    f"target must be one tensor, got 2 that differ in {100 * share:.3g}% of the "
+                    f"annotated pixels: {target} before the step; {other} after it. "
+                    f"target_key={target.key!r} takes the former; for the latter {mend}"
+                )
+
+    def _share_differing(self, target: Tensor, other: Tensor) -> float:
+        """Return the share of a batch's annotated pixels whose class differs, in [0, 1]."""
+        if target.numel() != other.numel() or target.shape[-2:] != other.shape[-2:]:
+            return 0.0
+        try:
+            before, after = (
+                whole_numbers(one.to(target.device), "target").flatten() for one in (target, other)
             )
+        except ValueError:
+            return 0.0
+        counted = ~_others(before, self.num_classes, None)
+        if self.ignore_index is not None:
+            counted &= before != self.ignore_index
+        differing = counted & (before != after)
+        wrong, total = torch.stack([differing.sum(), counted.sum()]).tolist()
+        return wrong / max(total, 1)
 
     def predictions(self, labels: Samples, loader: int = 0) -> None:
         """Check predicted labels of two classes, which may be masks of 0 and 255.

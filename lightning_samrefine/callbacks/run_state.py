@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs
-from lightning_samrefine.adapters.candidates import Roles
+from lightning_samrefine.adapters.candidates import Roles, after_step
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.layouts.overlapping import repeated
 from lightning_samrefine.adapters.nested import describe
@@ -260,7 +260,7 @@ class RunState:
         assert self._check_targets is not None
         if self.is_left_out(dataloader_idx):
             return None
-        batch = capture.whole(batch)
+        changed, batch = batch, capture.whole(batch)
         settled = self._understood.get(dataloader_idx)
         try:
             adapter = self._adapters.setdefault(
@@ -273,11 +273,16 @@ class RunState:
                 ),
             )
             captured, seen = capture.take(outputs)
-            reading = adapter.read(batch, outputs, captured, seen, settled, capture.given)
+            reading = adapter.read(
+                batch, outputs, captured, seen, settled, capture.given, capture.rivals
+            )
             self._check_targets.predictions(reading.inputs.labels, dataloader_idx)
             inputs, group_key = reading.inputs, self._shared.group_key
             if inputs.targets is not None:
                 self._check_targets(inputs.targets, dataloader_idx)
+                target = None if reading.roles is None else reading.roles.target
+                if target is not None and reading.slices is None and adapter.target_key is None:
+                    self._check_targets.against(target, after_step(target, changed, outputs))
             if group_key is not None:
                 count = len(inputs.parts)
                 groups = names_under(batch, group_key, len(inputs) // count, "group_key")

@@ -209,3 +209,48 @@ def test_a_child_that_works_on_scores_alone_replaces_them(binary):
     capture.arm()
     expected = binary.smooth(binary.body(X))
     assert torch.equal(capture.take()[0], expected)
+
+
+class Teacher(nn.Module):
+    """A network, an average of its weights and modules around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.ema = nn.Conv2d(3, C, 3, padding=1), nn.Conv2d(3, C, 3, padding=1)
+        self.normalize = nn.BatchNorm2d(3).eval()
+        self.smooth = nn.AvgPool2d(3, 1, 1)
+        self.classes = Classes()
+
+    def forward(self, x, labels: bool = False):
+        logits = self.body(x)
+        return self.classes(logits) if labels else logits
+
+
+class Classes(nn.Module):
+    def forward(self, logits):
+        return logits.argmax(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("step", "places"),
+    [
+        (lambda module: (module.ema(X), module(X)), ["self.ema(…)"]),
+        (lambda module: (module(X), module.ema(X)), ["self.ema(…)"]),
+        (lambda module: (module(X), module.body(X.flip(-1))), ["self.body(…)"]),
+        (lambda module: module.smooth(module(X)), ["self.smooth(…)"]),
+        (lambda module: module.classes(module(X)), ["self.classes(…)"]),
+        (lambda module: module(X), []),
+        (lambda module: module(module.normalize(X)), []),
+        (lambda module: module(2 * module.normalize(X)), []),
+        (lambda module: module(X, labels=True), ["self(…)"]),
+    ],
+)
+def test_what_else_may_be_the_prediction_is_listed(step, places):
+    torch.manual_seed(0)
+    module = Teacher()
+    capture = ScoresCapture(module, C)
+    for batch in range(4):
+        capture.arm()
+        step(module)
+        assert capture.take()[0] is not None
+        assert [one.place for one in capture.rivals] == (places if batch < 3 else [])

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightning_samrefine import SAMRefineCallback
+from lightning_samrefine.adapters import network_view
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.nested import Samples
-from lightning_samrefine.adapters.network_view import difference, images_in
+from lightning_samrefine.adapters.network_view import difference, images_in, recolors, turned_back
 
 
 class Step(Segmenter):
@@ -107,6 +108,38 @@ def test_a_step_may_work_at_another_size(random_sam):
 def test_scores_that_are_turned_back_are_measured(random_sam, returns):
     module = Step(lambda x, t: (x.flip(-1), t), lambda logits: logits.flip(-1), returns=returns)
     logged = validate(random_sam, module)
+    assert logged["val/miou_raw"] == pytest.approx(float(module.metric.compute()), abs=1e-6)
+
+
+@pytest.mark.parametrize("view", ["flip", "turn", "half", "zoom"])
+@pytest.mark.parametrize("returns", ["dict", "probs", "labels"])
+def test_scores_of_another_view_are_refused_whatever_the_step_does_to_them(
+    random_sam, view, returns
+):
+    def smoothed(logits):
+        shifted = logits + torch.tensor([0.05, 0.0, 0.0]).view(-1, 1, 1)
+        return nnf.avg_pool2d(shifted, 3, 1, 1, count_include_pad=False)
+
+    with pytest.raises(ValueError, match=r"scores must be of batch\['image'\].*scores_key"):
+        validate(random_sam, Step(OTHER_VIEWS[view], smoothed, returns=returns))
+
+
+@pytest.mark.parametrize("returns", ["dict", "probs", "labels"])
+def test_scores_that_are_turned_back_and_changed_are_measured(random_sam, returns):
+    def back(logits):
+        return nnf.avg_pool2d(logits.rot90(-1, (-2, -1)), 3, 1, 1)
+
+    def quarter(x, t):
+        return x[..., :32].rot90(1, (-2, -1)), t
+
+    class Square(DictBlobs):
+        def __getitem__(self, index):
+            return {name: one[..., :32] for name, one in super().__getitem__(index).items()}
+
+    module = Step(quarter, back, returns=returns)
+    callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE)
+    trainer = Trainer(**SILENT, callbacks=[callback])
+    logged = trainer.validate(module, DataLoader(Square(4), 2), verbose=False)[0]
     assert logged["val/miou_raw"] == pytest.approx(float(module.metric.compute()), abs=1e-6)
 
 
@@ -240,6 +273,21 @@ def test_one_input_of_several_and_features_before_it_are_enough():
     assert difference([[features], [IMAGE.flip(-1)]], IMAGE) == "flipped left to right"
     assert difference([[features]], IMAGE) is not None
     assert difference([], IMAGE) is None
+
+
+@pytest.mark.parametrize("view", network_view._TURNED)
+def test_every_turn_is_undone(view):
+    assert torch.equal(turned_back(network_view._TURNED[view](IMAGE), view), IMAGE)
+    assert turned_back(IMAGE, network_view.CROPPED) is None
+
+
+def test_recolored_images_are_linear_maps_of_the_colors():
+    assert recolors((IMAGE - 0.4) / 0.2, IMAGE)
+    assert recolors(IMAGE.flip(1), IMAGE)
+    assert not recolors(nnf.avg_pool2d(IMAGE, 3, 1, 1), IMAGE)
+    assert not recolors(IMAGE.square(), IMAGE)
+    assert not recolors(IMAGE * math.nan, IMAGE)
+    assert not recolors(IMAGE[:, :2], IMAGE)
 
 
 def test_what_may_be_images_among_arguments():

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter
+from lightning_samrefine.adapters.candidates import Found, after_step
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
+from lightning_samrefine.adapters.target_values import TargetCheck
 
 PAGE = Path(__file__).parents[2] / "docs" / "reading.md"
 B, C, H, W = 2, 4, 16, 24
@@ -26,6 +28,7 @@ VALID = (TARGET > 0).long()
 LOGITS = nn.functional.one_hot(TARGET, C).permute(0, 3, 1, 2) * 3.0 - 1
 OTHER = LOGITS.roll(1, dims=1)
 SAMPLE = {"image": IMAGE, "mask": TARGET}
+LOSS = torch.tensor(0.5)
 
 
 def seen_of(module: nn.Module, calls: int) -> tuple[Any, str]:
@@ -55,7 +58,9 @@ SITUATIONS = [
     lambda: ((IMAGE, VALID, TARGET), LOGITS),
     lambda: (SAMPLE, {"pred": OTHER, "output": LOGITS}),
     lambda: (SAMPLE, OTHER, LOGITS),
-    lambda: (SAMPLE, {"loss": torch.tensor(1.0), "final": OTHER.argmax(dim=1)}, LOGITS),
+    lambda: (SAMPLE, {"loss": LOSS, "final": OTHER.argmax(dim=1)}, LOGITS),
+    lambda: (SAMPLE, LOSS, LOGITS, "", None, (), [Found("self.ema(…)", (), OTHER)]),
+    lambda: (SAMPLE, LOSS, LOGITS, "", None, (), [Found("self(…)", (), OTHER.argmax(dim=1))]),
     lambda: (SAMPLE, None, *seen_of(nn.Sequential(nn.Conv2d(3, C, 1)), 2)),
     lambda: (SAMPLE, None, *seen_of(Scripted(), 0)),
     lambda: (SAMPLE, QUERIES),
@@ -72,6 +77,7 @@ SITUATIONS = [
         [[NOISE.flip(-1).float()]],
     ),
     lambda: (SAMPLE, {"logits": LOGITS[..., :8, :12], "target": TARGET[:, :8, :12]}),
+    lambda: (SAMPLE, {"logits": LOGITS, "target": TARGET.clamp(max=2)}),
     lambda: ({**SAMPLE, "orig_size": torch.tensor([[9, 9], [9, 9]])}, LOGITS),
     lambda: (
         {**SAMPLE, "image": PADDED, "size": torch.tensor([[9, W]] * B), "pixel_mask": LEFT},
@@ -82,8 +88,14 @@ SITUATIONS = [
     lambda: (SAMPLE, {"pred": LOGITS.clamp(min=0)}),
     lambda: (SAMPLE, {"pred": (LOGITS + OTHER > -1).float()}),
     lambda: (SAMPLE, {"pred": LOGITS.sigmoid()}),
+    lambda: (SAMPLE, {"pred": 2 * LOGITS.softmax(dim=1)}),
     lambda: ({"image": IMAGE}, LOGITS),
 ]
+
+
+def read(batch: Any, outputs: Any, *others: Any) -> None:
+    target = BatchAdapter(C).read(batch, outputs, *others).roles.target
+    TargetCheck(C, "auto").against(target, after_step(target, batch, outputs))
 
 
 def quoted() -> list[str]:
@@ -96,7 +108,7 @@ def quoted() -> list[str]:
 def test_errors_are_those_that_are_quoted(row):
     pattern = ".*".join(map(re.escape, re.split(r" ?… ?(?!')", quoted()[row])))
     with pytest.raises(ValueError, match=pattern):
-        BatchAdapter(C).read(*SITUATIONS[row]())
+        read(*SITUATIONS[row]())
 
 
 def test_every_row_is_tried():

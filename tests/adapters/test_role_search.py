@@ -201,6 +201,27 @@ class TestChangesInPlace:
         assert logged["val/miou_raw"] == pytest.approx(expected, abs=1e-6)
         assert logged["val/miou_refined"] == pytest.approx(unchanged["val/miou_refined"], abs=1e-6)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda mask: mask.masked_fill_(mask == 2, 1),
+            lambda mask: mask.masked_fill_(mask == 2, IGNORE),
+            lambda mask: mask.copy_(mask.flip(-1)),
+        ],
+    )
+    def test_other_classes_are_ambiguous(self, random_sam, change):
+        def make(batch, logits, loss):
+            change(batch["mask"])
+            return loss
+
+        dataset = DictBlobs(4)
+        loader = DataLoader(dataset, 2, collate_fn=cloned)
+        message = r"target must be one tensor.*batch\['mask'\].* before .*target_key='mask'"
+        with pytest.raises(ValueError, match=message):
+            validate(random_sam, Step(make), loader)
+        logged = validate(random_sam, Step(make), loader, target_key="mask")
+        assert logged["val/miou_raw"] == pytest.approx(raw_miou(Step(make), dataset), abs=1e-6)
+
     def test_a_tensor_alone_a_frozen_dataclass_and_a_tuple(self):
         for wrap, read in (
             (lambda image: image, lambda batch: batch),
@@ -217,6 +238,94 @@ class TestChangesInPlace:
             image[1:] *= 2
             assert torch.equal(read(capture.whole(batch))[1], before[1])
             assert torch.equal(read(batch)[1], 2 * before[1])  # the user's own stays
+
+
+class TestReturnedTargets:
+    """A step that evaluates another target than the batch's, and returns it."""
+
+    @staticmethod
+    def merged(mask: Tensor) -> Tensor:
+        return torch.where(mask == 2, 1, mask)
+
+    def test_are_ambiguous(self, random_sam):
+        module = Step(lambda b, logits, loss: {"preds": logits, "target": self.merged(b["mask"])})
+        dataset = DictBlobs(4)
+        message = r"got 2 that differ in .*batch\['mask'\].*outputs\['target'\].*_key='target'"
+        with pytest.raises(ValueError, match=message):
+            validate(random_sam, module, DataLoader(dataset, 2))
+        logged = validate(random_sam, module, DataLoader(dataset, 2), target_key="target")
+        metric = MulticlassJaccardIndex(NUM_CLASSES, ignore_index=IGNORE)
+        with torch.no_grad():
+            labels = module.eval().network(dataset.images / 255 - 0.5).argmax(dim=1)
+        expected = float(metric(labels, self.merged(dataset.targets)))
+        assert logged["val/miou_raw"] == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda mask: mask,
+            lambda mask: mask.float()[:, None],
+            lambda mask: torch.where(mask == IGNORE, 0, mask),
+            lambda mask: mask[:, ::2, ::2],
+            lambda mask: mask / 2,
+        ],
+    )
+    def test_others_are_not(self, random_sam, change):
+        module = Step(lambda b, logits, loss: {"preds": logits, "target": change(b["mask"])})
+        dataset = DictBlobs(4)
+        logged = validate(random_sam, module, DataLoader(dataset, 2))
+        assert logged["val/miou_raw"] == pytest.approx(raw_miou(module, dataset), abs=1e-6)
+
+
+class Averaged(Step):
+    """A network beside another one, called by a function."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__(lambda batch, logits, loss: loss)
+        self.ema = nn.Conv2d(3, NUM_CLASSES, 3, padding=1)
+        self.step = call
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self.step(self, batch["image"].float())
+
+
+class TestOtherPredictions:
+    """A step that returns a loss, and several predictions that it may evaluate."""
+
+    @pytest.mark.parametrize(
+        ("step", "other"),
+        [
+            (lambda module, x: (module.ema(x), module(x))[1].mean(), "self.ema"),
+            (lambda module, x: (module(x), module.ema(x))[1].mean(), "self.ema"),
+            (lambda module, x: (module(x), module.network(-x))[0].mean(), "self.network"),
+        ],
+    )
+    def test_of_another_network_are_ambiguous(self, random_sam, step, other):
+        loader = DataLoader(DictBlobs(4), 2)
+        with pytest.raises(ValueError, match=rf"scores must be one tensor.*{other}.*'forward'"):
+            validate(random_sam, Averaged(step), loader)
+        named = Averaged(lambda module, x: {"preds": (module(x), module.ema(x))[0]})
+        for module, arguments in ((named, {}), (Averaged(step), {"scores_key": "forward"})):
+            logged = validate(random_sam, module, loader, **arguments)
+            expected = raw_miou(module, DictBlobs(4))
+            assert logged["val/miou_raw"] == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize("threshold", [0.4, 0.5])
+    def test_of_a_forward_that_returns_labels(self, random_sam, threshold):
+        class Labels(Step):
+            def forward(self, image):
+                return self.network(image / 255 - 0.5).sigmoid()[:, 0] > threshold
+
+            def validation_step(self, batch, batch_idx, dataloader_idx=0):
+                self(batch["image"])
+
+        module, loader = Labels(None, channels=1), DataLoader(Binary(4), 2)
+        if threshold != 0.5:
+            with pytest.raises(ValueError, match=r"different labels: self\(…\) bool .*'forward'"):
+                validate(random_sam, module, loader, num_classes=2, scores_kind="logits")
+            return
+        logged = validate(random_sam, module, loader, num_classes=2, scores_kind="logits")
+        assert logged["val/miou_raw"] == pytest.approx(raw_miou(module, Binary(4)), abs=1e-6)
 
 
 class TestLabelMapsBesideALoss:

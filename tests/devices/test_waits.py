@@ -62,7 +62,7 @@ READING = {
     ("download", "adapters/denormalize.py _bounds"): 1,
     ("download", "adapters/scores.py to_probs"): 1,
     ("item", "adapters/scores.py _is_binary"): 1,
-    ("item", "adapters/scores.py refuse_unclear_sums"): 1,
+    ("download", "adapters/scores.py refuse_unclear_sums"): 1,
 }
 
 CONFIGS = {
