@@ -93,7 +93,8 @@ class Presenter:
         self.panels_width = panels_width
         self.report = Path(report) if isinstance(report, str) else report
         self.name = name
-        self._sections: dict[tuple[str, str], ReportSection] = {}
+        # By path, for one callback may attend several runs: then by stage and loader.
+        self._sections: dict[Path, dict[tuple[str, str], ReportSection]] = {}
         self._drawn: set[Path] = set()
         self._report_paths: dict[Path, Path] = {}
 
@@ -175,10 +176,9 @@ class Presenter:
             for evaluated in evaluations:
                 if draws:
                     self._draw(trainer, folder / "panels", evaluated)
-                if (gallery := evaluated.loader.gallery) is not None:
-                    self._add_section(trainer, evaluated, gallery, history)
-            if self._sections:
+            if self.writes_report(trainer):
                 path = self._report_path(folder)
+                self._set_sections(trainer, path, evaluations, history)
                 facts = {
                     "Command": {"": _command()},
                     "Thresholds": {key: str(value) for key, value in vars(thresholds).items()},
@@ -186,7 +186,7 @@ class Presenter:
                     "Versions": describe_versions(),
                 }
                 # By stage: the test set first.
-                sections = [part for _, part in sorted(self._sections.items())]
+                sections = [part for _, part in sorted(self._sections[path].items())]
                 write_report(path, sections, facts)
                 table = to_csv((section.title, section.rows) for section in sections)
                 path.with_name(_table_name(path.stem)).write_text(table, encoding="utf-8")
@@ -240,31 +240,35 @@ class Presenter:
             self._report_paths[path] = _free(path)
         return self._report_paths[path]
 
-    def _add_section(
+    def _set_sections(
         self,
         trainer: Trainer,
-        evaluated: Evaluated,
-        gallery: Gallery,
+        path: Path,
+        evaluations: Sequence[Evaluated],
         history: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Add a loader's evaluation to the report, in place of its previous one."""
-        stage, index = evaluated.stage, evaluated.index
-        key = (stage, evaluated.suffix)
-        if key in self._sections:
-            self._sections[key].gallery.close()
-        in_epochs = stage == "val" and _fitting(trainer)
-        title = stage if self.name is None else f"{self.name}, {stage}"
-        same = [h for h in history if (h["stage"], h["dataloader_idx"]) == (stage, index)]
-        self._sections[key] = ReportSection(
-            title=title + (f", dataloader {index}" if evaluated.suffix else ""),
-            epoch=trainer.current_epoch if in_epochs else None,
-            step=logged_step(trainer) if in_epochs and curve_unit(same) == "step" else None,
-            result=evaluated.result,
-            fusion=evaluated.fusion,
-            gallery=gallery,
-            curve=same if in_epochs else (),
-            rows=evaluated.loader.rows,
-        )
+        """Put the loaders of a pass into a report, in place of all those of its previous one."""
+        sections = self._sections.setdefault(path, {})
+        for key in [key for key in sections if key[0] == evaluations[0].stage]:
+            sections.pop(key).gallery.close()
+        for one in evaluations:
+            gallery = one.loader.gallery
+            assert gallery is not None  # of every loader, or of none
+            in_epochs = one.stage == "val" and _fitting(trainer)
+            title = one.stage if self.name is None else f"{self.name}, {one.stage}"
+            here = (one.stage, one.index)
+            same = [h for h in history if (h["stage"], h["dataloader_idx"]) == here]
+            by_step = in_epochs and curve_unit(same) == "step"
+            sections[one.stage, one.suffix] = ReportSection(
+                title=title + (f", dataloader {one.index}" if one.suffix else ""),
+                epoch=trainer.current_epoch if in_epochs else None,
+                step=logged_step(trainer) if by_step else None,
+                result=one.result,
+                fusion=one.fusion,
+                gallery=gallery,
+                curve=same if in_epochs else (),
+                rows=one.loader.rows,
+            )
 
 
 def sample_names(batch: Any, count: int, fallback: str) -> list[str]:

@@ -53,6 +53,10 @@ def drawn(folder):
     return sorted(path.name for path in Path(folder).rglob("panels/*.png"))
 
 
+def headings(report):
+    return re.findall("<h2>(val|test)(.*?)</h2>", Path(report).read_text(encoding="utf-8"))
+
+
 def logged_epochs(logger, name="val/miou_refined"):
     with Path(logger.log_dir, "metrics.csv").open() as file:
         return [row["epoch"] for row in csv.DictReader(file) if row[name]]
@@ -302,6 +306,25 @@ class TestFolders:
         assert len(list(tmp_path.glob("*.html"))) == 2
         assert len(drawn(tmp_path)) == 3
 
+    def test_a_report_holds_the_runs_of_its_own_folder(self, make, tmp_path):
+        callback = make(report=True)
+        for name in ("first", "second"):
+            trainer = fit([callback], max_epochs=1, default_root_dir=tmp_path / name)
+            if name == "first":
+                trainer.test(Segmenter(), loader(2), verbose=False)
+        assert headings(tmp_path / "first" / "report.html") == [("test", ""), ("val", ", epoch 0")]
+        assert headings(tmp_path / "second" / "report.html") == [("val", ", epoch 0")]
+        with (tmp_path / "second" / "images.csv").open() as file:
+            assert {row["evaluation"] for row in csv.DictReader(file)} == {"val"}
+
+    def test_an_evaluation_replaces_all_loaders_of_its_stage(self, make, tmp_path):
+        callback = make(report=tmp_path / "r.html")
+        trainer = Trainer(**SILENT, callbacks=[callback])
+        trainer.validate(Segmenter(), [loader(2), loader(2, seed=1)], verbose=False)
+        assert len(headings(tmp_path / "r.html")) == 2
+        trainer.validate(Segmenter(), loader(2), verbose=False)
+        assert headings(tmp_path / "r.html") == [("val", "")]
+
     def test_fast_dev_run_writes_nothing(self, make, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         callback = make(panels=2, report=True)
@@ -313,3 +336,9 @@ class TestFolders:
         trainer = Trainer(fast_dev_run=True, accelerator="cpu", callbacks=[callback])
         trainer.validate(Segmenter(), loader(), verbose=False)
         assert files(tmp_path) == set()
+        # Nor does one after a run that has.
+        callback = make(report=True)
+        fit([callback], max_epochs=1, default_root_dir=tmp_path / "run")
+        trainer = Trainer(fast_dev_run=True, accelerator="cpu", callbacks=[callback])
+        trainer.validate(Segmenter(), loader(), verbose=False)
+        assert files(tmp_path) == {"run/report.html", "run/images.csv"}
