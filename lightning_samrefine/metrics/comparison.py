@@ -52,7 +52,8 @@ SIDES = ("raw", "refined")
 TRIMAP_WIDTHS = (1, 3, 5, 10)
 # Of `matrix_scores`, beside mIoU, which has a gain and classes of its own.
 _SCALARS = ("mdice", "pixel_acc", "class_acc", "fwiou")
-_WITH_GAIN = ("miou", "trimap_miou", "boundary_iou", "boundary_f1")
+_BOUNDARY = ("boundary_iou", "boundary_f1")
+_WITH_GAIN = ("miou", "trimap_miou", *_BOUNDARY)
 MEANS = (*_WITH_GAIN, *_SCALARS)
 
 
@@ -328,8 +329,8 @@ class ComparisonResult:
             As fractions, for raw and refined: ``miou_*`` and ``trimap_miou_*``, ``boundary_iou_*``
             and ``boundary_f1_*`` (means over classes), each with its ``…_gain``; ``mdice_*``,
             ``pixel_acc_*``, ``class_acc_*``, ``fwiou_*``; ``trimap_<w>px_miou_*`` for every width;
-            by class ``iou_*/<class>``, ``dice_*/<class>``, ``boundary_iou_*/<class>`` and
-            ``boundary_f1_*/<class>``.
+            by class ``iou_*/<class>``, ``dice_*/<class>``, ``class_boundary_iou_*/<class>`` and
+            ``class_boundary_f1_*/<class>``.
             ``miou_gain_low`` and ``miou_gain_high``, the 95% interval of the gain;
             ``miou_gain_same_classes``, the gain over the classes of both sides' mIoU;
             ``miou_without_sam`` of a control, if there is one.
@@ -348,14 +349,16 @@ class ComparisonResult:
             scores = self.scores[side]
             figures[f"miou_{side}"] = scores["miou"].item()
             figures[f"trimap_miou_{side}"] = self.trimap_miou(side, self.trimap_width)
-            for name in ("boundary_iou", "boundary_f1"):
+            for name in _BOUNDARY:
                 figures[f"{name}_{side}"] = scores[name].nanmean().item()
             for name in _SCALARS:
                 figures[f"{name}_{side}"] = scores[name].item()
             for width in self.widths:
                 figures[f"trimap_{width}px_miou_{side}"] = self.trimap_miou(side, width)
-            for name in ("iou", "dice", "boundary_iou", "boundary_f1"):
-                keys = (f"{name}_{side}/{label}" for label in self.class_names)
+            for name in ("iou", "dice", *_BOUNDARY):
+                # MLflow's file store, which makes a file of the mean, takes no folder of its name.
+                by_class = f"class_{name}" if name in _BOUNDARY else name
+                keys = (f"{by_class}_{side}/{label}" for label in self.class_names)
                 figures.update(zip(keys, scores[name].tolist(), strict=True))
         for name in _WITH_GAIN:
             figures[f"{name}_gain"] = figures[f"{name}_refined"] - figures[f"{name}_raw"]

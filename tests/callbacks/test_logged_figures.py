@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -63,6 +63,9 @@ def test_names_patterns_and_everything(plain):
     callback = plain(log="all", prog_bar=())
     logged = validate(callback)
     assert {f"val/{name}" for name in logged} == set(callback.figures)
+    # MLflow's file store makes a file of each figure, and a folder of each "/".
+    folders = {str(parent) for name in logged for parent in PurePosixPath(name).parents}
+    assert not folders & logged
     assert validate(plain(log=[], prog_bar=[])) == set()
 
 

@@ -283,6 +283,16 @@ class TestSources:
             trainer.fit(module, loader(), loader())
         assert module.forwards == 0
 
+    @pytest.mark.parametrize("num_classes", [NUM_CLASSES, None])
+    def test_thresholds_of_other_classes_are_an_error(self, make, num_classes):
+        module = Segmenter()
+        module.num_classes = NUM_CLASSES
+        refine = replace(REFINE, class_names=["a", "b", "c", "d"], classes=[1])
+        expected = r"tuned for the 3 classes of this run \(0, 1, 2\), got .* for 4 \(a, b, c, d\)"
+        with pytest.raises(ValueError, match=expected):
+            run_validate(make(num_classes=num_classes, refine=refine), module)
+        assert module.forwards == 0
+
     def test_another_number_of_classes_is_an_error(self, make):
         with pytest.raises(
             ValueError, match=r"scores must .*num_classes=5, got .*\(2, 3, 32, 40\)"
