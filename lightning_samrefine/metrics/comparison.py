@@ -55,6 +55,10 @@ _SCALARS = ("mdice", "pixel_acc", "class_acc", "fwiou")
 _BOUNDARY = ("boundary_iou", "boundary_f1")
 _WITH_GAIN = ("miou", "trimap_miou", *_BOUNDARY)
 MEANS = (*_WITH_GAIN, *_SCALARS)
+# Figures of classes, and what `matrix_scores` calls them. No mean has one of these names: MLflow's
+# file store makes a file of a mean, and a folder of classes.
+_BY_CLASS = {"iou": "iou", "dice": "dice", **{f"class_{name}": name for name in _BOUNDARY}}
+FIGURES_OF_SIDES = {*MEANS, *_BY_CLASS, *(f"trimap_{width}px_miou" for width in TRIMAP_WIDTHS)}
 
 
 @dataclass(frozen=True)
@@ -355,11 +359,9 @@ class ComparisonResult:
                 figures[f"{name}_{side}"] = scores[name].item()
             for width in self.widths:
                 figures[f"trimap_{width}px_miou_{side}"] = self.trimap_miou(side, width)
-            for name in ("iou", "dice", *_BOUNDARY):
-                # MLflow's file store, which makes a file of the mean, takes no folder of its name.
-                by_class = f"class_{name}" if name in _BOUNDARY else name
-                keys = (f"{by_class}_{side}/{label}" for label in self.class_names)
-                figures.update(zip(keys, scores[name].tolist(), strict=True))
+            for name, score in _BY_CLASS.items():
+                keys = (f"{name}_{side}/{label}" for label in self.class_names)
+                figures.update(zip(keys, scores[score].tolist(), strict=True))
         for name in _WITH_GAIN:
             figures[f"{name}_gain"] = figures[f"{name}_refined"] - figures[f"{name}_raw"]
         figures["miou_gain_same_classes"] = self.same_classes_gain

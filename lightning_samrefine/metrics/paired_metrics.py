@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_samrefine.metrics.comparison import MEANS, SIDES
+from lightning_samrefine.metrics.comparison import FIGURES_OF_SIDES, SIDES
 
 
 def parse_metrics(metrics: Metric | MetricCollection | None) -> MetricCollection | None:
@@ -39,7 +39,7 @@ def parse_metrics(metrics: Metric | MetricCollection | None) -> MetricCollection
             raise ValueError(f"metrics must take one class a pixel, got {kind}")
         if hasattr(metric, "thresholds"):  # AUROC and the like; some accept label maps
             raise ValueError(f"metrics must take label maps, got {kind}, which takes probabilities")
-        if name in MEANS:
+        if name in FIGURES_OF_SIDES:
             raise ValueError(
                 f"metrics must not have the name of another figure, got {name!r}; "
                 f"MetricCollection({{'my_{name}': …}}) gives another"

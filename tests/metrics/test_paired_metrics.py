@@ -119,7 +119,10 @@ def test_classes_have_their_names():
             "one class a pixel, got MultilabelJaccardIndex",
         ),
         (BinaryAUROC(), ValueError, "got BinaryAUROC, which takes probabilities"),
-        (MetricCollection({"miou": MulticlassJaccardIndex(CLASSES)}), ValueError, "got 'miou'"),
+        *(
+            (MetricCollection({name: MulticlassJaccardIndex(CLASSES)}), ValueError, f"got '{name}'")
+            for name in ("miou", "iou", "dice", "class_boundary_iou", "trimap_3px_miou")
+        ),
     ],
 )
 def test_metrics_that_do_not_fit(metrics, error, words):
