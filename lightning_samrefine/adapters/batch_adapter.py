@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_samrefine.adapters.candidates import Found, Roles, hint_at_missing
-from lightning_samrefine.adapters.custom_adapter import checked_image, checked_probs, unpack
+from lightning_samrefine.adapters.candidates import Found, Roles, hint_at_missing, items
+from lightning_samrefine.adapters.custom_adapter import (
+    check_shapes,
+    checked_image,
+    checked_probs,
+    unpack,
+)
 from lightning_samrefine.adapters.denormalize import Denormalize
 from lightning_samrefine.adapters.layouts.conversion import FoundTensors, convert
 from lightning_samrefine.adapters.layouts.overlapping import scores_by_class
@@ -18,6 +23,7 @@ from lightning_samrefine.adapters.layouts.padding import Padding, RealParts
 from lightning_samrefine.adapters.layouts.volumes import Slices, find_slices
 from lightning_samrefine.adapters.nested import Samples, describe
 from lightning_samrefine.adapters.network_scores import QUERIES, query_masks
+from lightning_samrefine.adapters.network_view import NetworkCall
 from lightning_samrefine.adapters.role_search import MissingTargetError, RoleSearch
 from lightning_samrefine.adapters.scores import (
     SCORES_KINDS,
@@ -111,6 +117,14 @@ class Reading:
     colors: str = ""
     slices: Slices | None = None
     is_overlapping: bool = False
+
+    @property
+    def has_label_maps(self) -> bool:
+        """Whether the labels are those that were given; others are indices of probabilities."""
+        scores = None if self.roles is None else self.roles.scores
+        if scores is None or self.kind == "labels":
+            return True
+        return not all(one.is_floating_point() for one in items(scores.value))
 
 
 AdapterFunction = Callable[[Any, Any, Tensor | None], RefineInputs | Mapping[str, Any]]
@@ -210,7 +224,7 @@ class BatchAdapter:
         captured: Tensor | None = None,
         seen: str = "nothing",
         settled: Roles | None = None,
-        given: Sequence[Sequence[Samples]] = (),
+        calls: Sequence[NetworkCall] = (),
         rivals: Sequence[Found] = (),
     ) -> Reading:
         """Convert one batch, and return it with its sources.
@@ -222,8 +236,7 @@ class BatchAdapter:
             seen: As in a call.
             settled: Where the roles of an earlier batch were found; this batch's are read from
                 the same places.
-            given: Inputs of the network, to check that they show the batch's image; empty to skip
-                the check.
+            calls: What the network was given, to check that it shows the batch's image.
             rivals: What else left the modules and may be the prediction, see `ScoresCapture`.
 
         Raises:
@@ -238,7 +251,7 @@ class BatchAdapter:
         slices = find_slices(found, key, self.slice_axis, self.rgb.shows)
         if slices is not None:
             found, batch, outputs, captured = map(slices.cut, (found, batch, outputs, captured))
-            given = rivals = ()  # the network was given volumes
+            calls = rivals = ()  # the network was given volumes
         if self.function is not None:
             if isinstance(found, RefineInputs):
                 if self.scores_kind == "multilabel":
@@ -272,8 +285,8 @@ class BatchAdapter:
         if image is None or scores is None or missing:
             error = MissingTargetError if missing == ["target"] else ValueError
             raise error(self._not_found(missing, batch, outputs, seen))
-        if given and captured is not None and self.function is None and self.scores_key is None:
-            search.check_view(roles, captured, given)
+        if self.function is None and self.scores_key is None:
+            search.check_view(roles, calls)
         is_overlapping = self.scores_kind == "multilabel"
         kind = self._settled_kind(scores, kind)
         padding = None
@@ -366,19 +379,7 @@ class BatchAdapter:
             labels=self._move(inputs.labels),
             targets=self._move(inputs.targets),
         )
-        for index in range(len(inputs)):
-            probs, labels = inputs.probs[index], inputs.labels[index]
-            expected = (self._num_classes, *inputs.images[index].shape[-2:])
-            if tuple(probs.shape) != expected or tuple(labels.shape) != expected[1:]:
-                raise ValueError(
-                    f"adapter: probs and labels of sample {index} must be {expected} and "
-                    f"{expected[1:]}, got {tuple(probs.shape)} and {tuple(labels.shape)}"
-                )
-            if inputs.targets is not None and inputs.targets[index].shape != labels.shape:
-                raise ValueError(
-                    f"adapter: the target of sample {index} must be {expected[1:]}, got "
-                    f"{tuple(inputs.targets[index].shape)}"
-                )
+        check_shapes(inputs.images, inputs.probs, inputs.labels, inputs.targets, self._num_classes)
         return replace(
             inputs,
             images=_each(checked_image, inputs.images),

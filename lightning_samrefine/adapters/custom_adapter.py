@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.adapters.candidates import Found, Roles
-from lightning_samrefine.adapters.nested import describe
+from lightning_samrefine.adapters.nested import Samples, describe
 from lightning_samrefine.adapters.scores import ScoresKind
 
 # Rounding of a softmax in half precision.
@@ -35,6 +35,42 @@ def unpack(found: Any) -> tuple[Roles, ScoresKind]:
         return None if value is None else Found("adapter", (key,), value)
 
     return Roles(at("image"), at("target"), at(given[0])), given[0]
+
+
+def check_shapes(
+    images: Samples, probs: Samples, labels: Samples, targets: Samples | None, num_classes: int
+) -> None:
+    """Raise if samples are of different numbers or sizes.
+
+    Args:
+        images: B × (3, H, W).
+        probs: B × (C, H, W).
+        labels: B × (H, W).
+        targets: B × (H, W), or None.
+        num_classes: C.
+
+    Raises:
+        ValueError: As described.
+    """
+    numbers = [len(one) for one in (images, probs, labels, targets) if one is not None]
+    if len(set(numbers)) > 1:
+        raise ValueError(
+            "adapter: images, probs, labels and targets must have equal numbers of samples, got "
+            f"{', '.join(map(str, numbers))}"
+        )
+    for index in range(len(images)):
+        own_probs, own_labels = probs[index], labels[index]
+        expected = (num_classes, *images[index].shape[-2:])
+        if tuple(own_probs.shape) != expected or tuple(own_labels.shape) != expected[1:]:
+            raise ValueError(
+                f"adapter: probs and labels of sample {index} must be {expected} and "
+                f"{expected[1:]}, got {tuple(own_probs.shape)} and {tuple(own_labels.shape)}"
+            )
+        if targets is not None and targets[index].shape != own_labels.shape:
+            raise ValueError(
+                f"adapter: the target of sample {index} must be {expected[1:]}, got "
+                f"{tuple(targets[index].shape)}"
+            )
 
 
 def checked_image(image: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -24,7 +24,7 @@ from lightning_samrefine.adapters.nested import (
     snapshot,
 )
 from lightning_samrefine.adapters.network_scores import QUERIES, network_scores, query_masks
-from lightning_samrefine.adapters.network_view import images_in, recolors
+from lightning_samrefine.adapters.network_view import CHANNELS, NetworkCall, images_in, recolors
 
 Given: TypeAlias = list[list[Samples]]
 
@@ -39,7 +39,7 @@ class _Seen:
     Attributes:
         values: A copy, (B, C, h, w).
         scores: The tensor itself, which the step may change in place; dead once the step drops it.
-        given: The images that they were computed from, see `ScoresCapture.given`.
+        given: The images that they were computed from, see `NetworkCall`.
         name: The child that returned them, None for the LightningModule itself.
         is_rival: Whether they may be the prediction, too, where the LightningModule returned
             scores beside the child: those of another network, or made of the module's.
@@ -94,16 +94,16 @@ class ScoresCapture:
         num_classes: C; scores are float (B, C, H, W), or (B, 1, H, W) if C is 2.
 
     Attributes:
-        given: After `take`, in the first batches of a loader: the network's input images for the
-            scores, see `lightning_samrefine.adapters.network_view.difference`. Empty in later
-            batches, and without an input image.
+        calls: After `take`, in the first batches of a loader: the calls that returned scores,
+            several if these are ambiguous.
         rivals: After `take`, in the first batches of a loader: what else may be the prediction,
             the scores of other networks and label maps.
     """
 
-    given: Given
+    calls: list[NetworkCall]
     rivals: list[Found]
     _batch: dict[Any, Kept] | None
+    _channels: Set[int]
 
     def __init__(self, module: nn.Module, num_classes: int) -> None:
         self._num_classes = num_classes
@@ -130,6 +130,8 @@ class ScoresCapture:
         self._batches[dataloader_idx] += 1
         self._notes_inputs = self._batches[dataloader_idx] <= _NOTED_BATCHES
         self._batch = snapshot([batch], MAX_DEPTH + 1)
+        batched = (one.value for one in leaves(batch) if isinstance(one.value, Tensor))
+        self._channels = CHANNELS | {one.shape[1] for one in batched if one.ndim == 4}
         self._armed = True
 
     def whole(self, batch: Any) -> Any:
@@ -150,13 +152,14 @@ class ScoresCapture:
         steps = [seen for step, seen in self._steps if step is not outputs]
         calls, labels = steps or self._calls, self._labels
         misfit, queries, several = self._misfit, self._queries, self._several
-        self._armed = False
+        self._armed, notes_inputs = False, self._notes_inputs
         self._forget()
         own = [seen for seen in calls if seen.name is None]
         others = [seen for seen in calls if seen.name is not None]
         for who, some in (("forward", own), ("the module's children", others)):
+            if some and notes_inputs:
+                self.calls = [NetworkCall(one.values, one.given) for one in some]
             if len(some) == 1:
-                self.given = some[0].given
                 self.rivals = [*(one.found for one in others if one.is_rival and own), *labels]
                 return some[0].values, f"scores from {who}"
             if some:
@@ -188,9 +191,10 @@ class ScoresCapture:
         self._queries = False
         self._several: list[str] = []
         self._batch = None
+        self._channels = CHANNELS
         self._notes_inputs = False
         self._made_from: list[tuple[list[ReferenceType[Tensor]], Given]] = []
-        self.given = []
+        self.calls = []
         self.rivals = []
 
     def _before_own(self, module: nn.Module, inputs: Any) -> None:
@@ -209,7 +213,7 @@ class ScoresCapture:
             self._note_labels("self(…)", output)
         scores = self._scores_in(output)
         if scores is not None:
-            images = images_in(values) if self._notes_inputs else []
+            images = images_in(values, self._channels) if self._notes_inputs else []
             seen = _Seen.of(scores, [images] if images else [])
             if is_step:
                 self._steps.append((output, seen))
@@ -234,7 +238,9 @@ class ScoresCapture:
         followed = [one for one in self._calls if _follows(scores, one, given)]
         is_rival = self._notes_inputs and any(one.name is None for one in followed)
         if self._notes_inputs and not any(one.is_among(values) for one in self._calls):
-            is_rival = any(not recolors(scores, image) for image in images_in(values))
+            is_rival = any(
+                not recolors(scores, image) for image in images_in(values, self._channels)
+            )
         followed = [one for one in followed if one.name is not None]
         self._calls = [one for one in self._calls if not any(one is other for other in followed)]
         # Scores computed from others have the same view.
@@ -259,7 +265,7 @@ class ScoresCapture:
             known = [one for one in (reference() for reference in made) if one is not None]
             if any(shares_memory(one, other) for one in known for other in given):
                 before = images
-        direct = images_in(values)
+        direct = images_in(values, self._channels)
         images = [direct, *before] if direct else before
         tensors = [leaf.value for leaf in leaves(output) if isinstance(leaf.value, Tensor)]
         self._made_from.append(([ref(one) for one in tensors], images))

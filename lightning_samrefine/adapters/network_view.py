@@ -6,7 +6,8 @@ the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as nnf
 from lightning_samrefine.adapters.nested import Samples, leaves
 
 # Channels of a network's input that may be an image: gray, RGB, one more channel, two images.
-_CHANNELS = (1, 3, 4, 6)
+CHANNELS = frozenset((1, 3, 4, 6))
 # Number of samples of a batch that are compared.
 _SAMPLES = 4
 # Side of the grid that both images are averaged over: sizes and single pixels may differ.
@@ -37,7 +38,7 @@ _SIDE = 128  # pixels compared along a side if sizes differ
 CROPPED = "padded or cropped"
 _UNLIKE = "cropped, or of other content"
 
-_TURNED = {
+TURNS = {
     "flipped left to right": lambda x: x.flip(-1),
     "flipped upside down": lambda x: x.flip(-2),
     "turned by 180°": lambda x: x.flip(-1, -2),
@@ -48,10 +49,18 @@ _TURNED = {
 }
 
 
-def images_in(values: Sequence[Any]) -> list[Samples]:
+@dataclass(frozen=True)
+class NetworkCall:
+    """Scores that a network returned, (B, C, h, w), and what it was given, see `difference`."""
+
+    scores: Tensor
+    given: Sequence[Sequence[Samples]]
+
+
+def images_in(values: Sequence[Any], channels: Set[int] = CHANNELS) -> list[Samples]:
     """Return possible images among a module's arguments: (B, c, h, w), or B × (c, h, w)."""
     found = [leaf.value for value in values for leaf in leaves(value, (0,))]
-    return [one for one in found if all(x.ndim == 3 and len(x) in _CHANNELS for x in _each(one))]
+    return [one for one in found if all(x.ndim == 3 and len(x) in channels for x in _each(one))]
 
 
 def difference(given: Sequence[Sequence[Samples]], image: Samples) -> str | None:
@@ -96,7 +105,7 @@ def turned_back(maps: Tensor, view: str) -> Tensor | None:
         view: The description.
     """
     opposite = {"turned by 90°": "turned by 270°", "turned by 270°": "turned by 90°"}
-    turn = _TURNED.get(opposite.get(view, view))
+    turn = TURNS.get(opposite.get(view, view))
     return None if turn is None else turn(maps)
 
 
@@ -121,7 +130,7 @@ def _of_sample(given: Tensor, image: Tensor) -> str | None:
     explained = _explained(grid, of_image)
     if explained is None:
         return None
-    turned = {name: _explained(grid, turn(of_image)) or 0.0 for name, turn in _TURNED.items()}
+    turned = {name: _explained(grid, turn(of_image)) or 0.0 for name, turn in TURNS.items()}
     best = max(turned, key=turned.__getitem__)
     if turned[best] >= _EXPLAINED and 1 - explained > max(_SYMMETRIC, 2 * (1 - turned[best])):
         return best

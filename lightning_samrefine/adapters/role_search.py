@@ -39,7 +39,13 @@ from lightning_samrefine.adapters.nested import (
     leaves,
     named,
 )
-from lightning_samrefine.adapters.network_view import CROPPED, difference, turned_back
+from lightning_samrefine.adapters.network_view import (
+    CROPPED,
+    TURNS,
+    NetworkCall,
+    difference,
+    turned_back,
+)
 from lightning_samrefine.adapters.score_agreement import ScoresAgreement
 from lightning_samrefine.adapters.score_search import ScoresSearch
 from lightning_samrefine.adapters.scores import ScoresKind
@@ -115,17 +121,15 @@ class RoleSearch:
 
         return Roles(at(settled.image), at(settled.target), at(settled.scores))
 
-    def check_view(
-        self, roles: Roles, captured: Tensor, given: Sequence[Sequence[Samples]]
-    ) -> None:
+    def check_view(self, roles: Roles, calls: Sequence[NetworkCall]) -> None:
         """Raise if the network's input was another view than the batch's image.
 
-        A step may have undone the view in the scores that it returns.
+        A step may have undone the view in the scores that it returns. Of several calls every one
+        must be of a flipped or rotated image: crops are windows then, whose scores a step merges.
 
         Args:
             roles: With image and scores.
-            captured: Scores captured by a forward hook.
-            given: Inputs of the network.
+            calls: What the network was given and returned.
 
         Raises:
             WrongValuesError: As described.
@@ -133,16 +137,22 @@ class RoleSearch:
         image, scores = roles.image, roles.scores
         if image is None or scores is None or not self.shows(image.value):
             return
-        found = difference(given, image.value)
-        hook = Found("forward", (), captured)
-        if found is not None and (
-            scores.source == "forward" or self._has_view(image, scores, hook, found)
-        ):
+        views = []
+        for call in calls:
+            views.append(difference(call.given, image.value))
+            if len(calls) > 1 and views[-1] not in TURNS:
+                return
+        for call, view in zip(calls, views, strict=True):
+            hook = Found("forward", (), call.scores)
+            if view is None or (
+                scores.source != "forward" and not self._has_view(image, scores, hook, view)
+            ):
+                continue
             raise WrongValuesError(
                 f"scores must be of {image}, got {scores} of a network that was given "
-                f"{describe(given[0][0])}, the image {found}. In the step, turn the scores back or "
-                "resize them to the image and return them (such as {'logits': logits}), or return "
-                "image, target and scores of one view; "
+                f"{describe(call.given[0][0])}, the image {view}. In the step, turn the scores "
+                "back or resize them to the image and return them (such as {'logits': logits}), or "
+                "return image, target and scores of one view; "
                 f"scores_key={(scores.key or HOOK_KEY)!r} takes them for those of the image"
             )
 

@@ -20,6 +20,8 @@ _DEFAULT_SUM_TOLERANCE = 1e-3
 # Logits of a weak network may all lie in [0, 1]; a batch of probabilities has nearly certain
 # pixels.
 _EXTREME = 0.005
+# Logits of one channel are below; those of a batch without background may all be positive.
+_LARGEST_LOGIT = 50
 
 # Total probability of the classes other than a label map's. At exactly 0, Algorithm 4 could never
 # give a pixel another class (step 10 multiplies by it); above 0 the raw class still wins wherever
@@ -131,6 +133,17 @@ class BinaryKind:
                 f"scores must be in [0, 1] like those of the batches before, got {low:.4g} to "
                 f"{high:.4g}. Set scores_kind='logits' if they are logits of one channel"
             )
+        if (
+            self.settled is None
+            and low >= 0
+            and high > _LARGEST_LOGIT
+            and "logit" not in name.lower()
+        ):
+            raise ValueError(
+                "scores_kind must be 'logits' if scores of one channel are logits from "
+                f"{low:.4g} to {high:.4g}, all of class 1, got 'auto': divide probabilities of 0 "
+                "to 100 or 255 by the largest"
+            )
         if inside and self.settled is None:
             undecided = low > _EXTREME and high < 1 - _EXTREME and "prob" not in name.lower()
             if undecided or "logit" in name.lower():
@@ -171,9 +184,9 @@ def refuse_unclear_sums(scores: Samples, name: str) -> None:
         return
     sums = torch.stack([torch.stack(torch.aminmax(one.float().sum(dim=1))) for one in parts])
     low, high = float(sums.min()), float(sums.max())
-    if above and high - low <= tolerance * high:
+    if above and high - low <= tolerance * low:
         raise ValueError(
-            f"scores must sum to 1 over the classes, got {high:.4g} in every pixel of {name}: "
+            f"scores must sum to 1 over the classes, got {low:.4g} in every pixel of {name}: "
             "divide probabilities by their sum, or set scores_kind='logits'"
         )
     if above:

@@ -84,6 +84,7 @@ class TargetCheck:
         self._in_doubt = ignore_index == "auto"
         self._with_classes: set[int] = set()
         self._predicted_foreground: set[int] = set()
+        self._predicted_background: set[int] = set()
 
     def __call__(self, targets: Samples, loader: int = 0) -> None:
         """Check the targets of a batch.
@@ -152,21 +153,37 @@ class TargetCheck:
         return wrong / max(total, 1)
 
     def predictions(self, labels: Samples, loader: int = 0) -> None:
-        """Check predicted labels of two classes, which may be masks of 0 and 255.
+        """Check predicted label maps.
 
-        Labels outside the classes are unknown pixels, so the foreground of such a prediction would
-        never be counted as correct. Once a 1 has occurred in a loader, 255 can only mean "unknown".
+        Unknown pixels, which are never counted as correct, have the ignored value or one of
+        `without_unknown`. With two classes, 255 may be the foreground and a negative value the
+        background, until the class has occurred in a loader.
 
         Args:
             labels: B × (H, W) int64.
             loader: Index of the dataloader.
 
         Raises:
-            WrongValuesError: 255 occurs, and 1 has not occurred so far.
+            WrongValuesError: Other values; or 255 occurs, and 1 has not occurred so far.
         """
-        if self.num_classes != 2 or loader in self._predicted_foreground:
-            return
         maps = [labels] if isinstance(labels, Tensor) else labels
+        known = torch.cat([without_unknown(one, self.num_classes) for one in maps])
+        if holds_others(known, self.num_classes, self.ignore_index):
+            raise WrongValuesError(
+                describe_others(known, self.num_classes, self.ignore_index, "a predicted label map")
+            )
+        if self.num_classes != 2:
+            return
+        if loader not in self._predicted_background:
+            if any(bool((one == 0).any()) for one in maps):
+                self._predicted_background.add(loader)
+            elif any(bool((one == 1).any() & (one < 0).any()) for one in maps):
+                raise WrongValuesError(
+                    "scores must be 0 and 1 where they are label maps of two classes, got 1 and "
+                    "negative values, and no pixel of 0: negative values are unknown pixels"
+                )
+        if loader in self._predicted_foreground:
+            return
         if any(bool((one == 1).any()) for one in maps):
             self._predicted_foreground.add(loader)
         elif any(bool((one == 255).any()) for one in maps):
@@ -174,6 +191,17 @@ class TargetCheck:
                 "scores must be 0 and 1 where they are label maps of two classes, got 255 and no "
                 "pixel of 1: divide masks of 0 and 255 by 255, or call unknown pixels -1"
             )
+
+
+def without_unknown(labels: Tensor, num_classes: int) -> Tensor:
+    """Return the values of a predicted label map, flattened, without those of unknown pixels.
+
+    These are negative ones, and unless they are classes 255, and 65,535 and above.
+    """
+    unknown = (labels < 0) | (labels >= max(num_classes, 65_535))
+    if num_classes <= 255:
+        unknown |= labels == 255
+    return labels[~unknown]
 
 
 def holds_others(labels: Tensor, num_classes: int, ignore_index: int | None) -> bool:

@@ -274,9 +274,10 @@ class RunState:
             )
             captured, seen = capture.take(outputs)
             reading = adapter.read(
-                batch, outputs, captured, seen, settled, capture.given, capture.rivals
+                batch, outputs, captured, seen, settled, capture.calls, capture.rivals
             )
-            self._check_targets.predictions(reading.inputs.labels, dataloader_idx)
+            if reading.has_label_maps:
+                self._check_targets.predictions(reading.inputs.labels, dataloader_idx)
             inputs, group_key = reading.inputs, self._shared.group_key
             if inputs.targets is not None:
                 self._check_targets(inputs.targets, dataloader_idx)

@@ -14,14 +14,17 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_samrefine.adapters.target_values import describe_others, holds_others
+from lightning_samrefine.adapters.target_values import (
+    describe_others,
+    holds_others,
+    without_unknown,
+)
 from lightning_samrefine.data.image_files import check_depth, gray_step, opened
 
 Sample = dict[str, Any]
 
 # Pillow silently clips these to 8 bits in convert("RGB").
 _WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-UNKNOWN_VALUES = (255, 65_535)
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 # Errors of a damaged archive, without its name.
@@ -89,15 +92,12 @@ def check_prediction(labels: Tensor, num_classes: int, ignore_index: int | None,
     """Check that an (H, W) int64 prediction holds only classes and values for "unknown".
 
     These are the ignored value, and unless they are classes 255 and 65,535, which
-    `lightning_samrefine.SAMRefineWriter` writes.
+    `lightning_samrefine.SAMRefineWriter` writes; see `without_unknown`.
 
     Raises:
         ValueError: Another value.
     """
-    known = labels.flatten()
-    for value in UNKNOWN_VALUES:
-        if value >= num_classes:
-            known = known[known != value]
+    known = without_unknown(labels, num_classes)
     if holds_others(known, num_classes, ignore_index):
         raise ValueError(
             describe_others(known, num_classes, ignore_index, name=f"{name}: the prediction")

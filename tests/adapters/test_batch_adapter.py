@@ -333,6 +333,12 @@ def test_a_custom_adapter_may_return_label_maps():
             r"probs .* got \(3, 6, 8\)",
         ),
         (RefineInputs(IMAGE, LOGITS, TARGET, TARGET[:, 1:]), ValueError, r"target .*\(5, 8\)"),
+        (
+            RefineInputs(IMAGE, LOGITS, TARGET, torch.cat([TARGET, TARGET])),
+            ValueError,
+            "equal numbers of samples, got 2, 2, 2, 4",
+        ),
+        (RefineInputs(IMAGE, LOGITS[:1], TARGET, TARGET), ValueError, "samples, got 2, 1, 2, 2"),
     ],
 )
 def test_a_custom_adapter_that_returns_something_else_is_an_error(found, error, message):

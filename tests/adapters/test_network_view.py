@@ -143,6 +143,63 @@ def test_scores_that_are_turned_back_and_changed_are_measured(random_sam, return
     assert logged["val/miou_raw"] == pytest.approx(float(module.metric.compute()), abs=1e-6)
 
 
+class Several(Segmenter):
+    """Flips its batch or not, and returns the mean of several views that are turned back."""
+
+    def __init__(self, flips: bool, axes: list[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.flips, self.axes = flips, axes
+        self.metric = MulticlassJaccardIndex(NUM_CLASSES, ignore_index=IGNORE)
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        image, target = (
+            one.flip(-1) if self.flips else one for one in (batch["image"].float(), batch["mask"])
+        )
+        logits = torch.stack([self(image.flip(a)).flip(a) for a in self.axes]).mean(dim=0)
+        self.metric.update(logits, target)
+        return {"preds": logits.argmax(dim=1)}
+
+
+@pytest.mark.parametrize("axes", [[(), (-2,)], [(-1,), (-2,)], [(), ()]])
+def test_several_calls_of_another_view_are_refused(random_sam, axes):
+    if (-1,) not in axes:  # which turns the flipped batch back
+        with pytest.raises(ValueError, match=r"scores must be of batch\['image'\].*scores_key"):
+            validate(random_sam, Several(True, axes))
+    module = Several(False, axes)
+    logged = validate(random_sam, module)
+    assert logged["val/miou_raw"] == pytest.approx(float(module.metric.compute()), abs=1e-6)
+
+
+@pytest.mark.parametrize("bands", [5, 12])
+def test_bands_of_another_view_are_refused(random_sam, bands):
+    class Bands(DictBlobs):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            repeated = sample["image"].repeat(4, 1, 1)[:bands].float() / 255
+            return {**sample, "image": repeated + torch.linspace(0, 0.1, bands).view(-1, 1, 1) / 2}
+
+    loader = DataLoader(Bands(4), 2)
+    for view in ("flip", "half", None):
+        change = OTHER_VIEWS.get(view, lambda x, t: (x, t))
+        module = Step(lambda x, t, f=change: f(255 * x, t))
+        module.network = nn.Conv2d(bands, NUM_CLASSES, 3, padding=1)
+        callback = SAMRefineCallback(
+            random_sam,
+            num_classes=NUM_CLASSES,
+            refine=REFINE,
+            image_channels=(0, 1, 2),
+            image_stretch=(0, 100),
+        )
+        trainer = Trainer(**SILENT, callbacks=[callback])
+        if view is None:
+            logged = trainer.validate(module, loader, verbose=False)[0]
+            expected = float(module.metric.compute())
+            assert logged["val/miou_raw"] == pytest.approx(expected, abs=1e-6)
+        else:
+            with pytest.raises(ValueError, match=r"scores must be of batch\['image'\]"):
+                trainer.validate(module, loader, verbose=False)
+
+
 def test_a_key_takes_them_as_they_are(random_sam):
     validate(random_sam, Step(OTHER_VIEWS["flip"], returns="dict"), scores_key="logits")
     validate(random_sam, Step(OTHER_VIEWS["flip"]), scores_key="forward")
@@ -185,12 +242,13 @@ def test_what_children_were_given(step, expected):
         scores, _ = capture.take()
         assert scores is not None
         noted = batch < 3  # in the first batches of a loader alone
-        assert difference(capture.given, IMAGE) == (expected if noted else None)
-        assert bool(capture.given) == noted
+        given = [call.given for call in capture.calls]
+        assert [difference(one, IMAGE) for one in given] == ([expected] if noted else [])
+        assert bool(given) == noted
     capture.arm(None, 1)
     step(module, IMAGE)
     capture.take()
-    assert capture.given
+    assert capture.calls[0].given
 
 
 def picture(hw: tuple[int, int], seed: int = 0) -> Tensor:
@@ -275,9 +333,9 @@ def test_one_input_of_several_and_features_before_it_are_enough():
     assert difference([], IMAGE) is None
 
 
-@pytest.mark.parametrize("view", network_view._TURNED)
+@pytest.mark.parametrize("view", network_view.TURNS)
 def test_every_turn_is_undone(view):
-    assert torch.equal(turned_back(network_view._TURNED[view](IMAGE), view), IMAGE)
+    assert torch.equal(turned_back(network_view.TURNS[view](IMAGE), view), IMAGE)
     assert turned_back(IMAGE, network_view.CROPPED) is None
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter
 from lightning_samrefine.adapters.candidates import Found, after_step
 from lightning_samrefine.adapters.forward_hooks import ScoresCapture
+from lightning_samrefine.adapters.network_view import NetworkCall
 from lightning_samrefine.adapters.target_values import TargetCheck
 
 PAGE = Path(__file__).parents[2] / "docs" / "reading.md"
@@ -74,7 +75,7 @@ SITUATIONS = [
         LOGITS,
         "scores from forward",
         None,
-        [[NOISE.flip(-1).float()]],
+        [NetworkCall(LOGITS, [[NOISE.flip(-1).float()]])],
     ),
     lambda: (SAMPLE, {"logits": LOGITS[..., :8, :12], "target": TARGET[:, :8, :12]}),
     lambda: (SAMPLE, {"logits": LOGITS, "target": TARGET.clamp(max=2)}),

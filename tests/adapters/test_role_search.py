@@ -1078,6 +1078,17 @@ class TestOneChannel:
             inputs = BatchAdapter(2, scores_kind=kind)(self.BATCH, {name: self.LOW})
             assert torch.equal(inputs.labels, (self.LOW[:, 0] > threshold).long())
 
+    @pytest.mark.parametrize("name", ["preds", "logits"])
+    def test_percentages_are_no_logits(self, name):
+        percent = torch.rand(B, 1, H, W) * 80 + 10
+        outputs = {name: percent}
+        adapter = BatchAdapter(2)
+        if name == "logits":
+            assert adapter((IMAGE, VALID), outputs).labels.all()
+        else:
+            with pytest.raises(ValueError, match=r"all of class 1.*divide probabilities"):
+                adapter((IMAGE, VALID), outputs)
+
     def test_hard_maps_settle_nothing(self):
         adapter = BatchAdapter(2)
         hard = (LOGITS[:, :1] > 0).float()

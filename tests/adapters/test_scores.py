@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as nnf
 
-from lightning_samrefine.adapters.scores import to_probs
+from lightning_samrefine.adapters.scores import refuse_unclear_sums, to_probs
 
 pytestmark = pytest.mark.numerical
 
@@ -63,6 +63,17 @@ def test_a_broken_image_does_not_change_the_others(logits, bad):
     probs, _ = to_probs(given, "auto", 5, HW)
     assert torch.equal(probs[[0, 2]], given[[0, 2]])
     assert not probs[1].isfinite().all()
+
+
+@pytest.mark.parametrize("total", [2, 100])
+def test_constant_sums_are_probabilities_that_were_not_divided(logits, total):
+    probs = logits.softmax(dim=1)
+    with pytest.raises(ValueError, match=rf"must sum to 1 .* got {total} in every pixel of x"):
+        refuse_unclear_sums(total * probs, "x")
+    broken = probs.clone()
+    broken[1, 0, 0, 0] = math.inf
+    for one in (probs, list(probs), broken, logits, logits.exp(), total * probs.log()):
+        refuse_unclear_sums(one, "x")
 
 
 def test_small_logits_are_enlarged_before_the_softmax(logits):

@@ -185,6 +185,41 @@ class TestPredictedMasks:
         with pytest.raises(ValueError, match=r"scores must be 0 and 1 .* divide masks"):
             validate(callback, Binary(), self.Masks(255))
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda labels: labels + 1, "label map must hold .* got 2 in .*subtract 1"),
+            (lambda labels: 2 * labels - 1, "scores must be 0 and 1 .* no pixel of 0"),
+            (lambda labels: 100 * labels + 7, "label map must hold .* got 7, 107 in 100% of"),
+        ],
+    )
+    def test_other_values_are_refused(self, random_sam, change, message):
+        class Changed(Threshold):
+            def validation_step(self, batch, batch_idx):
+                return {"preds": change(self.logits(batch).argmax(dim=1))}
+
+        callback = SAMRefineCallback(random_sam, num_classes=2, refine=REFINE)
+        with pytest.raises(ValueError, match=message):
+            validate(callback, Binary(), Changed())
+
+    @pytest.mark.parametrize("factor", [1, 127])
+    def test_other_values_of_several_classes(self, random_sam, factor):
+        class Changed(Segmenter):
+            def validation_step(self, batch, batch_idx):
+                labels = self.logits_and_target(batch)[0].argmax(dim=1)
+                return {"preds": factor * labels + (factor == 1)}
+
+        callback = SAMRefineCallback(random_sam, num_classes=NUM_CLASSES, refine=REFINE)
+        message = "subtract 1" if factor == 1 else "gray levels 127 apart"
+        with pytest.raises(ValueError, match=f"predicted label map .* 0 to 2 and .*{message}"):
+            validate(callback, Blobs(), Changed())
+
+    def test_values_of_unknown_pixels_are_not(self):
+        check = TargetCheck(3, 7)
+        check.predictions(torch.tensor([[[0, 1, 2, 7, -1, -100, 255, 65_535]]]))
+        with pytest.raises(ValueError, match="got 256 in 50% of"):
+            TargetCheck(256, None).predictions(torch.tensor([[[256, 255]]]))
+
     def test_unknown_pixels_beside_a_foreground_stay_unknown(self):
         check = TargetCheck(2, None)
         check.predictions(torch.tensor([[[0, 1, 255]]]))
