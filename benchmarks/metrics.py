@@ -17,12 +17,12 @@ from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lightning_samrefine import load_sam
 from lightning_samrefine.metrics import (
     BandedConfusion,
     BorderCounts,
-    ConfusionMatrix,
     ImageTotals,
     KnownLabels,
     RegionCalibration,
@@ -75,7 +75,8 @@ def build_parts() -> dict[str, Callable[[], object]]:
     truth, guess = (KnownLabels(labels, valid, NUM_CLASSES) for labels in (target, raw))
     distances = border_distances(*HW)
     rings = truth.rings(comparison.widths)
-    pixels, plain = BandedConfusion(NUM_CLASSES, comparison.widths), ConfusionMatrix(NUM_CLASSES)
+    pixels = BandedConfusion(NUM_CLASSES, len(comparison.widths))
+    plain = MulticlassConfusionMatrix(NUM_CLASSES, ignore_index=IGNORE, validate_args=False)
     counted = pixels.count(guess, truth, rings).sum(dim=0)
     borders = [Borders(known, *distances) for known in (guess, truth)]
     border_counts, totals = BorderCounts(NUM_CLASSES), ImageTotals(NUM_CLASSES)

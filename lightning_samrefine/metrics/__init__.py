@@ -6,7 +6,6 @@ from lightning_samrefine.metrics.calibration import Calibration, RegionCalibrati
 from lightning_samrefine.metrics.changes import ChangeCounts
 from lightning_samrefine.metrics.confusion import (
     BandedConfusion,
-    ConfusionMatrix,
     class_iou,
     matrix_scores,
 )
@@ -19,7 +18,6 @@ __all__ = [
     "BorderCounts",
     "Calibration",
     "ChangeCounts",
-    "ConfusionMatrix",
     "ImageTotals",
     "KnownLabels",
     "RegionCalibration",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
-from torchmetrics.utilities.plot import plot_single_or_multi_val
 
 from lightning_samrefine.metrics.confusion import count_values
 from lightning_samrefine.metrics.counts import Counts
@@ -103,20 +99,3 @@ class ChangeCounts(Counts):
     def update(self, changes: ChangedPixels) -> None:
         """Add one image."""
         self.counts += changes.by_class(self.num_classes)
-
-    def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> Any:
-        """Draw the pixels of each kind over the true classes, as torchmetrics draws values.
-
-        Args:
-            val: What `compute` returned; computed if None.
-            ax: Axes to draw on; a new figure's if None.
-
-        Returns:
-            The figure (None beside ``ax``) and its axes.
-        """
-        counts = (self.compute() if val is None else val).cpu()
-        drawn: Any = plot_single_or_multi_val(
-            dict(zip(KINDS, counts, strict=True)), ax=ax, name=type(self).__name__
-        )
-        drawn[1].set_xlabel("true class")
-        return drawn

@@ -36,8 +36,6 @@ from lightning_samrefine.metrics.calibration import (
 from lightning_samrefine.metrics.changes import KINDS, ChangeCounts, ChangedPixels
 from lightning_samrefine.metrics.confusion import (
     BandedConfusion,
-    ConfusionMatrix,
-    check_shape,
     class_iou,
     class_totals,
     matrix_scores,
@@ -127,10 +125,10 @@ class RefinementComparison(nn.Module):
         self.trimap_width = trimap_width
         self.widths = sorted({*TRIMAP_WIDTHS, trimap_width})
         self.pixels = nn.ModuleDict(
-            {side: BandedConfusion(num_classes, self.widths) for side in SIDES}
+            {side: BandedConfusion(num_classes, len(self.widths)) for side in SIDES}
         )
         self.borders = nn.ModuleDict({side: BorderCounts(num_classes) for side in SIDES})
-        self.control = ConfusionMatrix(num_classes, ignore_index)
+        self.control = BandedConfusion(num_classes, bands=0)
         self.changes = ChangeCounts(num_classes)
         self.images = ImageTotals(num_classes)
         self.calibration = RegionCalibration()
@@ -163,7 +161,7 @@ class RefinementComparison(nn.Module):
             ValueError: Shapes that differ.
         """
         for name, labels in (("raw", raw), ("refined", refined)):
-            check_shape(name, labels, target)
+            _check_shape(name, labels, target)
         height, width = target.shape[-2:]
         maps = (labels.reshape(-1, height, width) for labels in (raw, refined, target))
         return [
@@ -193,7 +191,10 @@ class RefinementComparison(nn.Module):
             matrices.append(counts.sum(dim=0))
             self._borders(side).update(Borders(known, *distances), true_borders)
         if control is not None:
-            self.control.update(control, target)
+            _check_shape("control", control, target)
+            known = KnownLabels(control, valid, self.num_classes)
+            counts = self.control.count(known, true_labels, torch.zeros_like(rings))
+            self.control.update(counts)
         self.images.update(matrices[0], matrices[1], part)
         changes = ChangedPixels(raw, refined, target, valid)
         self.changes.update(changes)
@@ -242,7 +243,7 @@ class RefinementComparison(nn.Module):
             totals=self.images.compute(),
             calibration=Calibration.of(**self.calibration.compute()),
             counts=tuple(self.counts.compute().tolist()),
-            control=self.control.compute().cpu(),
+            control=self.control.compute()[0].cpu(),
         )
 
     def compute(self) -> dict[str, float]:
@@ -387,3 +388,11 @@ class ComparisonResult:
         figures["refine_iou_ece"] = self.calibration.ece
         figures["refine_iou_auroc"] = self.calibration.auroc
         return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+
+def _check_shape(name: str, labels: Tensor, target: Tensor) -> None:
+    if labels.shape != target.shape:
+        raise ValueError(
+            f"{name} must have the target's shape {tuple(target.shape)}, got shape "
+            f"{tuple(labels.shape)}"
+        )

@@ -3,84 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
-from torchmetrics.utilities.plot import plot_confusion_matrix
 
 from lightning_samrefine.metrics.counts import Counts
-from lightning_samrefine.metrics.trimap import KnownLabels, valid_pixels
+from lightning_samrefine.metrics.trimap import KnownLabels
 
 # Of `count_values` on a GPU, for all values together.
 _COUNTERS = 2**16
-
-
-class ConfusionMatrix(Counts):
-    """Counts pixels by true class and predicted class, with a column for "no class predicted".
-
-    Args:
-        num_classes: C.
-        ignore_index: Target value that is not counted, inside or outside [0, C), or None. Any
-            other target outside [0, C) is not counted either.
-
-    Attributes:
-        counts: (C, C + 1) int64, rows the target's class, columns the predicted one. A prediction
-            outside [0, C) is in column C: wrong for the target's class, and no other class's
-            false positive.
-    """
-
-    def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
-        super().__init__(num_classes, num_classes + 1)
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
-
-    def update(self, prediction: Tensor, target: Tensor, where: Tensor | None = None) -> None:
-        """Add pixels.
-
-        Args:
-            prediction: Integer tensor of any shape, the predicted classes.
-            target: Integer tensor of the same shape, the true classes.
-            where: Bool tensor of the same shape, the pixels to count; all of them where None.
-
-        Raises:
-            ValueError: Shapes that differ.
-        """
-        check_shape("prediction", prediction, target)
-        counted = valid_pixels(target, self.num_classes, self.ignore_index)
-        if where is not None:
-            counted &= where
-        columns = self.num_classes + 1
-        outside = (prediction < 0) | (prediction >= self.num_classes)
-        # int32 halves the memory traffic, which is all that this costs.
-        column = prediction.to(torch.int32).masked_fill(outside, self.num_classes)
-        cell = target.to(torch.int32) * columns + column
-        self.counts += count_cells(cell, counted, self.counts.numel()).view_as(self.counts)
-
-    def plot(
-        self,
-        val: Tensor | None = None,
-        ax: Axes | None = None,
-        add_text: bool = True,
-        labels: list[str] | None = None,
-    ) -> Any:
-        """Draw the matrix as torchmetrics draws its own, without the column of no class.
-
-        Args:
-            val: What `compute` returned; computed if None.
-            ax: Axes to draw on; a new figure's if None.
-            add_text: Whether each cell shows its count.
-            labels: C names of classes.
-
-        Returns:
-            The figure (None beside ``ax``) and its axes.
-        """
-        matrix = self.compute() if val is None else val
-        return plot_confusion_matrix(
-            matrix[:, : self.num_classes].cpu(), ax=ax, add_text=add_text, labels=labels
-        )
 
 
 class BandedConfusion(Counts):
@@ -91,26 +22,31 @@ class BandedConfusion(Counts):
 
     Args:
         num_classes: C.
-        widths: W widths of bands in pixels, ascending, see `KnownLabels.rings`.
+        bands: W, the number of bands; 0 counts the whole image only.
 
     Attributes:
-        counts: (W + 1, C, C + 1) int64, see `ConfusionMatrix`; the last ring is the rest.
+        counts: (W + 1, C, C + 1) int64: ring (the last is the rest), true class, predicted class. A
+            prediction outside [0, C) is in column C: wrong for the true class, and no other class's
+            false positive.
     """
 
-    def __init__(self, num_classes: int, widths: Sequence[int]) -> None:
-        super().__init__(len(widths) + 1, num_classes, num_classes + 1)
+    def __init__(self, num_classes: int, bands: int) -> None:
+        super().__init__(bands + 1, num_classes, num_classes + 1)
         self.num_classes = num_classes
-        self.widths = list(widths)
 
     def count(self, prediction: KnownLabels, target: KnownLabels, rings: Tensor) -> Tensor:
         """Return the matrix of each ring, (W + 1, C, C + 1) int64, of one (H, W) image.
 
         The prediction is known at the same pixels as the target, whose `KnownLabels.rings` for the
-        same widths are given.
+        W bands are given.
         """
+        size = self.counts.numel()
+        # int32 halves the memory traffic, which is all that this costs.
         cell = rings.to(torch.int32) * self.num_classes + target.labels
         cell = cell * (self.num_classes + 1) + prediction.labels
-        return count_cells(cell, target.known, self.counts.numel()).view_as(self.counts)
+        # A cell past the end takes what is not counted: selecting would make the CPU wait.
+        cell.masked_fill_(~target.known, size)
+        return count_values(cell, size + 1)[:-1].view_as(self.counts)
 
     def update(self, counts: Tensor) -> None:
         """Add what `count` returned."""
@@ -120,33 +56,9 @@ class BandedConfusion(Counts):
         """Return the matrices of every band and of the whole image, over all processes.
 
         Returns:
-            (W + 1, C, C + 1) int64, in the order of the widths, the whole image last.
+            (W + 1, C, C + 1) int64, the narrowest band first and the whole image last.
         """
         return self.counts.cumsum(dim=0)
-
-
-def check_shape(name: str, prediction: Tensor, target: Tensor) -> None:
-    """Refuse a prediction of another shape than the target's.
-
-    Raises:
-        ValueError: As described.
-    """
-    if prediction.shape != target.shape:
-        raise ValueError(
-            f"{name} must have the target's shape {tuple(target.shape)}, got shape "
-            f"{tuple(prediction.shape)}"
-        )
-
-
-def count_cells(cell: Tensor, counted: Tensor, size: int) -> Tensor:
-    """Count how often each of ``size`` values occurs where ``counted``; overwrites ``cell``.
-
-    Returns:
-        (size,) int64.
-    """
-    # A cell past the end takes what is not counted: selecting would make the CPU wait.
-    cell.masked_fill_(~counted, size)
-    return count_values(cell, size + 1)[:-1]
 
 
 def count_values(values: Tensor, size: int) -> Tensor:
@@ -172,7 +84,7 @@ def class_iou(matrix: Tensor, ignore_index: int | None = None) -> Tensor:
     """Return the intersection over union (Jaccard index) of every class.
 
     Args:
-        matrix: (C, C + 1) int64, see `ConfusionMatrix`.
+        matrix: (C, C + 1) int64, see `BandedConfusion`.
         ignore_index: A class that is not scored, if it is in [0, C).
 
     Returns:
@@ -193,7 +105,7 @@ def matrix_scores(matrix: Tensor, ignore_index: int | None = None) -> dict[str, 
     """Return the usual scores of one confusion matrix.
 
     Args:
-        matrix: (C, C + 1) int64, see `ConfusionMatrix`.
+        matrix: (C, C + 1) int64, see `BandedConfusion`.
         ignore_index: A class that is not scored, if it is in [0, C).
 
     Returns:
@@ -236,7 +148,7 @@ def unscored(scores: Tensor, ignore_index: int | None) -> Tensor:
 
     Args:
         scores: (C,) float.
-        ignore_index: See `ConfusionMatrix`.
+        ignore_index: The class, None for none.
     """
     if ignore_index is not None and 0 <= ignore_index < len(scores):
         scores[ignore_index] = math.nan

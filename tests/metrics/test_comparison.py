@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from metric_cases import label_maps, loop_band, loop_iou
 
-from lightning_samrefine.metrics import ConfusionMatrix, class_iou, trimap_band
+from lightning_samrefine.metrics import class_iou, trimap_band
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.metrics.overlapping import OverlappingComparison
 from lightning_samrefine.metrics.same_classes import different_classes
@@ -34,46 +34,60 @@ def test_trimap_band_of_a_batch_is_that_of_its_images():
         assert torch.equal(band[index], trimap_band(target[index], 2, 3))
 
 
+def matrices(raw, refined, target, num_classes, ignore_index=None):
+    """Return the confusion matrices of the whole image, raw and refined."""
+    comparison = RefinementComparison(num_classes, ignore_index)
+    comparison.update(raw, refined, target)
+    found = comparison.result().matrices
+    return [found[side][-1] for side in ("raw", "refined")]
+
+
 def test_a_prediction_outside_the_classes_is_wrong_for_the_target_only():
-    metric = ConfusionMatrix(3, ignore_index=255)
-    metric.update(torch.tensor([0, 255, -1, 7]), torch.tensor([0, 0, 1, 1]))
-    assert metric.compute().tolist() == [[1, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0]]
-    iou = class_iou(metric.compute(), 255)
-    assert iou[:2].tolist() == [0.5, 0.0]
-    assert iou[2].isnan()
+    prediction, target = torch.tensor([[[0, 255, -1, 7]], [[0, 0, 1, 1]]])
+    for matrix in matrices(prediction, prediction, target, 3, 255):
+        assert matrix.tolist() == [[1, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0]]
+        iou = class_iou(matrix, 255)
+        assert iou[:2].tolist() == [0.5, 0.0]
+        assert iou[2].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_every_integer_type_counts_alike(dtype):
     generator = torch.Generator().manual_seed(0)
-    prediction, target = torch.randint(0, 5, (2, 3, 8, 8), generator=generator)
-    target[0, :4] = 255
-    expected = ConfusionMatrix(5, 255)
-    expected.update(prediction, target)
-    metric = ConfusionMatrix(5, 255)
-    metric.update(prediction.to(dtype), target.to(dtype))
-    assert torch.equal(metric.compute(), expected.compute())
+    maps = torch.randint(0, 5, (3, 3, 8, 8), generator=generator)
+    maps[2, 0, :4] = 255
+    found, expected = matrices(*maps.to(dtype), 5, 255), matrices(*maps, 5, 255)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_counting_is_legal_and_exact_under_deterministic_algorithms():
-    prediction, target = torch.randint(
-        0, 4, (2, 50, 50), generator=torch.Generator().manual_seed(0)
-    )
-    expected = ConfusionMatrix(4)
-    expected.update(prediction, target)
+    maps = torch.randint(0, 4, (3, 50, 50), generator=torch.Generator().manual_seed(0))
+    expected = matrices(*maps, 4)
     torch.use_deterministic_algorithms(True)
     try:
-        metric = ConfusionMatrix(4)
-        metric.update(prediction, target)
+        found = matrices(*maps, 4)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert torch.equal(metric.compute(), expected.compute())
-    assert int(metric.compute().sum()) == 2500
+    assert all(map(torch.equal, found, expected))
+    assert [int(matrix.sum()) for matrix in found] == [2500, 2500]
 
 
-def test_shapes_that_differ_are_refused():
-    with pytest.raises(ValueError, match=r"prediction must have .*\(3, 2\), got shape \(2, 3\)"):
-        ConfusionMatrix(3).update(torch.zeros(2, 3).long(), torch.zeros(3, 2).long())
+@pytest.mark.parametrize("name", ["raw", "refined", "control"])
+def test_shapes_that_differ_are_refused(name):
+    maps = {"raw": torch.zeros(3, 2).long(), "refined": torch.zeros(3, 2).long()}
+    maps[name] = torch.zeros(2, 3).long()
+    with pytest.raises(ValueError, match=rf"{name} must have .*\(3, 2\), got shape \(2, 3\)"):
+        RefinementComparison(3).update(**maps, target=torch.zeros(3, 2).long())
+
+
+def test_the_control_is_counted_like_a_prediction():
+    raw, control, target = torch.randint(
+        0, 4, (3, 9, 7), generator=torch.Generator().manual_seed(0)
+    )
+    comparison = RefinementComparison(3, ignore_index=2)
+    comparison.update(raw, raw, target, control=control)
+    expected, _ = matrices(control, raw, target, 3, ignore_index=2)
+    assert torch.equal(comparison.result().control, expected)
 
 
 def test_batches_and_images_of_different_sizes_add_up():
