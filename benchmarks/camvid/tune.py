@@ -34,11 +34,12 @@ from benchmarks.camvid.espnet import ESPNetSegmenter
 from lightning_samrefine import RefineConfig, Refiner, load_sam
 from lightning_samrefine.config_files import read_refine
 from lightning_samrefine.data import FolderDataModule
+from lightning_samrefine.metrics.bootstrap import class_ious
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 from lightning_samrefine.reporting.summary import print_whole
 from lightning_samrefine.tune.callback import TuneCallback
-from lightning_samrefine.tune.choice import class_ious, gain
+from lightning_samrefine.tune.choice import gain
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
 from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.report import tuning_summary, write_tuning
@@ -125,14 +126,14 @@ def judge(
     table = Table(title=f"{key}: {len(counts)} test frames, gain in points", title_justify="left")
     for column in ("", "raw", *configs):
         table.add_column(column, justify="left" if column == "" else "right")
-    ious = [class_ious(counts.totals(index, "miou")) for index in range(len(configs))]
+    ious = [class_ious(counts.totals(index, "miou").sum(axis=0)) for index in range(len(configs))]
     for c, name in enumerate(CLASS_NAMES):
         gains = (f"{100 * (refined[c] - raw[c]):+.2f}" for raw, refined in ious)
         table.add_row(name, f"{100 * ious[0][0][c]:.2f}", *gains)
     table.add_section()
     for name, objective in (("mIoU", "miou"), ("trimap mIoU", "trimap_miou")):
         totals = [counts.totals(index, objective) for index in range(len(configs))]
-        raw = class_ious(totals[0])[0].mean()
+        raw = class_ious(totals[0].sum(axis=0))[0].mean()
         table.add_row(name, f"{100 * raw:.2f}", *(f"{100 * gain(t):+.2f}" for t in totals))
     losses = [[100 * min(0.0, refined[c] - raw[c]) for c in range(VOID)] for raw, refined in ious]
     table.add_row("classes that lose", "", *(str(sum(v < 0 for v in loss)) for loss in losses))

@@ -92,11 +92,11 @@ def bootstrap_totals(
         raise ValueError(f"confidence must be a number in (0, 1), got {confidence}")
     scored = np.arange(totals.shape[2]) != (-1 if ignore_index is None else ignore_index)
     totals = totals[:, :, scored]
-    found = np.concatenate([_gain(sums) for sums in _sums(totals, resamples, seed)])
+    found = np.concatenate([mean_gain(sums) for sums in _sums(totals, resamples, seed)])
     found = found[np.isfinite(found)]  # a resample may hold no scored pixel at all
     tail = (1 - confidence) / 2
     low, high = np.quantile(found, [tail, 1 - tail]) if len(found) else (np.nan, np.nan)
-    gain = _gain(totals.reshape(len(totals), -1).astype(np.float64).sum(axis=0)[None])[0]
+    gain = mean_gain(totals.sum(axis=0))
     return BootstrapInterval(float(gain), float(low), float(high), confidence, len(totals))
 
 
@@ -118,14 +118,43 @@ def bootstrap_class_gains(
         ValueError: As `paired_bootstrap`.
     """
     totals = _image_totals(raw, refined)
-    gains = []
-    for sums in _sums(totals, _RESAMPLES, seed):
-        true, raw_hits, raw_predicted, hits, predicted = np.split(sums, 5, axis=1)
-        before = raw_hits / np.maximum(true + raw_predicted - raw_hits, 1)
-        gains.append(hits / np.maximum(true + predicted - hits, 1) - before)
+    gains = [class_gains(sums) for sums in _sums(totals, _RESAMPLES, seed)]
     tail = (1 - _CONFIDENCE) / 2
     low, high = np.quantile(np.concatenate(gains), [tail, 1 - tail], axis=0)
     return low, high
+
+
+def class_ious(sums: np.ndarray) -> np.ndarray:
+    """Return each class's IoU on both sides, (…, 2, C) float64, raw first.
+
+    NaN for a class that neither the targets nor the side's prediction have.
+
+    Args:
+        sums: (…, 5, C), sums over images of what `ImageTotals.compute` returns.
+    """
+    true, raw_hits, raw_predicted, hits, predicted = np.moveaxis(sums, -2, 0)
+    with np.errstate(invalid="ignore"):
+        raw = raw_hits / (true + raw_predicted - raw_hits)
+        refined = hits / (true + predicted - hits)
+    return np.stack([raw, refined], axis=-2)
+
+
+def class_gains(sums: np.ndarray) -> np.ndarray:
+    """Return refined − raw IoU of (…, 5, C) sums, (…, C); an absent class has an IoU of 0."""
+    ious = np.nan_to_num(class_ious(sums))
+    return ious[..., 1, :] - ious[..., 0, :]
+
+
+def mean_gain(sums: np.ndarray) -> np.ndarray:
+    """Return refined − raw mIoU of (…, 5, C) sums, each over the classes of its side.
+
+    NaN for a side without any class.
+    """
+    ious = class_ious(sums)
+    classes = (~np.isnan(ious)).sum(axis=-1)
+    total = np.nan_to_num(ious).sum(axis=-1)
+    mious = np.divide(total, classes, out=np.full(classes.shape, np.nan), where=classes > 0)
+    return mious[..., 1] - mious[..., 0]
 
 
 def _image_totals(raw: np.ndarray, refined: np.ndarray) -> np.ndarray:
@@ -156,7 +185,7 @@ def _image_totals(raw: np.ndarray, refined: np.ndarray) -> np.ndarray:
 
 
 def _sums(totals: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield the summed totals of resamples, (R, 5·C) float64, some of them at once."""
+    """Yield the summed totals of resamples, (R, 5, C) float64, some of them at once."""
     images = len(totals)
     # Counts of pixels are whole numbers below 2^53, so that no order of addition changes a sum.
     flat = totals.reshape(images, -1).astype(np.float64)
@@ -167,18 +196,4 @@ def _sums(totals: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]
         drawn = rng.integers(images, size=(count, images))
         drawn += np.arange(count)[:, None] * images
         often = np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images)
-        yield often.astype(np.float64) @ flat
-
-
-def _gain(sums: np.ndarray) -> np.ndarray:
-    """Return refined − raw mIoU of (R, 5·C) summed totals."""
-    true, raw_hits, raw_predicted, refined_hits, refined_predicted = np.split(sums, 5, axis=1)
-    return _miou(true, refined_hits, refined_predicted) - _miou(true, raw_hits, raw_predicted)
-
-
-def _miou(true: np.ndarray, hits: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    union = true + predicted - hits
-    present = union > 0
-    iou = np.divide(hits, union, out=np.zeros(union.shape), where=present)
-    classes = present.sum(axis=-1)
-    return np.where(classes > 0, iou.sum(axis=-1) / np.maximum(classes, 1), np.nan)
+        yield (often.astype(np.float64) @ flat).reshape(count, *totals.shape[1:])

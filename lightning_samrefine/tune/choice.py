@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lightning_samrefine.config import RefineConfig
+from lightning_samrefine.metrics.bootstrap import class_gains, mean_gain
 from lightning_samrefine.tune.counts import GridCounts
 from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.settings import Objective, Rule
@@ -72,7 +73,7 @@ def choose(counts: GridCounts, grid: Grid, images: np.ndarray, rule: Rule) -> Ch
     low = np.zeros(counts.num_classes)
     while is_open.any():
         totals = counts.mixed_totals(cells, is_open, rule.objective)[images]
-        bounds = resample.low(totals, _class_gains)
+        bounds = resample.low(totals, class_gains)
         low = np.where(is_open, bounds, low)
         worst = int(np.where(is_open, bounds, np.inf).argmin())
         if bounds[worst] > rule.margin:
@@ -91,13 +92,8 @@ def best_cell(counts: GridCounts, grid: Grid, images: np.ndarray, objective: Obj
 
 
 def gain(totals: np.ndarray) -> float:
-    """Return refined − raw mIoU of (N, 5, C) totals, each over the classes that occur in it."""
-    return float(_mean_gain(totals.sum(axis=0)[None])[0])
-
-
-def class_ious(totals: np.ndarray) -> np.ndarray:
-    """Return (2, C) float64 IoU of (N, 5, C) totals, raw and refined, NaN for absent classes."""
-    return _ious(totals.sum(axis=0)[None])[0]
+    """Return refined − raw mIoU of (N, 5, C) totals; 0 without a scored pixel."""
+    return float(_mean_gain(totals.sum(axis=0)))
 
 
 def folds(images: int, count: int) -> list[np.ndarray]:
@@ -151,22 +147,6 @@ class _Resamples:
         return np.quantile(values, self._tail, axis=0)
 
 
-def _ious(sums: np.ndarray) -> np.ndarray:
-    """Return (R, 2, C) IoU of (R, 5, C) sums."""
-    true, *sides = np.moveaxis(sums, 1, 0)
-    unions = [true + predicted - hits for hits, predicted in (sides[:2], sides[2:])]
-    with np.errstate(invalid="ignore"):
-        return np.stack([sides[0] / unions[0], sides[2] / unions[1]], axis=1)
-
-
-def _class_gains(sums: np.ndarray) -> np.ndarray:
-    """Return (R, C) gains; the IoU of an absent class is 0."""
-    raw, refined = np.moveaxis(np.nan_to_num(_ious(sums)), 1, 0)
-    return refined - raw
-
-
 def _mean_gain(sums: np.ndarray) -> np.ndarray:
-    ious = _ious(sums)
-    present = ~np.isnan(ious)
-    means = np.nan_to_num(ious).sum(axis=2) / np.maximum(present.sum(axis=2), 1)
-    return means[:, 1] - means[:, 0]
+    """Return gains in mIoU, (…), of (…, 5, C) sums; 0 without a scored pixel."""
+    return np.nan_to_num(mean_gain(sums))

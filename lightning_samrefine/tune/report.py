@@ -13,9 +13,9 @@ from rich.text import Text
 
 from lightning_samrefine.config_files import write_refine
 from lightning_samrefine.fit.auto import TOO_FEW
-from lightning_samrefine.metrics.bootstrap import BootstrapInterval
+from lightning_samrefine.metrics.bootstrap import BootstrapInterval, class_ious
 from lightning_samrefine.reporting.panels import save_figure
-from lightning_samrefine.tune.choice import class_ious, gain
+from lightning_samrefine.tune.choice import gain
 from lightning_samrefine.tune.settings import OBJECTIVES
 from lightning_samrefine.tune.task import Tuning
 
@@ -176,8 +176,8 @@ def _classes_table(tuning: Tuning) -> Table:
     table = Table(title="Classes, val IoU in %, gains in points", title_justify="left")
     for column in ("", "raw", "best cell", "calibrated", "at least", "pred_iou_thresh"):
         table.add_column(column, justify="left" if column == "" else "right")
-    raw, untuned = class_ious(tuning.counts.totals(choice.cell, objective))
-    _, tuned = class_ious(tuning.trial.totals(0, objective))
+    raw, untuned = class_ious(tuning.counts.totals(choice.cell, objective).sum(axis=0))
+    _, tuned = class_ious(tuning.trial.totals(0, objective).sum(axis=0))
     if not tuning.helps:
         tuned = raw
     for c, name in enumerate(tuning.class_names):
@@ -216,5 +216,5 @@ def _gains(tuning: Tuning) -> np.ndarray:
 
 
 def _means(totals: np.ndarray) -> tuple[float, float]:
-    raw, refined = class_ious(totals)
+    raw, refined = class_ious(totals.sum(axis=0))
     return _mean(raw), _mean(refined)

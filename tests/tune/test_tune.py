@@ -19,10 +19,11 @@ from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.cli.main import SetupError, run
 from lightning_samrefine.config_files import read_refine
+from lightning_samrefine.metrics.bootstrap import class_ious
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 from lightning_samrefine.reporting.summary import print_whole
-from lightning_samrefine.tune.choice import class_ious, gain
+from lightning_samrefine.tune.choice import gain
 from lightning_samrefine.tune.counts import Scoring
 from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.sweep import Sweep
@@ -78,7 +79,7 @@ def test_every_cell_is_a_run_of_its_own(random_sam, monkeypatch, ignore_index):
         figures = comparison.compute()
         refined_differently.add(figures["miou_refined"])
         totals = sweep.counts.totals(index, "miou")
-        raw, refined = class_ious(totals)
+        raw, refined = class_ious(totals.sum(axis=0))
         for name, iou in (("raw", raw), ("refined", refined)):
             expected = [figures.get(f"iou_{name}/{c}", np.nan) for c in range(4)]
             np.testing.assert_array_equal(iou, expected)

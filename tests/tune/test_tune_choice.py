@@ -12,7 +12,8 @@ from PIL import Image
 from lightning_samrefine import RefineConfig
 from lightning_samrefine.cli.main import run
 from lightning_samrefine.config_files import read_refine
-from lightning_samrefine.tune.choice import best_cell, choose, class_ious, folds, gain
+from lightning_samrefine.metrics.bootstrap import class_ious
+from lightning_samrefine.tune.choice import best_cell, choose, folds, gain
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
 from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.report import NO_HELP
@@ -93,7 +94,7 @@ def test_a_class_gets_its_own_threshold_where_that_certainly_gains(counts):
 def test_what_the_gate_promises_holds_in_the_counts(counts):
     choice = choose(counts, GRID, EVERY, Rule())
     totals = counts.mixed_totals(choice.cell_of_class, np.array(choice.is_open), "miou")
-    raw, refined = class_ious(totals)
+    raw, refined = class_ious(totals.sum(axis=0))
     assert refined[LOSES] == raw[LOSES]
     assert refined[VARIES] == raw[VARIES]
     assert refined[GAINS] > raw[GAINS]
@@ -110,7 +111,7 @@ def test_a_larger_margin_freezes_more_classes(counts):
 def test_luck_in_one_image_is_no_evidence(counts):
     """Of the class that gains or loses by chance, it gains on some images alone."""
     gains = [
-        np.subtract(*reversed(class_ious(counts.totals(0, "miou")[[image]])))[VARIES]
+        np.subtract(*reversed(class_ious(counts.totals(0, "miou")[image])))[VARIES]
         for image in EVERY
     ]
     lucky = np.flatnonzero(np.array(gains) > 0)
