@@ -25,7 +25,7 @@ from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 from lightning_samrefine.refine.mask_predictions import MaskPredictions
 from lightning_samrefine.tune.counts import Scoring
-from lightning_samrefine.tune.grid import Grid
+from lightning_samrefine.tune.settings import Grid
 from lightning_samrefine.tune.sweep import Sweep
 
 GRID = Grid(

@@ -41,9 +41,8 @@ from lightning_samrefine.reporting.summary import print_whole
 from lightning_samrefine.tune.callback import TuneCallback
 from lightning_samrefine.tune.choice import gain
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
-from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.report import tuning_summary, write_tuning
-from lightning_samrefine.tune.settings import Rule
+from lightning_samrefine.tune.settings import Grid, Rule
 from lightning_samrefine.tune.task import tune
 
 SCORING = Scoring(num_classes=VOID, ignore_index=VOID, trimap_width=3)
@@ -76,10 +75,10 @@ def main() -> None:
             trainer = Trainer(
                 logger=False, callbacks=[callback], enable_checkpointing=False, accelerator="cpu"
             )
-            rule = Rule(margin=options.margin)
+            rule = Rule(margin=options.margin, folds=options.folds)
             with tempfile.TemporaryDirectory() as temporary:
                 data = every_nth_val_frame(root, options.every, Path(temporary))
-                tuning = tune(trainer, model, data, grid, rule, options.folds)
+                tuning = tune(trainer, model, data, grid, rule)
             write_tuning(tuning, folder)
             print_whole(tuning_summary(tuning, folder))
         configs = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
     from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
-    from lightning_samrefine.tune.settings import TuneSettings
+    from lightning_samrefine.tune.settings import Grid, Rule
 
 # Taken from the data module if the config has null.
 INHERITED = (
@@ -59,23 +60,25 @@ def _plain(node: DictConfig) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))
 
 
-def tune_settings(cfg: DictConfig) -> TuneSettings:
-    """Return the settings of a tuning.
+def tune_settings(cfg: DictConfig) -> tuple[Grid, Rule]:
+    """Return the grid and the rule of a tuning.
 
     Raises:
         SetupError: A value of a wrong type or outside its range.
     """
-    from lightning_samrefine.tune.settings import TuneSettings
+    from lightning_samrefine.tune.settings import Grid, Rule
 
+    values = _plain(cfg.tune)
+    grid = {field.name: values.pop(field.name) for field in fields(Grid)}
     try:
-        return TuneSettings(**_plain(cfg.tune))
+        return Grid(**grid), Rule(**values)
     except (TypeError, ValueError) as error:
         raise SetupError(f"tune: {error}") from error
 
 
-def use_tune_callback(cfg: DictConfig, target: str) -> None:
+def use_tune_callback(cfg: DictConfig) -> None:
     """Make the node ``callback`` that of a tuning, without what only an evaluation has."""
-    cfg.callback._target_ = target
+    cfg.callback._target_ = "lightning_samrefine.tune.callback.TuneCallback"
     with open_dict(cfg.callback):
         for key in _OF_AN_EVALUATION:
             cfg.callback.pop(key, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import re
 import sys
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
     from lightning_samrefine import SAMRefineCallback
+    from lightning_samrefine.tune.settings import Grid, Rule
 
 # torch and Lightning are imported where they are needed: `samrefine --help` works without them.
 
@@ -106,7 +108,7 @@ def run(cfg: DictConfig) -> float | None:
     if cfg.seed is not None:
         seed_everything(cfg.seed, workers=True, verbose=False)
     if tuning is not None:
-        use_tune_callback(cfg, tuning.callback)
+        use_tune_callback(cfg)
     datamodule = build(cfg, "data")
     _check_segmenter(cfg, datamodule)
     for key in ("segmenter", "callback", "writer"):
@@ -124,7 +126,7 @@ def run(cfg: DictConfig) -> float | None:
         )
         return None
     if tuning is not None:
-        return tuning.run(trainer, segmenter, datamodule, cfg.ckpt_path, folder)
+        return _tune(cfg, trainer, segmenter, datamodule, *tuning)
     metrics = _execute(cfg.task, trainer, segmenter, datamodule, cfg.ckpt_path)
     if trainer.is_global_zero:
         write_metrics(metrics, folder / "metrics.json")
@@ -260,6 +262,33 @@ def _check_machine(cfg: DictConfig, refine: RefineConfig) -> None:
     print(result)
     if not result.passed:
         sys.exit(1)
+
+
+def _tune(
+    cfg: DictConfig,
+    trainer: Trainer,
+    segmenter: LightningModule,
+    datamodule: LightningDataModule,
+    grid: Grid,
+    rule: Rule,
+) -> float | None:
+    """Tune, write the files and print the result.
+
+    Returns:
+        mIoU of the validation set, refined with the choice; None without a scored pixel.
+    """
+    from lightning_samrefine.reporting.summary import print_whole, write_metrics
+    from lightning_samrefine.tune.report import tuning_metrics, tuning_summary, write_tuning
+    from lightning_samrefine.tune.task import tune
+
+    folder = Path(cfg.output_dir)
+    tuning = tune(trainer, segmenter, datamodule, grid, rule, cfg.ckpt_path)
+    metrics = tuning_metrics(tuning)
+    write_tuning(tuning, folder)
+    write_metrics(metrics, folder / "metrics.json")
+    print_whole(tuning_summary(tuning, folder))
+    tuned = metrics["tune/miou_tuned"]
+    return None if math.isnan(tuned) else tuned
 
 
 def _execute(

@@ -113,8 +113,7 @@ class TuneCallback(SAMCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = self._run_state
         state.begin(pl_module)
-        if self.visitor is None:
-            raise MisconfigurationException("TuneCallback.visitor must be set, got None")
+        assert self.visitor is not None  # `tune` sets it
         self._visit = self.visitor(Scoring(state.num_classes, self.ignore_index, self.trimap_width))
         self._capture = ScoresCapture(pl_module, state.num_classes)
         self._loaders = len(evaluation_dataloaders(trainer))

@@ -10,8 +10,7 @@ import numpy as np
 from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.metrics.bootstrap import class_gains, mean_gain
 from lightning_samrefine.tune.counts import GridCounts
-from lightning_samrefine.tune.grid import Grid
-from lightning_samrefine.tune.settings import Objective, Rule
+from lightning_samrefine.tune.settings import RESAMPLES, Grid, Objective, Rule
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """From (R, 5, C) summed totals to R values, or to (R, C)."""
@@ -64,7 +63,7 @@ def choose(counts: GridCounts, grid: Grid, images: np.ndarray, rule: Rule) -> Ch
         rule: The definition of certain.
     """
     cell = best_cell(counts, grid, images, rule.objective)
-    resample = _Resamples(len(images), rule)
+    resample = _Resamples(len(images), rule.confidence)
     cells = [cell] * counts.num_classes
     for c in range(counts.num_classes):
         cells = _own_threshold(c, cells, counts, grid, images, rule, resample)
@@ -134,11 +133,11 @@ class _Resamples:
     Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13.
     """
 
-    def __init__(self, images: int, rule: Rule) -> None:
-        rng = np.random.default_rng(rule.seed)
-        weights = rng.multinomial(images, np.full(images, 1 / images), size=rule.resamples)
+    def __init__(self, images: int, confidence: float) -> None:
+        rng = np.random.default_rng(0)
+        weights = rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
         self._weights = weights.astype(np.float64)  # exact, and multiplied by BLAS
-        self._tail = (1 - rule.confidence) / 2
+        self._tail = (1 - confidence) / 2
 
     def low(self, totals: np.ndarray, statistic: Statistic) -> np.ndarray:
         """Return the lower bound of a statistic of summed totals."""

@@ -1,22 +1,78 @@
-"""The settings and the rule of `samrefine task=tune`, checked before anything is loaded."""
+"""The grid and the rule of `samrefine task=tune`, checked before anything is loaded."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any, Literal
 
-from lightning_samrefine.tune.grid import Grid
+from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.utils.validation import check_count
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-
 
 Objective = Literal["miou", "trimap_miou"]
 OBJECTIVES: tuple[Objective, ...] = ("miou", "trimap_miou")
+RESAMPLES = 1000  # number of times the images are drawn with replacement
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of thresholds.
+
+    See `RefineConfig`.
+    """
+
+    score_thresh: float
+    mask_prompt_scale: float
+    pred_iou_thresh: float
+
+    def config(self, base: RefineConfig) -> RefineConfig:
+        """Return ``base`` with these thresholds."""
+        return replace(base, **vars(self))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All combinations of some values of three thresholds.
+
+    Args:
+        score_thresh: Values of τ_c.
+        mask_prompt_scale: Values of τ_m.
+        pred_iou_thresh: Values of τ_iou.
+
+    Raises:
+        TypeError: Not a sequence of numbers.
+        ValueError: No value, two equal ones, or one outside the range of `RefineConfig`.
+    """
+
+    score_thresh: Sequence[float]
+    mask_prompt_scale: Sequence[float]
+    pred_iou_thresh: Sequence[float]
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _values(field.name, getattr(self, field.name)))
+
+    def acting_on(self, base: RefineConfig) -> Grid:
+        """Return the grid with the values of ``base`` for thresholds without effect.
+
+        Without prompted regions none of the three affects the fusion, and without mask prompts
+        their scale has no effect.
+        """
+        idle = set() if base.mask_prompts else {"mask_prompt_scale"}
+        if not base.prompt_regions:
+            idle = {field.name for field in fields(self)}
+        return replace(self, **{name: (getattr(base, name),) for name in idle})
+
+    @property
+    def pairs(self) -> list[tuple[float, float]]:
+        """The combinations of τ_c and τ_m: SAM predicts masks once for each."""
+        return list(product(self.score_thresh, self.mask_prompt_scale))
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells, pair by pair, τ_iou ascending in each."""
+        return [Cell(*pair, iou) for pair in self.pairs for iou in self.pred_iou_thresh]
 
 
 @dataclass(frozen=True)
@@ -28,8 +84,7 @@ class Rule:
         margin: Minimum lower bound of a refined class's gain in IoU (exclusive). 0 requires a
             certain gain; -0.01 accepts a class that may lose a point.
         confidence: Confidence of the bounds' two-sided intervals, in (0, 1).
-        resamples: Number of times the images are drawn with replacement.
-        seed: Seed of the draws.
+        folds: Number of folds of the cross-validation, at least 2.
 
     Raises:
         TypeError: Not a number.
@@ -39,8 +94,7 @@ class Rule:
     objective: Objective = "miou"
     margin: float = 0.0
     confidence: float = 0.95
-    resamples: int = 1000
-    seed: int = 0
+    folds: int = 5
 
     def __post_init__(self) -> None:
         for name in ("margin", "confidence"):
@@ -53,62 +107,17 @@ class Rule:
             raise ValueError(f"margin must be an IoU in [-1, 1], got {self.margin}")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence must be in (0, 1), got {self.confidence}")
+        check_count("folds", self.folds, least=2)
 
 
-@dataclass
-class TuneSettings:
-    """The command's node ``tune``.
-
-    See `Grid` and `Rule`. There are at least 2 folds of the cross-validation.
-
-    Raises:
-        TypeError: A value of a wrong type.
-        ValueError: A value outside its range.
-    """
-
-    score_thresh: Sequence[float]
-    mask_prompt_scale: Sequence[float]
-    pred_iou_thresh: Sequence[float]
-    objective: Objective = "miou"
-    margin: float = 0.0
-    confidence: float = 0.95
-    folds: int = 5
-
-    callback = "lightning_samrefine.tune.callback.TuneCallback"
-
-    def __post_init__(self) -> None:
-        self.grid = Grid(self.score_thresh, self.mask_prompt_scale, self.pred_iou_thresh)
-        self.rule = Rule(self.objective, self.margin, self.confidence)
-        self.folds = check_count("folds", self.folds, least=2)
-
-    def run(
-        self,
-        trainer: Trainer,
-        segmenter: LightningModule,
-        datamodule: LightningDataModule,
-        ckpt_path: str | None,
-        folder: Path,
-    ) -> float | None:
-        """Tune, write the files and print the result.
-
-        Args:
-            trainer: With a `TuneCallback`.
-            segmenter: Source of the predictions.
-            datamodule: With a validation set.
-            ckpt_path: Lightning checkpoint of the segmenter.
-            folder: Output folder.
-
-        Returns:
-            mIoU of the validation set, refined with the choice; None without a scored pixel.
-        """
-        from lightning_samrefine.reporting.summary import print_whole, write_metrics
-        from lightning_samrefine.tune.report import tuning_metrics, tuning_summary, write_tuning
-        from lightning_samrefine.tune.task import tune
-
-        tuning = tune(trainer, segmenter, datamodule, self.grid, self.rule, self.folds, ckpt_path)
-        metrics = tuning_metrics(tuning)
-        write_tuning(tuning, folder)
-        write_metrics(metrics, folder / "metrics.json")
-        print_whole(tuning_summary(tuning, folder))
-        tuned = metrics["tune/miou_tuned"]
-        return None if math.isnan(tuned) else tuned
+def _values(name: str, values: Any) -> tuple[float, ...]:
+    """Return one threshold's values in ascending order."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(
+            f"{name} must be a sequence of numbers, got {values!r} of type {type(values).__name__}"
+        )
+    for value in values:
+        RefineConfig(**{name: value})
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{name} must be one or more different numbers, got {list(values)}")
+    return tuple(sorted(float(value) for value in values))

@@ -14,7 +14,7 @@ from lightning_samrefine.config import RefineConfig
 from lightning_samrefine.refine.acceptance import accepted_regions
 from lightning_samrefine.refine.refiner import Refiner
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
-from lightning_samrefine.tune.grid import Grid
+from lightning_samrefine.tune.settings import Grid
 
 
 class Sweep:

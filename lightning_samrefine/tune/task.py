@@ -21,8 +21,7 @@ from lightning_samrefine.refine.refiner import Refiner
 from lightning_samrefine.tune.callback import TuneCallback, Visitor
 from lightning_samrefine.tune.choice import Choice, best_cell, choose, folds
 from lightning_samrefine.tune.counts import GridCounts, Scoring
-from lightning_samrefine.tune.grid import Grid
-from lightning_samrefine.tune.settings import Rule
+from lightning_samrefine.tune.settings import RESAMPLES, Grid, Rule
 from lightning_samrefine.tune.sweep import Sweep, Trial
 
 
@@ -74,10 +73,7 @@ class Tuning:
         return self._interval(self.untuned_fold_totals)
 
     def _interval(self, totals: np.ndarray) -> BootstrapInterval:
-        rule = self.rule
-        return bootstrap_totals(
-            totals, resamples=rule.resamples, confidence=rule.confidence, seed=rule.seed
-        )
+        return bootstrap_totals(totals, resamples=RESAMPLES, confidence=self.rule.confidence)
 
     @property
     def config(self) -> RefineConfig:
@@ -101,7 +97,6 @@ def tune(
     datamodule: LightningDataModule | None,
     grid: Grid,
     rule: Rule,
-    fold_count: int = 5,
     ckpt_path: str | Path | None = None,
 ) -> Tuning:
     """Try a grid on a validation set and choose.
@@ -112,18 +107,13 @@ def tune(
         datamodule: Its validation loader must yield the same images in the same order twice.
         grid: The thresholds to try.
         rule: The rule of the choice.
-        fold_count: Number of folds of the cross-validation, at least 2.
         ckpt_path: Lightning checkpoint of the segmenter.
 
     Raises:
-        MisconfigurationException: No `TuneCallback`, or fewer than two images.
-        ValueError: Fewer than two folds, or images that differ between the passes.
+        MisconfigurationException: Fewer than two images.
+        ValueError: Images that differ between the passes.
     """
-    if fold_count < 2:
-        raise ValueError(f"folds must be at least 2, got {fold_count}")
-    callback = next(iter(callbacks_of(trainer, TuneCallback)), None)
-    if callback is None:
-        raise MisconfigurationException("trainer must have a TuneCallback, got none")
+    (callback,) = callbacks_of(trainer, TuneCallback)
 
     def visit(visitor: Callable[[Scoring], Visitor]) -> None:
         callback.visitor = visitor
@@ -159,7 +149,7 @@ def tune(
     choice = choose(counts, grid, every, rule)
     configs = [[choice.config(grid, sweep.base)] * 2 for _ in every]
     untuned = np.empty_like(counts.totals(0, rule.objective))
-    parts = folds(len(counts), fold_count)
+    parts = folds(len(counts), rule.folds)
     for part in parts:
         others = np.setdiff1d(every, part)
         without = choose(counts, grid, others, rule).config(grid, sweep.base)

@@ -17,7 +17,7 @@ from writer_cases import Named, Predicting, predict, rows
 
 from lightning_samrefine import RefineConfig, Refiner, SAMRefineCallback
 from lightning_samrefine.tune.counts import Scoring
-from lightning_samrefine.tune.grid import Grid
+from lightning_samrefine.tune.settings import Grid
 from lightning_samrefine.tune.sweep import Sweep
 
 HW = (70, 90)

@@ -25,7 +25,7 @@ from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 from lightning_samrefine.reporting.summary import print_whole
 from lightning_samrefine.tune.choice import gain
 from lightning_samrefine.tune.counts import Scoring
-from lightning_samrefine.tune.grid import Grid
+from lightning_samrefine.tune.settings import Grid
 from lightning_samrefine.tune.sweep import Sweep
 
 SCORING = Scoring(num_classes=4, ignore_index=255, trimap_width=2)

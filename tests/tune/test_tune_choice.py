@@ -15,9 +15,8 @@ from lightning_samrefine.config_files import read_refine
 from lightning_samrefine.metrics.bootstrap import class_ious
 from lightning_samrefine.tune.choice import best_cell, choose, folds, gain
 from lightning_samrefine.tune.counts import GridCounts, Scoring, Truth
-from lightning_samrefine.tune.grid import Grid
 from lightning_samrefine.tune.report import NO_HELP
-from lightning_samrefine.tune.settings import Rule
+from lightning_samrefine.tune.settings import Grid, Rule
 
 pytestmark = pytest.mark.numerical
 
