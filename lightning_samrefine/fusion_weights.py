@@ -42,8 +42,7 @@ class LogLinear:
         biases: C biases, one for each class.
 
     Raises:
-        ValueError: Unknown, repeated or unordered features, another number of weights than of
-            features, no class, or a number that is not finite.
+        ValueError: Unknown, repeated or unordered features, or a number that is not finite.
     """
 
     features: tuple[str, ...]
@@ -51,14 +50,12 @@ class LogLinear:
     biases: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        check_features(self.features)
-        if len(self.weights) != len(self.features):
+        ordered = tuple(name for name in FEATURES if name in self.features)
+        if self.features != ordered or "raw" not in ordered:
             raise ValueError(
-                f"weights must be {len(self.features)} numbers, one for each of "
-                f"{', '.join(self.features)}, got {len(self.weights)}"
+                f"features must be 'raw' and any of {', '.join(map(repr, FEATURES[1:]))} in this "
+                f"order, got {', '.join(map(repr, self.features)) or 'none'}"
             )
-        if not self.biases:
-            raise ValueError("biases must be one number for each class, got none")
         for name, values in (("weights", self.weights), ("biases", self.biases)):
             if not all(abs(value) < float("inf") for value in values):
                 raise ValueError(f"{name} must be finite numbers, got {list(values)}")
@@ -71,8 +68,8 @@ class LogLinear:
     @classmethod
     def preset(cls, features: Sequence[str], num_classes: int) -> LogLinear:
         """Return the weights of the soft fusion without biases."""
-        names = check_features(features)
-        return cls(names, tuple(PRESET_WEIGHTS[name] for name in names), (0.0,) * num_classes)
+        weights = tuple(PRESET_WEIGHTS[name] for name in features)
+        return cls(tuple(features), weights, (0.0,) * num_classes)
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,8 @@ class FusionWeights:
 
     Raises:
         TypeError: A value of the wrong type.
-        ValueError: Numbers of classes that differ, a control with features of SAM, or a value
-            outside its range.
+        ValueError: Equal names of classes, a control with features of SAM, or a value outside its
+            range.
     """
 
     fusion: LogLinear
@@ -107,28 +104,14 @@ class FusionWeights:
     source: str = field(default="this run", compare=False)
 
     def __post_init__(self) -> None:
-        num_classes = len(self.classes)
-        if len(set(self.classes)) < num_classes:
+        if not self.classes or len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes must be different names, got {list(self.classes)}")
-        for name in ("fusion", "control"):
-            count = getattr(self, name).num_classes
-            if count != num_classes:
-                raise ValueError(
-                    f"{name}.biases must be {num_classes} numbers, one for each class, got {count}"
-                )
         of_sam = [name for name in self.control.features if name in SAM_FEATURES]
         if of_sam:
             raise ValueError(f"control.features must be without SAM's, got {', '.join(of_sam)}")
         if not isinstance(self.refine, bool):
             raise TypeError(f"refine must be true or false, got {self.refine!r}")
         check_count("images", self.images, least=0)
-        for c in self.frozen_classes:
-            if check_count("frozen_classes", c, least=0) >= num_classes:
-                raise ValueError(f"frozen_classes must be below {num_classes}, got {c}")
-        if list(self.frozen_classes) != sorted(set(self.frozen_classes)):
-            raise ValueError(
-                f"frozen_classes must be different and ascending, got {list(self.frozen_classes)}"
-            )
         for name in ("found", "sam"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a string, got {getattr(self, name)!r}")
@@ -183,6 +166,8 @@ class FusionWeights:
         if unknown:
             listed = ", ".join(map(str, unknown))
             raise ValueError(f"frozen_classes must be among {', '.join(names)}, got {listed}")
+        if len(set(frozen)) < len(frozen):
+            raise ValueError(f"frozen_classes must be different names, got {frozen}")
         control = _checked_mapping("control", values["control"])
         _check_keys("control", control, ("features", "biases"))
         return cls(
@@ -235,19 +220,3 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)
-
-
-def check_features(features: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of features as a tuple.
-
-    Raises:
-        ValueError: An unknown or repeated name, another order than that of `FEATURES`, or no
-            ``"raw"``.
-    """
-    ordered = tuple(name for name in FEATURES if name in features)
-    if tuple(features) != ordered or "raw" not in ordered:
-        raise ValueError(
-            f"features must be 'raw' and any of {', '.join(map(repr, FEATURES[1:]))} in this "
-            f"order, got {', '.join(map(repr, features)) or 'none'}"
-        )
-    return ordered

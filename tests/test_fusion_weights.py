@@ -90,6 +90,7 @@ def damaged(key: str, value: object) -> dict:
         ("classes", "road", TypeError, "classes must be a list of strings"),
         ("classes", ["road", "sky", True], TypeError, "classes must be a list of strings"),
         ("classes", ["road", "sky", "sky", "true"], ValueError, "classes must be different"),
+        ("classes", [], ValueError, "frozen_classes must be among"),
         ("frozen_classes", ["tree"], ValueError, "frozen_classes must be among .*, got tree"),
         ("frozen_classes", ["sky", "sky"], ValueError, "frozen_classes must be different"),
         ("frozen_classes", "sky", TypeError, "frozen_classes must be a list"),
@@ -153,17 +154,3 @@ def test_a_file_without_a_sam_is_read():
 def test_weights_need_the_soft_masks():
     with pytest.raises(ValueError, match="unsupported_weight must be above 0 with weights"):
         RefineConfig(weights="auto")
-
-
-def test_weights_of_different_numbers_of_classes_are_refused():
-    with pytest.raises(ValueError, match=r"control.biases must be 2 numbers"):
-        FusionWeights(
-            LogLinear(("raw",), (1.0,), (0.0,) * 2), LogLinear(("raw",), (1.0,), (0.0,)), ("a", "b")
-        )
-    with pytest.raises(ValueError, match="frozen_classes must be below 1, got 1"):
-        FusionWeights(
-            LogLinear(("raw",), (1.0,), (0.0,)),
-            LogLinear(("raw",), (1.0,), (0.0,)),
-            ("a",),
-            frozen_classes=(1,),
-        )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.fusion_weights import FEATURES
+from lightning_samrefine.metrics.trimap import valid_pixels
 from lightning_samrefine.refine.fusion.features import FeatureMaps
 from lightning_samrefine.utils.device import Download, upload
 
@@ -44,26 +45,11 @@ class ImageSample:
     target: Tensor
     raw: Tensor
 
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return self.features.shape[1]
-
     def __len__(self) -> int:
         return len(self.target)
 
     def select(self, names: Sequence[str]) -> Tensor:
-        """Return the named features, (F, C, N) float64.
-
-        Raises:
-            ValueError: A feature that was not sampled.
-        """
-        missing = [name for name in names if name not in self.names]
-        if missing:
-            raise ValueError(
-                f"names must be among the sampled features {', '.join(self.names)}, got "
-                f"{', '.join(missing)}"
-            )
+        """Return the named features, (F, C, N) float64."""
         return self.features[[self.names.index(name) for name in names]].double()
 
 
@@ -120,26 +106,11 @@ class PixelSample:
             raw: (H, W) integer, the raw label map.
             group: Images of one scene, patient or video share a group; the key if None.
             ignore_index: A value of ``target`` that is not a class, even in [0, C).
-
-        Raises:
-            ValueError: Shapes or a number of classes that do not fit.
         """
-        num_classes, *image_hw = maps.probs.shape
-        if num_classes != self.num_classes:
-            raise ValueError(f"maps must be those of {self.num_classes} classes, got {num_classes}")
-        for name, labels in (("target", target), ("raw", raw)):
-            if list(labels.shape) != image_hw:
-                raise ValueError(
-                    f"{name} must be of shape {tuple(image_hw)}, that of the image, got "
-                    f"{tuple(labels.shape)}"
-                )
         if not self.wants(key):
             return False
         flat = target.flatten()
-        valid = (flat >= 0) & (flat < num_classes)
-        if ignore_index is not None:
-            valid &= flat != ignore_index
-        labeled = valid.nonzero()[:, 0]
+        labeled = valid_pixels(flat, self.num_classes, ignore_index).nonzero()[:, 0]
         if len(labeled) == 0:
             return False
         rng = np.random.default_rng(priority(key))
@@ -147,7 +118,7 @@ class PixelSample:
         drawn = np.sort(rng.choice(len(labeled), size=count, replace=False))
         pixels = labeled[upload(drawn, labeled.device)]
         known = raw.flatten()[pixels]
-        known = torch.where((known >= 0) & (known < num_classes), known, -1)
+        known = torch.where((known >= 0) & (known < self.num_classes), known, -1)
         drawn_pixels = Download(
             maps.at(pixels).half(), flat[pixels].to(torch.int16), known.to(torch.int16)
         )
@@ -156,19 +127,8 @@ class PixelSample:
         return True
 
     def merge(self, others: Iterable[ImageSample]) -> None:
-        """Add what another process collected.
-
-        Args:
-            others: Its images, in any order.
-
-        Raises:
-            ValueError: An image of another number of classes.
-        """
+        """Add what another process collected, its images in any order."""
         for image in others:
-            if image.num_classes != self.num_classes:
-                raise ValueError(
-                    f"others must be of {self.num_classes} classes, got {image.num_classes}"
-                )
             if self.wants(image.key):
                 self._keep(image)
 
@@ -196,12 +156,7 @@ def assign_folds(samples: Sequence[ImageSample], count: int) -> np.ndarray:
 
     Returns:
         (N,) int64, the fold of each image.
-
-    Raises:
-        ValueError: Fewer than two folds.
     """
-    if count < 2:
-        raise ValueError(f"count must be at least 2, got {count}")
     groups = sorted({sample.group for sample in samples}, key=priority)
     fold = {group: index % count for index, group in enumerate(groups)}
     return np.array([fold[sample.group] for sample in samples], dtype=np.int64)

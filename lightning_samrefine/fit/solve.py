@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.fit.sample import ImageSample, assign_folds
-from lightning_samrefine.fusion_weights import LogLinear, check_features
+from lightning_samrefine.fusion_weights import LogLinear
 from lightning_samrefine.refine.fusion.features import class_scores
 
 FOLDS = 4
@@ -60,11 +60,8 @@ def fit(
         features: Names of features that all images have.
         num_classes: C.
         start: Where the search starts; the minimum does not depend on it.
-
-    Raises:
-        ValueError: An image that lacks a feature or has another number of classes.
     """
-    return _minimize(_Problem(samples, check_features(features), num_classes), start)
+    return _minimize(_Problem(samples, tuple(features), num_classes), start)
 
 
 def cross_validate(
@@ -76,9 +73,6 @@ def cross_validate(
         samples: N images of at least two groups.
         features: Names of features that all images have.
         num_classes: C.
-
-    Raises:
-        ValueError: An image that lacks a feature or has another number of classes.
     """
     weights = fit(samples, features, num_classes)
     folds = assign_folds(samples, FOLDS).tolist()
@@ -120,10 +114,6 @@ class _Problem:
         self.names = names
         self.parts: list[tuple[Tensor, Tensor]] = []
         for sample in samples:
-            if sample.num_classes != num_classes:
-                raise ValueError(
-                    f"samples must be of {num_classes} classes, got {sample.num_classes}"
-                )
             self.parts.append((sample.select(names)[:, :, ::every], sample.target[::every].long()))
         self.pixels = sum(len(target) for _, target in self.parts)
         self.prior = torch.tensor(

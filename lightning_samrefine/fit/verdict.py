@@ -130,7 +130,6 @@ def judge(
     images: Sequence[PixelLabels],
     num_classes: int,
     weights: LogLinear | None = None,
-    seed: int = 0,
 ) -> Verdict:
     """Decide what to refine.
 
@@ -146,13 +145,7 @@ def judge(
         weights: The fitted weights. If they hardly use the raw prediction and the colors of its
             classes, its targets belong to other images, or it is of no use: a gain would come from
             the frequencies of the classes, and nothing is refined.
-        seed: Of the bootstrap's draws.
-
-    Raises:
-        ValueError: No image.
     """
-    if not images:
-        raise ValueError("images must be at least one, got none")
 
     def confusions(side: str, frozen: Sequence[int] = ()) -> np.ndarray:
         kept = [image.with_frozen(frozen, num_classes) for image in images]
@@ -160,16 +153,16 @@ def judge(
 
     raw, control = confusions("raw"), confusions("control")
     unrelated = weights is not None and _raw_and_color(weights) < _MIN_RAW_AND_COLOR
-    losers = _certain_losers(lambda frozen: confusions("refined", frozen), raw, seed)
+    losers = _certain_losers(lambda frozen: confusions("refined", frozen), raw)
     for frozen in ([] if unrelated else losers, []):
         refined = confusions("refined", frozen)
-        gain = paired_bootstrap(raw, refined, seed=seed)
+        gain = paired_bootstrap(raw, refined)
         if gain.low > 0:
             break
     return Verdict(
         gain=gain,
-        control=paired_bootstrap(raw, control, seed=seed),
-        over_control=paired_bootstrap(control, refined, seed=seed),
+        control=paired_bootstrap(raw, control),
+        over_control=paired_bootstrap(control, refined),
         frozen_classes=tuple(sorted(frozen)),
         refine=gain.low > 0 and not unrelated,
         unrelated=unrelated,
@@ -181,19 +174,16 @@ def _raw_and_color(weights: LogLinear) -> float:
     return sum(weight for name, weight in pairs if name in ("raw", "color"))
 
 
-def _certain_losers(
-    refined: Callable[[list[int]], np.ndarray], raw: np.ndarray, seed: int
-) -> list[int]:
+def _certain_losers(refined: Callable[[list[int]], np.ndarray], raw: np.ndarray) -> list[int]:
     """Return the classes to freeze, so that no other class certainly loses.
 
     Args:
         refined: Returns the counts of the refinement with some classes frozen.
         raw: The counts of the raw prediction.
-        seed: Of the bootstrap's draws.
     """
     frozen: list[int] = []
     while True:
-        _, high = bootstrap_class_gains(raw, refined(frozen), seed=seed)
+        _, high = bootstrap_class_gains(raw, refined(frozen))
         high[frozen] = 0.0
         worst = int(high.argmin())
         if not high[worst] < 0:

@@ -100,15 +100,12 @@ def bootstrap_totals(
     return BootstrapInterval(float(gain), float(low), float(high), confidence, len(totals))
 
 
-def bootstrap_class_gains(
-    raw: np.ndarray, refined: np.ndarray, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def bootstrap_class_gains(raw: np.ndarray, refined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bound each class's gain in IoU as `paired_bootstrap` bounds that in mIoU by default.
 
     Args:
         raw: As for `paired_bootstrap`.
         refined: As for `paired_bootstrap`.
-        seed: Of the draws.
 
     Returns:
         Lower and upper ends of the percentile intervals, (C,) float64 each. In a resample without
@@ -118,7 +115,7 @@ def bootstrap_class_gains(
         ValueError: As `paired_bootstrap`.
     """
     totals = _image_totals(raw, refined)
-    gains = [class_gains(sums) for sums in _sums(totals, _RESAMPLES, seed)]
+    gains = [class_gains(sums) for sums in _sums(totals, _RESAMPLES, seed=0)]
     tail = (1 - _CONFIDENCE) / 2
     low, high = np.quantile(np.concatenate(gains), [tail, 1 - tail], axis=0)
     return low, high

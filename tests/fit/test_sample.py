@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,20 +156,3 @@ def test_folds_keep_groups_together_and_are_balanced():
     assert all(len(folds) == 1 for folds in of_group.values())
     backwards = assign_folds(images[::-1], 3)
     assert backwards[::-1].tolist() == fold.tolist()
-
-
-def test_what_does_not_fit_is_refused():
-    key, maps, target, raw = image(0)
-    with pytest.raises(ValueError, match="maps must be those of 5 classes, got 4"):
-        PixelSample(5).add(key, maps, target, raw)
-    with pytest.raises(ValueError, match="target must be of shape"):
-        PixelSample(C).add(key, maps, target[1:], raw)
-    with pytest.raises(ValueError, match="raw must be of shape"):
-        PixelSample(C).add(key, maps, target, raw[:, 1:])
-    with pytest.raises(ValueError, match="others must be of 5 classes, got 4"):
-        PixelSample(5).merge(collected([0]))
-    (sample,) = collected([0])
-    with pytest.raises(ValueError, match=r"names must be among .*region_votes, got entropy"):
-        sample.select(("raw", "entropy"))
-    with pytest.raises(ValueError, match="count must be at least 2, got 1"):
-        assign_folds([sample], 1)

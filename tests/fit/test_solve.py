@@ -153,15 +153,6 @@ def test_labels_shuffled_between_images_predict_a_loss_or_nothing(images):
     assert np.abs(found.weights).max() < 0.2
 
 
-def test_images_that_do_not_fit_are_refused(images: list[ImageSample]):
-    with pytest.raises(ValueError, match="samples must be of 5 classes, got 4"):
-        fit(images, NAMES, 5)
-    with pytest.raises(ValueError, match=r"names must be among .*got presence"):
-        fit(images, ("raw", "presence"), C)
-    with pytest.raises(ValueError, match="features must be 'raw'"):
-        fit(images, ("color",), C)
-
-
 def test_many_classes_are_fitted_in_little_memory():
     truth = LogLinear(("raw",), (1.0,), (0.0,) * 150)
     samples = [image(index, truth, pixels=600) for index in range(8)]

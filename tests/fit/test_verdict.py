@@ -182,8 +182,3 @@ def test_a_class_in_one_image_alone_is_not_certainly_lost():
     ]
     odd = PixelLabels(rare, rare, torch.zeros_like(rare), rare)
     assert 3 not in judge([*without, odd], C).frozen_classes
-
-
-def test_no_image_is_refused():
-    with pytest.raises(ValueError, match="images must be at least one, got none"):
-        judge([], C)
