@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -42,6 +42,21 @@ def is_monitored(trainer: Trainer, name: str) -> bool:
         return True
     files = (getattr(callback, "filename", None) for callback in callbacks_of(trainer, Callback))
     return any(f"{{{name}" in file for file in files if isinstance(file, str))
+
+
+def show_again(trainer: Trainer, figures: Mapping[str, float]) -> None:
+    """Show monitors the last values, in a validation that is not measured.
+
+    Lightning does so itself, but forgets them where a fit is resumed.
+
+    Args:
+        trainer: With the callbacks and schedulers that monitor.
+        figures: The last values, by the names that they were logged under.
+    """
+    seen, device = trainer.callback_metrics, trainer.strategy.root_device
+    for name, value in figures.items():
+        if name not in seen and is_monitored(trainer, name):
+            seen[name] = torch.tensor(value, device=device)
 
 
 def warn_unmatched(patterns: Sequence[str], figures: Iterable[str]) -> None:

@@ -94,7 +94,7 @@ class Presenter:
         self.report = Path(report) if isinstance(report, str) else report
         self.name = name
         # By path, for one callback may attend several runs: then by stage and loader.
-        self._sections: dict[Path, dict[tuple[str, str], ReportSection]] = {}
+        self._sections: dict[Path, dict[tuple[str, int], ReportSection]] = {}
         self._drawn: set[Path] = set()
         self._report_paths: dict[Path, Path] = {}
 
@@ -259,7 +259,7 @@ class Presenter:
             here = (one.stage, one.index)
             same = [h for h in history if (h["stage"], h["dataloader_idx"]) == here]
             by_step = in_epochs and curve_unit(same) == "step"
-            sections[one.stage, one.suffix] = ReportSection(
+            sections[here] = ReportSection(
                 title=title + (f", dataloader {one.index}" if one.suffix else ""),
                 epoch=trainer.current_epoch if in_epochs else None,
                 step=logged_step(trainer) if by_step else None,

@@ -30,7 +30,11 @@ from lightning_samrefine.callbacks.arguments import (
 )
 from lightning_samrefine.callbacks.base_callback import SAMCallback
 from lightning_samrefine.callbacks.evaluation import Evaluation, EvaluationOptions
-from lightning_samrefine.callbacks.monitored_figures import DEFAULT_LOG, DEFAULT_PROG_BAR
+from lightning_samrefine.callbacks.monitored_figures import (
+    DEFAULT_LOG,
+    DEFAULT_PROG_BAR,
+    show_again,
+)
 from lightning_samrefine.callbacks.presenter import Presenter
 from lightning_samrefine.callbacks.step_outputs import Prediction, parse_key
 from lightning_samrefine.config import RefineConfig
@@ -41,7 +45,7 @@ from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, mak
 from lightning_samrefine.utils.validation import check_count
 
 # What a resumed fit goes on with, by attribute.
-_OF_A_FIT = ("history", "_history_start", "_validations")
+_OF_A_FIT = ("history", "figures", "_history_start", "_validations")
 
 
 class SAMRefineCallback(SAMCallback):
@@ -135,7 +139,7 @@ class SAMRefineCallback(SAMCallback):
     Attributes:
         history: Every figure, logged or not, one dict per evaluation and loader, with ``stage``,
             ``epoch``, ``step``, ``dataloader_idx``. A resumed fit goes on with its checkpoint's.
-        figures: Those of the last evaluation of each stage, by their whole names.
+        figures: Those of the last evaluation of each stage, by their whole names; likewise.
 
     Raises:
         MisconfigurationException: No number of classes, or one that contradicts ``class_names``;
@@ -219,10 +223,8 @@ class SAMRefineCallback(SAMCallback):
         self.prog_bar = parse_patterns("prog_bar", prog_bar)
         self.add_to_outputs = parse_key(add_to_outputs)
         # "auto" is settled against the classes when these are known, see `TargetCheck`.
-        self._ignore_index = parse_ignore_index(ignore_index)
-        self.ignore_index = (
-            DEFAULT_IGNORE_INDEX if self._ignore_index == "auto" else self._ignore_index
-        )
+        self._ignore_index = ignored = parse_ignore_index(ignore_index)
+        self.ignore_index = DEFAULT_IGNORE_INDEX if ignored == "auto" else ignored
         self.name = parse_name(name)
         self.presenter = Presenter(panels, panels_every_n_epochs, panels_width, report, self.name)
         self.history: list[dict[str, Any]] = []
@@ -277,8 +279,7 @@ class SAMRefineCallback(SAMCallback):
         check_different(callbacks_of(trainer, SAMRefineCallback))
         if trainer.barebones:
             rank_zero_warn(
-                "SAMRefineCallback: Trainer(barebones=True) logs nothing; the figures are in the "
-                "callback's history alone"
+                "SAMRefineCallback: Trainer(barebones=True) logs nothing; history has the figures"
             )
         # Without a second epoch nothing is read again from memory.
         once = self.cache == "memory" and stage != "fit"
@@ -377,6 +378,7 @@ class SAMRefineCallback(SAMCallback):
 
     def _finish(self, trainer: Trainer, stage: str) -> None:
         if not isinstance(self._evaluation, Evaluation):
+            show_again(trainer, self.figures)
             return
         self.history = self.history + self._evaluation.finish(trainer, stage)
         others = {k: v for k, v in self.figures.items() if not k.startswith(f"{stage}/")}

@@ -113,7 +113,7 @@ def test_checkpoints_and_optimizers_hold_nothing_of_it(callback, tmp_path):
     )
     assert contents["state_dict"].keys() == expected["state_dict"].keys()
     state = contents["callbacks"].pop(callback.state_key)
-    assert set(state) == {"history", "_history_start", "_validations"}
+    assert set(state) == {"history", "figures", "_history_start", "_validations"}
     assert contents["callbacks"] == expected["callbacks"]
     parameters = {id(p) for p in module.parameters()}
     assert {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]} == parameters

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning_stubs import SILENT, Segmenter, loader
 
 
-def fit(callback, epochs, checkpoint=None):
-    trainer = Trainer(**SILENT, max_epochs=epochs, callbacks=[callback])
+def fit(callback, epochs, checkpoint=None, others=(), **kwargs):
+    trainer = Trainer(**{**SILENT, "max_epochs": epochs, **kwargs}, callbacks=[callback, *others])
     trainer.fit(Segmenter("logits"), loader(2), loader(2), ckpt_path=checkpoint)
     return trainer
 
@@ -36,6 +37,30 @@ def test_history_survives_a_resume(make, tmp_path):
     again = make(name="again")
     fit(again, 2, path)
     assert [entry["epoch"] for entry in again.history] == [1], "another callback's state"
+
+
+@pytest.mark.parametrize("kind", [ModelCheckpoint, EarlyStopping])
+def test_monitors_see_the_last_values_after_a_resume(make, tmp_path, kind):
+    def run(name, epochs, checkpoint=None):
+        where = {"dirpath": tmp_path / name} if kind is ModelCheckpoint else {}
+        other = kind(monitor="val/miou_refined", mode="max", **where)
+        trainer = fit(
+            make(every_n_epochs=3), epochs, checkpoint, [other],
+            enable_checkpointing=kind is ModelCheckpoint,
+        )  # fmt: skip
+        return trainer, other, trainer.callback_metrics.get("val/miou_refined")
+
+    _, whole, expected = run("whole", 3)
+    path = tmp_path / "one.ckpt"
+    run("parts", 1)[0].save_checkpoint(path)
+    _, resumed, seen = run("parts", 3, path)  # epochs 1 and 2 are not measured
+    assert seen == expected
+    if kind is EarlyStopping:
+        assert (resumed.wait_count, resumed.best_score) == (whole.wait_count, whole.best_score)
+        assert whole.wait_count == 2
+    else:
+        assert resumed.best_model_score == whole.best_model_score == expected
+        assert len(list((tmp_path / "parts").glob("*.ckpt"))) == 1, "an equal value is no better"
 
 
 def test_a_fit_that_goes_back_forgets_what_came_after(make, tmp_path):

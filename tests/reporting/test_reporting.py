@@ -320,8 +320,9 @@ class TestFolders:
     def test_an_evaluation_replaces_all_loaders_of_its_stage(self, make, tmp_path):
         callback = make(report=tmp_path / "r.html")
         trainer = Trainer(**SILENT, callbacks=[callback])
-        trainer.validate(Segmenter(), [loader(2), loader(2, seed=1)], verbose=False)
-        assert len(headings(tmp_path / "r.html")) == 2
+        trainer.validate(Segmenter(), [loader(1) for _ in range(11)], verbose=False)
+        expected = [("val", f", dataloader {index}") for index in range(11)]
+        assert headings(tmp_path / "r.html") == expected
         trainer.validate(Segmenter(), loader(2), verbose=False)
         assert headings(tmp_path / "r.html") == [("val", "")]
 
