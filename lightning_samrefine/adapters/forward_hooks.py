@@ -130,8 +130,10 @@ class ScoresCapture:
         self._batches[dataloader_idx] += 1
         self._notes_inputs = self._batches[dataloader_idx] <= _NOTED_BATCHES
         self._batch = snapshot([batch], MAX_DEPTH + 1)
-        batched = (one.value for one in leaves(batch) if isinstance(one.value, Tensor))
-        self._channels = CHANNELS | {one.shape[1] for one in batched if one.ndim == 4}
+        if self._notes_inputs:
+            found = [leaf.value for leaf in leaves(batch) if isinstance(leaf.value, Tensor)]
+            maps = (one for one in found if one.ndim == 4 and not one.is_nested)
+            self._channels = CHANNELS | {one.shape[1] for one in maps}
         self._armed = True
 
     def whole(self, batch: Any) -> Any:
@@ -238,9 +240,10 @@ class ScoresCapture:
         followed = [one for one in self._calls if _follows(scores, one, given)]
         is_rival = self._notes_inputs and any(one.name is None for one in followed)
         if self._notes_inputs and not any(one.is_among(values) for one in self._calls):
-            is_rival = any(
-                not recolors(scores, image) for image in images_in(values, self._channels)
-            )
+            # Made of the image or of scores; a normalization comes before the module's own call.
+            is_late = any(one.name is None for one in self._calls)
+            inputs = images_in(values, self._channels | {scores.shape[1]})
+            is_rival = any(is_late or not recolors(scores, one) for one in inputs)
         followed = [one for one in followed if one.name is not None]
         self._calls = [one for one in self._calls if not any(one is other for other in followed)]
         # Scores computed from others have the same view.

@@ -302,6 +302,8 @@ def _single_samples(outputs: Any) -> list[Tensor]:
 
 def _may_hold_classes(path: tuple[str | int, ...]) -> bool:
     name = str(path[-1]).lower() if path else ""
+    if name in ("label", "labels"):  # as likely a prediction as a target
+        return True
     return (
         name not in IMAGE_NAMES and not OTHER_PATTERN.search(name) and not _NO_CLASSES.search(name)
     )

@@ -211,6 +211,13 @@ def test_a_child_that_works_on_scores_alone_replaces_them(binary):
     assert torch.equal(capture.take()[0], expected)
 
 
+def test_a_batch_may_hold_nested_tensors(network, capture):
+    nested = torch.nested.nested_tensor([torch.rand(3, 4, 5), torch.rand(3, 6, 5)])
+    capture.arm({"image": X, "nested": nested})
+    expected = network(X)
+    assert torch.equal(capture.take()[0], expected)
+
+
 class Teacher(nn.Module):
     """A network, an average of its weights and modules around them."""
 
@@ -219,6 +226,7 @@ class Teacher(nn.Module):
         self.body, self.ema = nn.Conv2d(3, C, 3, padding=1), nn.Conv2d(3, C, 3, padding=1)
         self.normalize = nn.BatchNorm2d(3).eval()
         self.smooth = nn.AvgPool2d(3, 1, 1)
+        self.calibrate = nn.Conv2d(C, C, 1)
         self.classes = Classes()
 
     def forward(self, x, labels: bool = False):
@@ -238,6 +246,8 @@ class Classes(nn.Module):
         (lambda module: (module(X), module.ema(X)), ["self.ema(…)"]),
         (lambda module: (module(X), module.body(X.flip(-1))), ["self.body(…)"]),
         (lambda module: module.smooth(module(X)), ["self.smooth(…)"]),
+        (lambda module: module.smooth(module(X).softmax(dim=1)), ["self.smooth(…)"]),
+        (lambda module: module.calibrate(module(X) / 2), ["self.calibrate(…)"]),
         (lambda module: module.classes(module(X)), ["self.classes(…)"]),
         (lambda module: module(X), []),
         (lambda module: module(module.normalize(X)), []),

@@ -339,6 +339,7 @@ class TestLabelMapsBesideALoss:
             lambda loss, labels: {"loss": loss, "refined": labels.to(torch.uint8)},
             lambda loss, labels: {"loss": loss, "result": labels, "u": torch.rand(2, *HW)},
             lambda loss, labels: {"loss": loss, "mask": labels},
+            lambda loss, labels: {"loss": loss, "labels": labels},
             lambda loss, labels: (loss, labels),
         ],
     )
