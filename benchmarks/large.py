@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.camvid.data import REPOSITORY, SAM_WEIGHTS, data_root
-from benchmarks.domains.counts import count, ious
-from benchmarks.domains.pairs import class_names, examples
 from lightning_samrefine import RefineConfig, Refiner, load_sam
+from lightning_samrefine.models.base import Promptable
 from lightning_samrefine.utils.machine import describe_machine
 
 PAGE = REPOSITORY / "benchmarks" / "LARGE.md"
@@ -38,52 +39,106 @@ CASES = {
 }
 
 
-def mosaic(root: Path, split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Put the aerial set's tiles side by side, cut to the size of the smallest.
+Tile = tuple[Tensor, Tensor, Tensor]
+
+
+def aerial_tiles(root: Path, split: str) -> list[Tile]:
+    """Return tiles of the aerial set for a square mosaic, cut to the size of the smallest.
 
     Returns:
-        (3, H, W) uint8, (C, H, W) float32 probabilities of its network and (H, W) int64 targets.
+        Each (3, h, w) uint8, (C, h, w) float32 probabilities of its network and (h, w) int64
+        targets.
     """
+    from benchmarks.domains.pairs import examples
+
     tiles = [
-        (example.image, example.predict(), example.target[None])
+        (example.image, example.predict(), example.target)
         for example in examples(root, "aerial", split)
     ]
-    height, width = (min(image.shape[axis] for image, _, _ in tiles) for axis in (1, 2))
+    height, width = (min(target.shape[axis] for *_, target in tiles) for axis in (0, 1))
+    side = int(len(tiles) ** 0.5)
+    return [
+        (image[:, :height, :width], probs[:, :height, :width], target[:height, :width])
+        for image, probs, target in tiles[: side * side]
+    ]
+
+
+def mosaic(tiles: Sequence[Tile]) -> Tile:
+    """Put a square number of tiles side by side, row by row."""
     side = int(len(tiles) ** 0.5)
     parts = []
     for kind in range(3):
-        cut = [tile[kind][:, :height, :width] for tile in tiles[: side * side]]
-        rows = [torch.cat(cut[start : start + side], dim=2) for start in range(0, len(cut), side)]
-        parts.append(torch.cat(rows, dim=1))
+        rows = [
+            torch.cat([tile[kind] for tile in tiles[start : start + side]], dim=-1)
+            for start in range(0, len(tiles), side)
+        ]
+        parts.append(torch.cat(rows, dim=-2))
     image, probs, target = parts
-    return image, probs, target[0]
+    return image, probs, target
+
+
+def fitted(sam: Promptable, tiles: Sequence[Tile], classes: Sequence[str]) -> list[RefineConfig]:
+    """Fit ``"auto"`` to tiles; return the thresholds for each, fitted without it."""
+    from benchmarks.domains.pairs import IGNORED
+    from lightning_samrefine.adapters.batch_adapter import RefineInputs
+    from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
+    from lightning_samrefine.fit.auto import AutoFusion
+
+    preset, auto = RefineConfig.preset("auto"), AutoFusion(classes)
+    refiner = AutoRefiner(Refiner(sam, preset), auto, IGNORED)
+    for number, (image, probs, target) in enumerate(tiles):
+        labels = [probs.argmax(0)]
+        refiner.sample(RefineInputs([image], [probs], labels, [target], groups=[str(number)]))
+    print(auto.finish(), flush=True)
+    assert auto.fitted is not None, "a fit needs at least 8 tiles"
+    weights = [auto.fitted.weights_for(str(number)) for number in range(len(tiles))]
+    return [replace(preset, weights=own) for own in weights]
 
 
 def quality(root: Path, kept: Path) -> list[dict[str, Any]]:
     """Return the mIoU of the mosaic in %, raw and refined in every way, and keep it for `measure`.
 
+    A tile of the mosaic is refined by ``auto`` with weights that were fitted without it.
+
     Args:
         root: The data folder.
         kept: Where the mosaic is kept.
     """
+    # Here, so that no process whose memory is measured imports them.
+    from benchmarks.domains.counts import count, ious
+    from benchmarks.domains.pairs import class_names
+
     torch.set_num_threads(1)
-    image, probs, target = mosaic(root, "val")
+    tiles, classes = aerial_tiles(root, "val"), class_names(root, "aerial")
+    image, probs, target = mosaic(tiles)
     np.savez(kept, image=image.numpy(), probs=probs.numpy(), target=target.numpy())
     sam = load_sam("vit_t", checkpoint=root / SAM_WEIGHTS)
     found = []
 
     def add(name: str, labels: Tensor) -> None:
-        matrices = count(labels, target, len(class_names(root, "aerial")))
+        matrices = count(labels, target, len(classes))
         miou, trimap = (float(np.nanmean(ious(matrix))) for matrix in matrices)
         row = {"name": name, "miou": miou, "trimap": trimap, "size": list(target.shape)}
         print(row, flush=True)
         found.append(row)
 
+    def refined(config: RefineConfig) -> Tensor:
+        return Refiner(sam, config)(image, probs, with_probs=False).labels
+
     add("raw", probs.argmax(dim=0))
     for preset in ("fast", "default"):
         for name, fields in WINDOWS.items():
-            refiner = Refiner(sam, RefineConfig.preset(preset, **fields))
-            add(f"`{preset}`, {name}", refiner(image, probs, with_probs=False).labels)
+            add(f"`{preset}`, {name}", refined(RefineConfig.preset(preset, **fields)))
+    configs = fitted(sam, tiles, classes)
+    (height, width), side = tiles[0][2].shape, int(len(tiles) ** 0.5)
+    for name, fields in WINDOWS.items():
+        once = cache(lambda config, fields=fields: refined(replace(config, **fields)))
+        labels = torch.empty_like(target)
+        for number, config in enumerate(configs):
+            top, left = number // side * height, number % side * width
+            tile = slice(top, top + height), slice(left, left + width)
+            labels[tile] = once(config)[tile]
+        add(f"`auto`, {name}", labels)
     return found
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning_samrefine.data import FolderDataModule
+if TYPE_CHECKING:
+    from lightning_samrefine.data import FolderDataModule
 
 CLASS_NAMES = (
     "Sky",
@@ -59,6 +61,9 @@ def camvid(root: str | Path, stored_predictions: str | None = None) -> FolderDat
     Returns:
         Batches of one frame: image (1, 3, 360, 480) uint8, mask (1, 360, 480) int64 in [0, 11].
     """
+    # Here, so that a process whose memory is measured does without Lightning.
+    from lightning_samrefine.data import FolderDataModule
+
     folder = Path(root) / "camvid"
 
     def split(name: str) -> dict[str, Path]:

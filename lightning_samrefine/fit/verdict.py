@@ -114,10 +114,11 @@ class Verdict:
             worse = self.gain.high < 0
             finding = "costs mIoU" if worse else "adds nothing certain to mIoU:"
             return (
-                f"SAM {finding} {gain}, and {control} without SAM; "
+                f"Refining {finding} {gain}, and {control} without SAM; "
                 "every class keeps the raw prediction"
             )
-        found = f"SAM adds {gain} to mIoU, {control} of it without SAM, {by_sam} by its masks"
+        parts = f"{control} without SAM, {by_sam} by SAM's masks"
+        found = f"Refining adds {gain} to mIoU: {parts}"
         if not self.frozen_classes:
             return found
         names = [str(c) if class_names is None else class_names[c] for c in self.frozen_classes]

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CPU_ROWS = 1024  # of an image, converted to float32 at once
+
 
 def get_preprocess_shape(height: int, width: int, long_side: int) -> tuple[int, int]:
     """Return the size of an image whose long side was resized to ``long_side`` (steps 0, 5, 6).
@@ -98,14 +100,26 @@ def resize(image: Tensor, size: tuple[int, int], device: torch.device) -> Tensor
     """Resize (3, H, W) uint8 RGB with antialiasing to (1, 3, h, w) float32 in [0, 255] (step 0)."""
     # torch has no antialiasing kernel for MPS before 2.7: the CPU resizes there.
     missing = device.type == "mps" and torch.__version__ < "2.7"
-    resized = F.interpolate(
-        image[None].to("cpu" if missing else device, torch.float32),
-        size,
-        mode="bilinear",
-        align_corners=False,
-        antialias=True,
-    )
-    return resized.to(device)
+    return antialiased(image.to("cpu" if missing else device), size)[None].to(device)
+
+
+def antialiased(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (C, H, W) maps bilinearly with antialiasing to (C, h, w) float32.
+
+    On a CPU first along the rows, some at a time, as torch does inside: in float32 a large image
+    takes four times its memory.
+    """
+    rows = _CPU_ROWS if maps.device.type == "cpu" else maps.shape[1]
+    if maps.shape[1] <= rows:
+        return _antialiased(maps, size)
+    narrow = [_antialiased(part, (part.shape[1], size[1])) for part in maps.split(rows, dim=1)]
+    return _antialiased(torch.cat(narrow, dim=1), size)
+
+
+def _antialiased(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(
+        maps[None].float(), size, mode="bilinear", align_corners=False, antialias=True
+    )[0]
 
 
 def _bilinear(masks: Tensor, size: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_samrefine.refine.windows import Window
 from lightning_samrefine.utils.precision import active_autocast
 
 if TYPE_CHECKING:
-    from lightning_samrefine.refine.mask_proposals import MaskProposals
+    from lightning_samrefine.refine.mask_proposals import CompressedMasks, MaskProposals
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MaskPredictions:
         regions: N regions on the working grid.
         pred_iou: (N,) float32 on the CPU, SAM's predicted IoUs; 0 if regions are not prompted.
         low_res_logits: N maps (m, m) float32, or none.
-        region_masks: N packed masks, or None.
+        region_masks: N packed masks, of a window on the CPU compressed; or None.
         mask_proposals: Masks of the point grid; None without a grid or without a region.
         digest: The image's hash, None if no cache needed it.
         window: The part of an image that ``raw`` is, which may be at a lower resolution; None for
@@ -43,7 +43,7 @@ class MaskPredictions:
     regions: RegionSet
     pred_iou: Tensor
     low_res_logits: Sequence[Tensor] = ()
-    region_masks: MaskProposals | None = None
+    region_masks: MaskProposals | CompressedMasks | None = None
     mask_proposals: MaskProposals | None = None
     digest: str | None = None
     window: Window | None = None

@@ -31,7 +31,7 @@ from lightning_samrefine.refine.mask_predictions import (
     MaskPredictions,
     WindowPredictions,
 )
-from lightning_samrefine.refine.mask_proposals import MaskProposals, propose_masks
+from lightning_samrefine.refine.mask_proposals import CompressedMasks, MaskProposals, propose_masks
 from lightning_samrefine.refine.prompts import build_prompts
 from lightning_samrefine.refine.raw_prediction import RawPrediction
 from lightning_samrefine.refine.regions import PendingSplit, RegionSet, begin_split
@@ -135,7 +135,7 @@ class MaskPredictor:
         # All begin before the first is waited for.
         splits = [
             begin_split(
-                raw.labels,
+                raw.given_labels,
                 raw.probs,
                 config.score_thresh,
                 config.stride,
@@ -224,7 +224,7 @@ class MaskPredictor:
     def _decode(
         self,
         read: Sequence[RawPrediction],
-        regions: Sequence[RegionSet],
+        regions: list[RegionSet],
         embeddings: Mapping[int, Embedding],
         proposals: Mapping[int, MaskProposals],
         config: RefineConfig,
@@ -250,6 +250,9 @@ class MaskPredictor:
             decoded = dict(zip(prompted, outputs, strict=True))
             for i in part:
                 own = decoded.pop(i, None) or Decoded(torch.zeros(len(regions[i])))
+                if config.unsupported_weight:
+                    # Only Algorithm 4 needs the maps, a quarter of the probabilities' memory.
+                    regions[i] = regions[i].without_maps()
                 yield MaskPredictions(
                     raw=read[i],
                     regions=regions[i],
@@ -265,5 +268,9 @@ class MaskPredictor:
 
 
 def _lightened(look: MaskPredictions, raw: RawPrediction, window: Window) -> MaskPredictions:
-    """Place a look in its image, without the maps that no fusion of windows needs."""
-    return replace(look, raw=raw, regions=look.regions.without_maps(), window=window)
+    """Place a look in its image, its masks compressed: those of all windows are thousands."""
+    masks = look.region_masks
+    # On a GPU the CPU would have to wait for them.
+    if isinstance(masks, MaskProposals) and masks.packed.device.type == "cpu":
+        masks = CompressedMasks.of(masks)
+    return replace(look, raw=raw, window=window, region_masks=masks)

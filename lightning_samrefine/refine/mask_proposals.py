@@ -8,6 +8,8 @@ masks are packed to two bits a pixel, small enough to be cached.
 
 from __future__ import annotations
 
+import math
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +59,10 @@ class MaskProposals:
     def __getitem__(self, chosen: slice | Tensor) -> MaskProposals:
         return MaskProposals(self.packed[chosen], self.pred_iou[chosen], self.mask_hw)
 
+    def decompressed(self) -> MaskProposals:
+        """Return these masks, which are not compressed."""
+        return self
+
     def inside(self) -> Tensor:
         """Return the masks, (K, h_n, w_n) bool."""
         return self.probs() > 0.5
@@ -83,6 +89,34 @@ class MaskProposals:
         else:
             levels = F.embedding(self.packed.int(), of_byte).flatten(1)
         return levels[:, : height * width].unflatten(1, self.mask_hw)
+
+
+@dataclass(frozen=True)
+class CompressedMasks:
+    """Masks on the CPU in a fraction of their bytes: a large image's windows have thousands.
+
+    Attributes:
+        data: `MaskProposals.packed` by zlib.
+        pred_iou: (K,) float32.
+        mask_hw: (h_n, w_n).
+    """
+
+    data: bytes
+    pred_iou: Tensor
+    mask_hw: tuple[int, int]
+
+    @classmethod
+    def of(cls, masks: MaskProposals) -> CompressedMasks:
+        """Compress masks, fast rather than well: most are one blob."""
+        return cls(
+            zlib.compress(masks.packed.numpy().tobytes(), level=1), masks.pred_iou, masks.mask_hw
+        )
+
+    def decompressed(self) -> MaskProposals:
+        """Return the masks."""
+        packed = np.frombuffer(bytearray(zlib.decompress(self.data)), np.uint8)
+        rows = packed.reshape(len(self.pred_iou), -(-math.prod(self.mask_hw) // _PER_BYTE))
+        return MaskProposals(torch.from_numpy(rows), self.pred_iou, self.mask_hw)
 
 
 def propose_masks(

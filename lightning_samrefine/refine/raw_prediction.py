@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_samrefine.models.transforms import antialiased
 from lightning_samrefine.refine.windows import Window
 from lightning_samrefine.utils.device import plain
 
@@ -57,19 +57,10 @@ class RawPrediction:
             labels = self.given_labels[rows][:, columns]
         else:
             labels = first_argmax(torch.stack([own[rows][:, columns] for own in self.probs]))
-        # A map at a time, for an intermediate result is as large as the map.
-        return RawPrediction(
-            torch.stack([_shrunk(own, hw).round().to(torch.uint8) for own in self.image]),
-            torch.stack([_shrunk(own, hw) for own in self.probs]),
-            labels,
-        )
-
-
-def _shrunk(plane: Tensor, hw: tuple[int, int]) -> Tensor:
-    shrunk = F.interpolate(
-        plane[None, None].float(), hw, mode="bilinear", align_corners=False, antialias=True
-    )
-    return shrunk[0, 0].clamp(0, 255)
+        # A class at a time, for windows of a large image leave its probabilities where they are.
+        probs = [antialiased(own[None], hw)[0].clamp(0, 1) for own in self.probs]
+        image = antialiased(self.image, hw).round().clamp(0, 255)
+        return RawPrediction(image.to(torch.uint8), torch.stack(probs), labels)
 
 
 def read_predictions(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_samrefine.refine.raw_prediction import first_argmax
 from lightning_samrefine.utils.device import Download, upload
 from lightning_samrefine.utils.validation import check_range
 
@@ -56,7 +57,7 @@ class RegionSet:
         return self.select((distances > side).any(axis=1))
 
     def without_maps(self) -> RegionSet:
-        """Drop the maps, which take a quarter of the raw probabilities' memory."""
+        """Drop the maps of components and probabilities."""
         unused = np.broadcast_to(np.zeros(1, np.uint32), self.components.shape)
         return replace(self, components=unused, probs=self.probs.new_empty(0))
 
@@ -73,7 +74,7 @@ class RegionSet:
 
 
 def begin_split(
-    labels: Tensor,
+    labels: Tensor | None,
     probs: Tensor,
     score_thresh: float,
     stride: int,
@@ -86,7 +87,7 @@ def begin_split(
     splits of several images can be begun before the first is finished.
 
     Args:
-        labels: (H, W) int64, S. Values outside [0, C) are unknown.
+        labels: (H, W) int64, S; the argmax of ``probs`` if None. Values outside [0, C) are unknown.
         probs: (C, H, W) float32 in [0, 1], L.
         score_thresh: τ_c in [0, 1).
         stride: r ≥ 1.
@@ -167,15 +168,18 @@ def grid_shape(height: int, width: int, stride: int) -> tuple[int, int]:
     return max(1, height // stride), max(1, width // stride)
 
 
-def _downsample(labels: Tensor, probs: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+def _downsample(labels: Tensor | None, probs: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Return S_d (int64, unknown = C) and L_d (float32) on the grid (steps 1 and 2)."""
-    num_classes = probs.shape[0]
-    size = grid_shape(labels.shape[0], labels.shape[1], stride)
+    num_classes, *image_hw = probs.shape
+    size = grid_shape(image_hw[0], image_hw[1], stride)
     rows, columns = (
-        _nearest(source, target, labels.device)
-        for source, target in zip(labels.shape, size, strict=True)
+        _nearest(source, target, probs.device)
+        for source, target in zip(image_hw, size, strict=True)
     )
-    labels_d = labels.index_select(0, rows).index_select(1, columns)
+    if labels is None:
+        labels_d = first_argmax(probs[:, rows[:, None], columns])
+    else:
+        labels_d = labels.index_select(0, rows).index_select(1, columns)
     unknown = (labels_d < 0) | (labels_d >= num_classes)
     probs_d = F.interpolate(probs[None], size, mode="bilinear", align_corners=False)[0]
     return labels_d.masked_fill_(unknown, num_classes), probs_d

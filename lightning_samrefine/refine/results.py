@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_samrefine.refine.mask_proposals import MaskProposals
+from lightning_samrefine.refine.mask_proposals import CompressedMasks, MaskProposals
 from lightning_samrefine.refine.regions import RegionSet
 from lightning_samrefine.refine.windows import Window
 from lightning_samrefine.utils.device import upload
@@ -105,12 +105,14 @@ class WindowRegions:
 
     window: Window
     table: Regions
-    packed: MaskProposals | None
+    packed: MaskProposals | CompressedMasks | None
 
     @property
     def regions(self) -> Regions:
         """The regions in the window's pixels, with their masks."""
-        return replace(self.table, masks=None if self.packed is None else self.packed.inside())
+        if self.packed is None:
+            return self.table
+        return replace(self.table, masks=self.packed.decompressed().inside())
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The page of `benchmarks.speed`: what it claims follows from the figures it is given."""
 
 import json
+from collections import defaultdict
 
 import pytest
+import torch
 
 from benchmarks import speed, speed_report
 from benchmarks.speed_bars import bars
@@ -103,3 +105,24 @@ def test_presets_stand_beside_what_was_measured_before(files):
     assert "measured 0.90, which is 3.0 forwards of this package's encoder (0.30)" in page
     assert "| `default` | first look | 0.90 | 0.90 |" in page
     assert "| `fast` | cached | 0.10 | 0.10 |" in page
+
+
+def test_every_step_of_a_refinement_is_measured(random_sam, tmp_path):
+    costs = defaultdict(list)
+    speed.measure_refinements(random_sam, 4, (48, 64), tmp_path, costs)
+    for precision in ("32", "bf16-mixed"):
+        for step in ("regions", "prompts", "encoder", "decoder", "upscaling and fusion", "total"):
+            assert costs[f"{precision} first {step}"][0] > 0, step
+        assert not costs[f"{precision} second encoder"]
+
+
+def test_looks_with_and_without_the_padding_are_measured(random_sam, monkeypatch):
+    monkeypatch.setattr(speed, "model", lambda name, device: (random_sam, False))
+    monkeypatch.setattr(speed, "SHAPES", ((48, 96),))
+    found = speed.measure_paddings("random", 1, 1, torch.device("cpu"))
+    costs = found["shapes"]["48x96"]
+    for look in ("padded", "unpadded"):
+        for kind in ("encoder", "first", "new", "cached"):
+            assert costs[f"{look} {kind}"] > 0
+    page = speed_report.padding({"padding": {"random, 1 core": found}})
+    assert "| random, 1 core, 48x96, unpadded |" in page

@@ -61,8 +61,8 @@ def test_correct_votes_are_used_and_reported():
     assert final.refine
     assert final.fusion.features == FEATURES
     assert "region_votes" not in final.control.features
-    assert final.found.startswith("SAM adds +")
-    assert final.found.endswith(" by its masks")
+    assert final.found.startswith("Refining adds +")
+    assert final.found.endswith(" by SAM's masks")
 
 
 def test_an_image_is_refined_with_weights_that_never_saw_it():

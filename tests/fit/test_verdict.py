@@ -56,9 +56,10 @@ def test_a_certain_gain_is_refined_and_reported_beside_the_control():
     assert 0 < verdict.gain.low < gain < verdict.gain.high
     low, high = 100 * verdict.gain.low, 100 * verdict.gain.high
     assert verdict.sentence() == (
-        f"SAM adds +{100 * gain:.1f} ({low:.1f}…{high:.1f}) to mIoU, +{100 * control:.1f} of it "
+        f"Refining adds +{100 * gain:.1f} ({low:.1f}…{high:.1f}) to mIoU: +{100 * control:.1f} "
         f"without SAM, +{100 * (gain - control):.1f} "
-        f"({100 * verdict.over_control.low:.1f}…{100 * verdict.over_control.high:.1f}) by its masks"
+        f"({100 * verdict.over_control.low:.1f}…{100 * verdict.over_control.high:.1f}) "
+        "by SAM's masks"
     )
     figures = verdict.figures()
     assert figures["fitted_gain"] == verdict.gain.gain
@@ -81,8 +82,8 @@ def test_a_gain_that_is_not_certain_refines_nothing():
     gain = miou(found, "refined") - miou(found, "raw")
     low, high = 100 * verdict.gain.low, 100 * verdict.gain.high
     assert verdict.sentence() == (
-        f"SAM adds nothing certain to mIoU: {100 * gain:+.1f} ({low:.1f}…{high:.1f}), and +0.0 "
-        "without SAM; every class keeps the raw prediction"
+        f"Refining adds nothing certain to mIoU: {100 * gain:+.1f} ({low:.1f}…{high:.1f}), "
+        "and +0.0 without SAM; every class keeps the raw prediction"
     )
 
 
@@ -91,7 +92,7 @@ def test_a_loss_is_reported_and_nothing_is_refined():
     assert not verdict.refine
     assert verdict.frozen_classes == ()
     assert verdict.gain.high < 0
-    assert verdict.sentence().startswith(f"SAM costs mIoU {100 * verdict.gain.gain:.1f} (")
+    assert verdict.sentence().startswith(f"Refining costs mIoU {100 * verdict.gain.gain:.1f} (")
 
 
 def test_a_class_that_certainly_loses_keeps_its_raw_pixels():

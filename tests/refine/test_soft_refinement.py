@@ -24,6 +24,7 @@ from lightning_samrefine.refine.fusion.mask_votes import (
     weigh,
 )
 from lightning_samrefine.refine.mask_proposals import (
+    CompressedMasks,
     MaskProposals,
     _best,
     pack_masks,
@@ -239,32 +240,47 @@ class TestSupport:
             assert torch.equal(found, chosen) if len(holding) else not found.any()
 
     def test_regions_support_their_own_class(self):
-        mask_probs = torch.full((2, 4, 6), 0.5)
-        mask_probs[0, 0, 0] = 0
-        weight = torch.tensor([1.0, 0.8])
-        support = MaskVotes.of_regions(mask_probs, weight, torch.tensor([1, 0]), 3)
-        assert support.classes[1, 0, 0] == 0
-        assert (support.classes[1, 1:] == 0.5).all()
-        assert (support.classes[0] == 0.4).all()
-        assert not support.classes[2].any()
-        assert support.inside.max() == 0.5
+        masks, small = packed_masks(), shrunk(random_probs())
+        classes, accepted = np.arange(9) % 4, np.arange(9) != 4
+        votes = MaskVotes.of_regions(masks, classes, accepted, small)
+
+        expected, inside = np.zeros(small.shape), np.zeros(small.shape[1:])
+        for i in np.flatnonzero(accepted):
+            mask, c = masks.probs()[i].numpy(), classes[i]
+            weight = float(masks.pred_iou[i]) * whole_probs(mask, small.numpy())[c]
+            expected[c] = np.maximum(expected[c], weight * mask)
+            inside = np.maximum(inside, mask)
+        np.testing.assert_allclose(votes.classes.numpy(), expected, atol=1e-5)
+        np.testing.assert_array_equal(votes.inside.numpy(), inside.astype(np.float32))
+
+    def test_a_rejected_region_supports_nothing(self):
+        masks, small = packed_masks(), shrunk(random_probs())
+        votes = MaskVotes.of_regions(masks, np.arange(9) % 4, np.zeros(9, dtype=bool), small)
+        assert not votes.classes.any()
+        assert not votes.inside.any()
 
     def test_regions_among_the_masks_of_the_image_count_for_less(self):
-        masks, probs = packed_masks(), random_probs()
-        small = shrunk(probs)
+        masks, small = packed_masks(), shrunk(random_probs())
         image, _ = MaskVotes.of_image(masks, small)
-        classes = torch.arange(9) % 4
-        mask_probs = masks.probs()
-        purity = torch.linspace(0.2, 1.0, 9)
-        together = image.with_regions(mask_probs, masks.pred_iou, purity, classes)
+        before = image.classes.clone(), image.inside.clone()
+        classes = np.arange(9) % 4
+        MaskVotes.of_regions(masks, classes, np.ones(9, dtype=bool), small, image)
 
-        expected = image.classes.clone()
+        expected = before[0].numpy()
         for i, c in enumerate(classes):
-            weight = 0.3 * masks.pred_iou[i] * purity[i] ** 3
-            expected[c] = expected[c].maximum(weight * mask_probs[i])
-        torch.testing.assert_close(together.classes, expected)
-        assert (together.classes != image.classes).any()
-        assert torch.equal(together.inside, image.inside)
+            mask = masks.probs()[i].numpy()
+            weight = 0.3 * float(masks.pred_iou[i]) * whole_probs(mask, small.numpy())[c] ** 3
+            expected[c] = np.maximum(expected[c], weight * mask)
+        np.testing.assert_allclose(image.classes.numpy(), expected, atol=1e-5)
+        assert torch.equal(image.inside, before[1])
+
+    def test_compressed_masks_are_the_same(self):
+        masks = packed_masks()
+        compressed = CompressedMasks.of(masks)
+        again = compressed.decompressed()
+        assert torch.equal(again.packed, masks.packed)
+        assert torch.equal(again.probs(), masks.probs())
+        assert len(CompressedMasks.of(masks[:0]).decompressed()) == 0
 
     def test_a_class_keeps_its_floor_and_pixels_without_support_their_probabilities(self):
         probs = random_probs()

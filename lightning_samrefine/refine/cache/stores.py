@@ -1,6 +1,7 @@
 """Stores of cached tensors: in memory, or in a folder that processes share.
 
-Both stores forget what was used longest ago once they hold more bytes than their limit.
+Both stores forget what was used longest ago once they hold more bytes than their limit. Not
+diskcache: its SQLite database needs file locks, which shared file systems of clusters often lack.
 """
 
 from __future__ import annotations

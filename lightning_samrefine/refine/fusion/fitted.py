@@ -18,12 +18,11 @@ from lightning_samrefine.refine.class_filter import restore_frozen_classes
 from lightning_samrefine.refine.fusion.color_model import color_bins, color_ratios
 from lightning_samrefine.refine.fusion.features import FeatureMaps
 from lightning_samrefine.refine.fusion.looks import image_maps, image_regions, look_regions
-from lightning_samrefine.refine.fusion.mask_votes import MaskVotes, mean_probs, on_mask_grid
+from lightning_samrefine.refine.fusion.mask_votes import MaskVotes, on_mask_grid
 from lightning_samrefine.refine.fusion.strips import fuse_strips, strips
 from lightning_samrefine.refine.mask_predictions import ImagePredictions, MaskPredictions
 from lightning_samrefine.refine.raw_prediction import RawPrediction
 from lightning_samrefine.refine.results import Refinement
-from lightning_samrefine.utils.device import upload
 
 
 def feature_maps(predictions: ImagePredictions, config: RefineConfig) -> FeatureMaps:
@@ -114,10 +113,6 @@ def _region_votes(look: MaskPredictions, config: RefineConfig) -> Tensor:
     accepted = accepted_regions(config, look.classes, look.pred_iou)
     if found is None or not accepted.any():
         return probs.new_zeros(len(probs), 1, 1)
-    chosen = upload(np.flatnonzero(accepted), probs.device)
-    classes = upload(look.classes, probs.device)[chosen]
-    masks = found[chosen].probs()
     small = on_mask_grid(probs, found.mask_hw)
-    purity = mean_probs(masks, small).gather(0, classes[None])[0]
-    weight = found.pred_iou[chosen].float() * purity
-    return MaskVotes.of_regions(masks, weight, classes, len(probs)).classes
+    masks = found.decompressed()
+    return MaskVotes.of_regions(masks, look.classes, accepted, small).classes

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_samrefine.refine.fusion.strips import strips
 from lightning_samrefine.refine.mask_predictions import ImagePredictions, MaskPredictions
-from lightning_samrefine.refine.mask_proposals import MaskProposals
+from lightning_samrefine.refine.mask_proposals import CompressedMasks, MaskProposals
 from lightning_samrefine.refine.results import (
     Regions,
     WindowRegions,
@@ -25,7 +25,7 @@ def look_regions(
     stride: int,
     accepted: np.ndarray,
     pred_iou: Tensor,
-    masks: MaskProposals | None,
+    masks: MaskProposals | CompressedMasks | None,
 ) -> WindowRegions:
     """List the regions of one look.
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.refine.mask_proposals import MaskProposals
 from lightning_samrefine.refine.windows import WindowMaps
+from lightning_samrefine.utils.device import upload
 
 # A mask of one class counts for more than a mixed one: weight = pred_iou · purity³.
 _PURITY_POWER = 3
@@ -39,21 +41,21 @@ class MaskVotes:
     inside: Tensor
 
     @classmethod
-    def of_regions(
-        cls,
-        mask_probs: Tensor,
-        weight: Tensor,
-        classes: Tensor,
-        num_classes: int,
-    ) -> MaskVotes:
-        """Collect the masks of accepted regions: the largest weight · σ over a class's regions.
+    def none(cls, small: Tensor) -> MaskVotes:
+        """Return votes for nothing, on the grid of (C, h_n, w_n) probabilities."""
+        return cls(torch.zeros_like(small), torch.zeros_like(small[0]))
 
-        There are N σ (N, h_n, w_n) of logits, weights in [0, 1], and classes.
+    def add_(self, mask_probs: Tensor, weight: Tensor, classes: Tensor) -> None:
+        """Raise the support of N classes to weight · σ of their masks, in place.
+
+        Args:
+            mask_probs: (N, h_n, w_n) float32 in [0, 1], σ of the logits.
+            weight: (N,) float32 in [0, 1].
+            classes: (N,) int64.
         """
-        support = mask_probs.new_zeros(num_classes, *mask_probs.shape[1:])
-        _raise_to(support, mask_probs, weight, classes)
-        inside = mask_probs.amax(dim=0) if len(mask_probs) else torch.zeros_like(support[0])
-        return cls(support, inside)
+        _raise_to(self.classes, mask_probs, weight, classes)
+        if len(mask_probs) > 0:
+            torch.maximum(self.inside, mask_probs.amax(dim=0), out=self.inside)
 
     @classmethod
     def of_image(cls, masks: MaskProposals, small: Tensor) -> tuple[MaskVotes, Tensor]:
@@ -69,35 +71,59 @@ class MaskVotes:
         Returns:
             The support, and (K,) int64, the class that each mask stands for.
         """
-        support, inside = torch.zeros_like(small), torch.zeros_like(small[0])
+        votes = cls.none(small)
         stands_for = []
-        at_once = _CPU_MASKS if support.device.type == "cpu" else len(masks)
-        for start in range(0, len(masks), at_once):
-            some = masks[start : start + at_once]
-            mask_probs = some.probs()
+        for part in _mask_parts(masks):
+            mask_probs = masks[part].probs()
             purity, classes = mean_probs(mask_probs, small).max(dim=0)
-            weight = some.pred_iou * purity**_PURITY_POWER
-            _raise_to(support, mask_probs, weight, classes)
-            torch.maximum(inside, mask_probs.amax(dim=0), out=inside)
+            votes.add_(mask_probs, masks.pred_iou[part] * purity**_PURITY_POWER, classes)
             stands_for.append(classes)
-        return cls(support, inside), torch.cat(stands_for)
+        return votes, torch.cat(stands_for)
 
-    def with_regions(
-        self,
-        mask_probs: Tensor,
-        pred_iou: Tensor,
-        purity: Tensor,
-        classes: Tensor,
+    @classmethod
+    def of_regions(
+        cls,
+        masks: MaskProposals,
+        classes: np.ndarray,
+        accepted: np.ndarray,
+        small: Tensor,
+        of_image: MaskVotes | None = None,
     ) -> MaskVotes:
-        """Add the masks of accepted regions to mask proposals, with 0.3 of their weight.
+        """Collect the masks of accepted regions: each supports its region's class.
 
-        A region's mask supports the region's class, weighted as in `of_image`; purity is the
-        probability of that class in the mask.
+        A mask's purity is the mean probability of that class inside it. Its support is
+        pred_iou · purity · σ; a pixel takes the largest of a class.
+
+        Args:
+            masks: N masks, one a region.
+            classes: (N,) int64, the regions' classes.
+            accepted: (N,) bool.
+            small: (C, h_n, w_n) float32, the raw probabilities on the grid of the masks.
+            of_image: Votes of mask proposals, to whose support the same masks are added in place,
+                with 0.3 · pred_iou · purity³ · σ; a region's mask proposes nothing by itself.
         """
-        weight = _OF_REGIONS * pred_iou * purity**_PURITY_POWER
-        support = self.classes.clone()
-        _raise_to(support, mask_probs, weight, classes)
-        return MaskVotes(support, self.inside)
+        votes, device = cls.none(small), small.device
+        for part in _mask_parts(masks):
+            own, mask_probs = upload(classes[part], device), masks[part].probs()
+            # Of all masks, for the rounding of a product depends on their number.
+            purity = mean_probs(mask_probs, small).gather(0, own[None])[0]
+            pred_iou = masks.pred_iou[part]
+            if not accepted[part].all():
+                chosen = upload(np.flatnonzero(accepted[part]), device)
+                mask_probs, own = mask_probs[chosen], own[chosen]
+                pred_iou, purity = pred_iou[chosen], purity[chosen]
+            votes.add_(mask_probs, pred_iou * purity, own)
+            if of_image is not None:
+                weight = _OF_REGIONS * pred_iou * purity**_PURITY_POWER
+                _raise_to(of_image.classes, mask_probs, weight, own)
+        return votes
+
+
+def _mask_parts(masks: MaskProposals) -> Iterator[slice]:
+    """Yield slices of masks to unpack at once: few on a CPU, all of them on a GPU."""
+    at_once = _CPU_MASKS if masks.packed.device.type == "cpu" else max(1, len(masks))
+    for start in range(0, len(masks), at_once):
+        yield slice(start, start + at_once)
 
 
 def class_parts(maps: Tensor) -> Iterator[slice]:

@@ -25,15 +25,13 @@ from lightning_samrefine.refine.fusion.mask_votes import (
     class_parts,
     inside_any,
     masks_at,
-    mean_probs,
     on_mask_grid,
     support_factors,
     weigh,
 )
 from lightning_samrefine.refine.fusion.strips import fuse_strips
 from lightning_samrefine.refine.mask_predictions import ImagePredictions, MaskPredictions
-from lightning_samrefine.refine.mask_proposals import MaskProposals
-from lightning_samrefine.refine.regions import RegionSet
+from lightning_samrefine.refine.mask_proposals import CompressedMasks, MaskProposals
 from lightning_samrefine.refine.results import Refinement, WindowRegions
 from lightning_samrefine.utils.device import upload
 
@@ -123,7 +121,8 @@ def _votes(look: MaskPredictions, config: RefineConfig) -> _Votes:
     """Collect the votes of one look's masks."""
     regions, probs = look.regions, look.raw.probs
     votes: list[MaskVotes] = []
-    pred_iou, masks, accepted = look.pred_iou, None, np.zeros(len(regions), dtype=bool)
+    pred_iou, accepted = look.pred_iou, np.zeros(len(regions), dtype=bool)
+    masks: MaskProposals | CompressedMasks | None = None
     small: Tensor | None = None
     proposals = look.mask_proposals
     if proposals is not None and len(proposals) > 0:
@@ -146,7 +145,8 @@ def _votes(look: MaskPredictions, config: RefineConfig) -> _Votes:
             )
         if small is None:
             small = on_mask_grid(probs, masks.mask_hw)
-        votes = _with_regions(votes, regions, masks, accepted, small)
+        unpacked, beside = masks.decompressed(), votes[0] if votes else None
+        votes.append(MaskVotes.of_regions(unpacked, regions.classes, accepted, small, beside))
     floors = (config.unsupported_weight, _SECOND_FLOOR * config.unsupported_weight)
     table = look_regions(look, config.stride, accepted, pred_iou, masks)
     if not votes:
@@ -155,34 +155,3 @@ def _votes(look: MaskPredictions, config: RefineConfig) -> _Votes:
         )
     factors = support_factors(votes, floors[: len(votes)])
     return _Votes(table, factors, inside_any(votes), True)
-
-
-def _with_regions(
-    votes: list[MaskVotes],
-    regions: RegionSet,
-    masks: MaskProposals,
-    accepted: np.ndarray,
-    small: Tensor,
-) -> list[MaskVotes]:
-    """Add the votes of accepted regions' masks.
-
-    Args:
-        votes: Of the mask proposals, or none.
-        regions: N of them.
-        masks: Theirs.
-        accepted: (N,) bool.
-        small: (C, h_n, w_n) float32, the raw probabilities on the grid of masks.
-    """
-    mask_probs = masks.probs()
-    device = mask_probs.device
-    classes, pred_iou = upload(regions.classes, device), masks.pred_iou
-    # Of all masks, for the rounding of a product depends on their number.
-    purity = mean_probs(mask_probs, small).gather(0, classes[None])[0]
-    if not accepted.all():
-        chosen = upload(np.flatnonzero(accepted), device)
-        mask_probs, classes = mask_probs[chosen], classes[chosen]
-        pred_iou, purity = pred_iou[chosen], purity[chosen]
-    num_classes = len(small)
-    own = MaskVotes.of_regions(mask_probs, pred_iou * purity, classes, num_classes)
-    together = [others.with_regions(mask_probs, pred_iou, purity, classes) for others in votes]
-    return [*together, own]
