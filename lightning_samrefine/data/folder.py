@@ -8,10 +8,15 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_samrefine.adapters.sample_names import Stem
-from lightning_samrefine.adapters.target_values import IgnoreIndex, settle_ignore_index
+from lightning_samrefine.adapters.target_values import (
+    IgnoreIndex,
+    settle_ignore_index,
+    without_unknown,
+)
 from lightning_samrefine.data.folder_files import (
     FolderSplit,
     SampleFiles,
@@ -20,14 +25,12 @@ from lightning_samrefine.data.folder_files import (
 from lightning_samrefine.data.image_files import opened, read_header
 from lightning_samrefine.data.samples import (
     Sample,
-    binary_values,
     check_equal_sizes,
     check_labels,
-    check_prediction,
     collate,
     image_hw,
     image_to_tensor,
-    label_map_to_tensor,
+    read_label_map,
     read_probs,
     stored_array,
 )
@@ -96,20 +99,20 @@ class FolderDataset(Dataset[Sample]):
             "folder": PurePosixPath(files.stem).parent.as_posix(),  # for group_key
         }
         if files.labels is not None:
-            with opened(files.labels) as labels:
-                sample["mask"] = label_map_to_tensor(labels, str(files.labels))
-            check_labels(sample["mask"], self.num_classes, self.ignore_index, str(files.labels))
+            sample["mask"] = read_label_map(files.labels)
+            self._check(sample["mask"], f"{files.labels}: the label map")
         if files.prediction is None:
             return sample
         if files.prediction.suffix == ".npz":
             sample["probs"] = read_probs(files.prediction)
         else:
-            with opened(files.prediction) as prediction:
-                sample["prediction"] = label_map_to_tensor(prediction, str(files.prediction))
-            check_prediction(
-                sample["prediction"], self.num_classes, self.ignore_index, str(files.prediction)
-            )
+            sample["prediction"] = read_label_map(files.prediction)
+            known = without_unknown(sample["prediction"], self.num_classes)
+            self._check(known, f"{files.prediction}: the prediction")
         return sample
+
+    def _check(self, labels: Tensor, name: str) -> None:
+        check_labels(labels, self.num_classes, self.ignore_index, name)
 
     def _check_sizes(self, files: SampleFiles) -> tuple[int, int]:
         """Return the size of an image, and record its orientation."""
@@ -288,10 +291,10 @@ def _check_not_scaled(folder: Any, paths: Sequence[Path | None], hint: str = "")
     for path in paths:
         if path is None or path.suffix == ".npz":
             continue
-        has_one, has_255 = binary_values(path)
-        if has_one:
+        labels = read_label_map(path)
+        if (labels == 1).any():
             return
-        scaled = scaled or has_255
+        scaled = scaled or bool((labels == 255).any())
     if scaled:
         raise ValueError(
             f"{folder}: label maps of two classes must hold 0 and 1, got 255 but no pixel of 1. "

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 # Pillow's errors for a damaged file, without its name.
-READ_ERRORS = (
+_READ_ERRORS = (
     OSError,
     SyntaxError,
     EOFError,
@@ -21,9 +21,24 @@ READ_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+# Pillow silently clips these to 8 bits in convert("RGB").
+_WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _TIFF_BITS = 258
 # Pillow scales the gray levels of such PNGs to 0 to 255.
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}
+
+
+@contextmanager
+def readable(
+    name: str, kind: str = "image", errors: tuple[type[Exception], ...] = _READ_ERRORS
+) -> Iterator[None]:
+    """Turn the errors of a damaged file into a ``ValueError`` with its name and kind."""
+    try:
+        yield
+    except errors as error:
+        raise ValueError(
+            f"{name} must be a readable {kind}, got {type(error).__name__}: {error}"
+        ) from error
 
 
 @contextmanager
@@ -33,13 +48,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
     Raises:
         ValueError: Not an image, or a damaged one.
     """
-    try:
-        with Image.open(path) as image:
-            yield image
-    except READ_ERRORS as error:
-        raise ValueError(
-            f"{path} must be a readable image, got {type(error).__name__}: {error}"
-        ) from error
+    with readable(str(path)), Image.open(path) as image:
+        yield image
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,9 @@ def read_header(path: Path) -> Header:
 
 
 def check_depth(image: Image.Image, name: str) -> None:
-    """Raise for color images of more than 8 bits per channel.
+    """Raise for images of more than 8 bits per channel.
 
-    Pillow keeps the upper 8 of 16 bits: nearly black for images of a 12-bit camera.
+    Of a color image Pillow keeps the upper 8 of 16 bits: nearly black for a 12-bit camera.
 
     Args:
         image: Opened, not yet decoded.
@@ -85,10 +95,15 @@ def check_depth(image: Image.Image, name: str) -> None:
     Raises:
         ValueError: As described.
     """
+    if image.mode in _WIDE_MODES:
+        raise ValueError(
+            f"{name} must be an 8-bit image, the 0-255 RGB that SAM was trained on, got Pillow's "
+            f"mode {image.mode!r}"
+        )
     bits = 16 if image.format == "PNG" and ";16" in _raw_mode(image) else 8
     if isinstance(image, TiffImageFile):
         bits = max(image.tag_v2.get(_TIFF_BITS, (8,)))
-    if bits > 8 and image.mode not in ("I", "F") and not image.mode.startswith("I;"):
+    if bits > 8:
         raise ValueError(
             f"{name} must have 8 bits per channel, the 0-255 RGB that SAM was trained on, got "
             f"{bits}; scale it by its largest possible value first (4095 for a 12-bit camera, else "

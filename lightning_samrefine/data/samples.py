@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,22 @@ from torch.utils.data import default_collate
 from lightning_samrefine.adapters.target_values import (
     describe_others,
     holds_others,
-    without_unknown,
 )
-from lightning_samrefine.data.image_files import check_depth, gray_step, opened
+from lightning_samrefine.data.image_files import check_depth, gray_step, opened, readable
 
 Sample = dict[str, Any]
 
-# Pillow silently clips these to 8 bits in convert("RGB").
-_WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 # Errors of a damaged archive, without its name.
-_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError)
+_ARCHIVE_ERRORS = (
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    NotImplementedError,
+)
 
 # Sums of probabilities computed or stored in half precision, and in single precision.
 _SUM_TOLERANCE = 1e-2
@@ -46,11 +51,6 @@ def image_to_tensor(image: Image.Image, name: str, turn: bool = False) -> Tensor
     Raises:
         ValueError: More than 8 bits per channel.
     """
-    if image.mode in _WIDE_MODES:
-        raise ValueError(
-            f"{name} must be an 8-bit image, the 0-255 RGB that SAM was trained on, got Pillow's "
-            f"mode {image.mode!r}"
-        )
     check_depth(image, name)
     upright = ImageOps.exif_transpose(image) if turn else image
     return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1).contiguous()
@@ -76,39 +76,24 @@ def label_map_to_tensor(image: Image.Image, name: str) -> Tensor:
     return torch.from_numpy(np.array(image).astype(np.int64)) // step
 
 
+def read_label_map(path: Path) -> Tensor:
+    """Read a label map as int64 (H, W) of class indices.
+
+    Raises:
+        ValueError: Not an image, or one with several channels.
+    """
+    with opened(path) as image:
+        return label_map_to_tensor(image, str(path))
+
+
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None, name: str) -> None:
-    """Check that an (H, W) int64 target, called ``name``, holds only classes and the ignored value.
+    """Check that an (H, W) int64 label map, called ``name``, holds only classes and ignored values.
 
     Raises:
         ValueError: Another value, which a metric would count as a class or crash on.
     """
     if holds_others(labels, num_classes, ignore_index):
-        raise ValueError(
-            describe_others(labels, num_classes, ignore_index, name=f"{name}: the label map")
-        )
-
-
-def check_prediction(labels: Tensor, num_classes: int, ignore_index: int | None, name: str) -> None:
-    """Check that an (H, W) int64 prediction holds only classes and values for "unknown".
-
-    These are the ignored value, and unless they are classes 255 and 65,535, which
-    `lightning_samrefine.SAMRefineWriter` writes; see `without_unknown`.
-
-    Raises:
-        ValueError: Another value.
-    """
-    known = without_unknown(labels, num_classes)
-    if holds_others(known, num_classes, ignore_index):
-        raise ValueError(
-            describe_others(known, num_classes, ignore_index, name=f"{name}: the prediction")
-        )
-
-
-def binary_values(path: Path) -> tuple[bool, bool]:
-    """Return whether a label map holds a 1, and whether it holds a 255."""
-    with opened(path) as image:
-        labels = label_map_to_tensor(image, str(path))
-    return bool((labels == 1).any()), bool((labels == 255).any())
+        raise ValueError(describe_others(labels, num_classes, ignore_index, name=name))
 
 
 def image_hw(path: Path) -> tuple[int, int]:
@@ -130,36 +115,22 @@ def stored_array(path: Path) -> tuple[str, tuple[int, ...]]:
     Raises:
         ValueError: Not an npz file, or one without exactly one of the two arrays.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            keys = [Path(member).stem for member in archive.namelist()]
-            found = [key for key in ("probs", "logits") if key in keys]
-            if len(found) != 1:
-                raise ValueError(
-                    f"{path} must hold either 'probs' or 'logits', of shape (C, H, W), got the "
-                    f"arrays {', '.join(keys)}"
-                )
+    with _readable_npz(path), zipfile.ZipFile(path) as archive:
+        keys = [Path(member).stem for member in archive.namelist()]
+        found = [key for key in ("probs", "logits") if key in keys]
+        if len(found) == 1:
             with archive.open(f"{found[0]}.npy") as header:
-                return found[0], _array_shape(header, path)
-    except _ARCHIVE_ERRORS as error:
-        raise ValueError(
-            f"{path} must be a readable npz file, got {type(error).__name__}: {error}"
-        ) from error
+                if np.lib.format.read_magic(header) == (1, 0):
+                    return found[0], np.lib.format.read_array_header_1_0(header)[0]
+                return found[0], np.lib.format.read_array_header_2_0(header)[0]
+    raise ValueError(
+        f"{path} must hold either 'probs' or 'logits', of shape (C, H, W), got the arrays "
+        f"{', '.join(keys)}"
+    )
 
 
-def _array_shape(header: Any, path: Path) -> tuple[int, ...]:
-    try:
-        version = np.lib.format.read_magic(header)
-        read = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        return read(header)[0]
-    except ValueError as error:
-        raise ValueError(
-            f"{path} must be a readable npz file, got {type(error).__name__}: {error}"
-        ) from error
+def _readable_npz(path: Path) -> AbstractContextManager[None]:
+    return readable(str(path), "npz file", _ARCHIVE_ERRORS)
 
 
 def read_probs(path: Path) -> Tensor:
@@ -178,13 +149,8 @@ def read_probs(path: Path) -> Tensor:
             dtype.
     """
     key, _ = stored_array(path)
-    try:
-        with np.load(path) as archive:
-            array = archive[key]
-    except (*_ARCHIVE_ERRORS, ValueError) as error:
-        raise ValueError(
-            f"{path} must be a readable npz file, got {type(error).__name__}: {error}"
-        ) from error
+    with _readable_npz(path), np.load(path) as archive:
+        array = archive[key]
     is_uint8 = key == "probs" and array.dtype == np.uint8
     if array.dtype.kind != "f" and not is_uint8:
         raise ValueError(f"{path}: {key!r} must be floats, or uint8 for 'probs', got {array.dtype}")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import OxfordIIITPet, VOCSegmentation
 
 from lightning_samrefine.adapters.sample_names import Stem
-from lightning_samrefine.data.image_files import READ_ERRORS
+from lightning_samrefine.data.image_files import readable
 from lightning_samrefine.data.samples import (
     Sample,
     check_labels,
@@ -203,17 +203,13 @@ class _Samples(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         name = self._names[index]
-        try:
+        with readable(name):
             image, labels = self._source[index]
-        except READ_ERRORS as error:
-            raise ValueError(
-                f"{name} must be a readable image, got {type(error).__name__}: {error}"
-            ) from error
         mask = label_map_to_tensor(labels, name)
         if self._lookup is not None:
-            check_labels(mask, len(self._lookup), None, name)
+            check_labels(mask, len(self._lookup), None, f"{name}: the label map")
             mask = self._lookup[mask]
-        check_labels(mask, self._num_classes, IGNORE_INDEX, name)
+        check_labels(mask, self._num_classes, IGNORE_INDEX, f"{name}: the label map")
         return {"image": image_to_tensor(image, name), "mask": mask, "name": Stem(name)}
 
 
