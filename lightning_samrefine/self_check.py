@@ -31,7 +31,7 @@ _SEED = 4242  # scenes unused in the tiny SAM's training and in the demonstratio
 _CELL = 16  # pixels; raw predictions are averages over such squares
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelCheck:
     """Results of one SAM on the check's images.
 
@@ -203,22 +203,18 @@ def _check_model(
     needs_accepted: bool = False,
 ) -> ModelCheck:
     dtype, reason = choose_precision(precision, device)
-    facts: dict[str, Any] = {
-        "sam": sam.name,
-        "precision": str(dtype or torch.float32).removeprefix("torch."),
-        "reason": reason,
-    }
+    result = ModelCheck(sam.name, str(dtype or torch.float32).removeprefix("torch."), reason)
     home = sam.device
     try:
-        _measure(sam, config, precision, device, dtype, facts)
+        _measure(sam, config, precision, device, result)
     except Exception as error:
         # Any error of the machine is a result of the check.
-        facts["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        result.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     else:
-        facts["failure"] = _failure(facts, device, needs_accepted)
+        result.failure = _failure(result, device, needs_accepted)
     finally:
         sam.module.to(home)
-    return ModelCheck(**facts)
+    return result
 
 
 def _measure(
@@ -226,12 +222,11 @@ def _measure(
     config: RefineConfig,
     precision: str,
     device: torch.device,
-    dtype: torch.dtype | None,
-    facts: dict[str, Any],
+    result: ModelCheck,
 ) -> None:
-    """Refine the images on both devices and in both precisions, and fill ``facts``.
+    """Refine the images on both devices and in both precisions, and fill ``result``.
 
-    Its keys are fields of `ModelCheck`. After an error the fields filled so far remain.
+    After an error the fields filled so far remain.
     """
     scenes = [make_scene(_SEED, index, SIZE) for index in range(IMAGES)]
     samples = [(scene.image, raw_prediction(scene.labels)) for scene in scenes]
@@ -239,13 +234,13 @@ def _measure(
     reference, _ = _refine_all(Refiner(sam, config, "32"), samples, _SECONDS)
     expected = [one.labels for one in reference]
     samples = samples[: len(reference)]
-    facts["images"] = len(samples)
+    result.images = len(samples)
 
     sam.module.to(device)
     if device.type != "cpu":
         on_device, _ = _refine_all(Refiner(sam, config, "32"), samples)
         found = [one.labels for one in on_device]
-        facts["device_agreement"] = agreement(found, expected)
+        result.device_agreement = agreement(found, expected)
         expected = found
 
     if device.type == "cuda":
@@ -253,17 +248,17 @@ def _measure(
     refiner = Refiner(sam, config, precision, cache="memory")
     chosen, cold = _refine_all(refiner, samples)
     labels = [one.labels for one in chosen]
-    if dtype is not None:
-        facts["precision_agreement"] = agreement(labels, expected)
+    if result.precision != "float32":
+        result.precision_agreement = agreement(labels, expected)
     cached, warm = _refine_all(refiner, samples)
-    facts["cached_agreement"] = agreement([one.labels for one in cached], labels)
-    facts["peak_memory"] = _peak_memory(device)
-    facts["changed"] = 1 - agreement(labels, [probs.argmax(dim=0) for _, probs in samples])
-    facts["regions"] = sum(len(one.regions) for one in chosen)
-    facts["accepted"] = sum(int(one.regions.accepted.sum()) for one in chosen)
+    result.cached_agreement = agreement([one.labels for one in cached], labels)
+    result.peak_memory = _peak_memory(device)
+    result.changed = 1 - agreement(labels, [probs.argmax(dim=0) for _, probs in samples])
+    result.regions = sum(len(one.regions) for one in chosen)
+    result.accepted = sum(int(one.regions.accepted.sum()) for one in chosen)
     # The first image includes the one-time set-up of the device.
-    facts["cold_seconds"] = sum(cold[1:] or cold) / len(cold[1:] or cold)
-    facts["cached_seconds"] = sum(warm) / len(warm)
+    result.cold_seconds = sum(cold[1:] or cold) / len(cold[1:] or cold)
+    result.cached_seconds = sum(warm) / len(warm)
 
 
 def _refine_all(
@@ -298,19 +293,19 @@ def _peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
-def _failure(facts: Mapping[str, Any], device: torch.device, needs_accepted: bool) -> str | None:
+def _failure(result: ModelCheck, device: torch.device, needs_accepted: bool) -> str | None:
     """Return why the check failed, None if it passed."""
-    compared = {
-        "device_agreement": f"on {device} as on the CPU, in float32",
-        "precision_agreement": f"in {facts['precision']} as in float32",
-        "cached_agreement": "from cached embeddings as from new ones",
-    }
+    compared = (
+        (result.device_agreement, f"on {device} as on the CPU, in float32"),
+        (result.precision_agreement, f"in {result.precision} as in float32"),
+        (result.cached_agreement, "from cached embeddings as from new ones"),
+    )
     wrong = [
-        f"labels are equal on {facts[name]:.3%} of pixels {what}, {AGREEMENT:.1%} is the least"
-        for name, what in compared.items()
-        if facts.get(name) is not None and facts[name] < AGREEMENT
+        f"labels are equal on {share:.3%} of pixels {what}, {AGREEMENT:.1%} is the least"
+        for share, what in compared
+        if share is not None and share < AGREEMENT
     ]
-    if needs_accepted and not facts["accepted"] and facts["changed"] == 0:
+    if needs_accepted and not result.accepted and result.changed == 0:
         wrong.append("nothing was refined, so equal labels prove nothing")
     return " and ".join(wrong) or None
 

@@ -19,7 +19,7 @@ from lightning_samrefine import RefineConfig, Refiner, load_sam, self_check
 from lightning_samrefine.cli.main import config_dir, run
 from lightning_samrefine.demo.scenes import make_scene
 from lightning_samrefine.models.sam import SamPromptable
-from lightning_samrefine.self_check import agreement, check, raw_prediction
+from lightning_samrefine.self_check import ModelCheck, agreement, check, raw_prediction
 from lightning_samrefine.utils import machine, precision
 
 FAST = RefineConfig.preset("fast", crf_weight=0)
@@ -122,18 +122,18 @@ def test_an_error_while_refining_is_reported_not_raised(short):
 
 @pytest.mark.parametrize("share", [0.9989, None])
 def test_another_device_must_give_the_labels_of_the_cpu(share):
-    facts = {"precision": "float32", "cached_agreement": 1.0, "accepted": 3, "changed": 0.1}
-    facts["device_agreement"] = share
-    failure = self_check._failure(facts, torch.device("cuda"), needs_accepted=True)
+    found = ModelCheck("tiny", "float32", "", cached_agreement=1.0, accepted=3, changed=0.1)
+    found.device_agreement = share
+    failure = self_check._failure(found, torch.device("cuda"), needs_accepted=True)
     expected = "labels are equal on 99.890% of pixels on cuda as on the CPU, in float32, 99.9% is "
     assert failure == (share and expected + "the least")
 
 
 def test_a_check_in_which_nothing_happens_fails():
-    facts = {"precision": "float32", "cached_agreement": 1.0, "accepted": 0, "changed": 0.0}
-    failure = self_check._failure(facts, torch.device("cpu"), needs_accepted=True)
+    found = ModelCheck("tiny", "float32", "", cached_agreement=1.0, accepted=0, changed=0.0)
+    failure = self_check._failure(found, torch.device("cpu"), needs_accepted=True)
     assert failure == "nothing was refined, so equal labels prove nothing"
-    assert self_check._failure(facts, torch.device("cpu"), needs_accepted=False) is None
+    assert self_check._failure(found, torch.device("cpu"), needs_accepted=False) is None
 
 
 def test_agreement_counts_equal_pixels():
