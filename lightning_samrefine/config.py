@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -95,8 +95,7 @@ class RefineConfig:
 
     def __post_init__(self) -> None:
         for name, (in_range, accepted) in _FLOATS.items():
-            value = getattr(self, name)
-            _check_float(name, value, in_range(_num(value)), accepted)
+            _check_float(name, getattr(self, name), in_range, accepted)
         for name in ("stride", "min_region_area"):
             object.__setattr__(self, name, check_count(name, getattr(self, name)))
         for name in ("max_regions", "max_prompts_per_batch"):
@@ -199,34 +198,25 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
+_LARGEST = sys.float_info.max  # an integer may be larger
 _FLOATS: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "score_thresh": (lambda value: 0 <= value < 1, "[0, 1)"),
-    "mask_prompt_scale": (lambda value: 0 < value < math.inf, "(0, inf)"),
+    "mask_prompt_scale": (lambda value: 0 < value <= _LARGEST, "(0, inf)"),
     "pred_iou_thresh": (lambda value: 0 <= value <= 1, "[0, 1]"),
     "unsupported_weight": (lambda value: 0 <= value < 1, "[0, 1)"),
     # Beyond it the product of a float32 probability and its factor may overflow.
     "color_weight": (lambda value: 0 <= value <= 8, "[0, 8]"),
-    "crf_weight": (lambda value: 0 <= value < math.inf, "[0, inf)"),
+    "crf_weight": (lambda value: 0 <= value <= _LARGEST, "[0, inf)"),
     "window_overlap": (lambda value: 0 <= value <= 0.5, "[0, 0.5]"),
 }
 
 
-def _num(value: Any) -> float:
-    """Return value as a float, NaN if it is not a real number (bool included)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return math.inf if value > 0 else -math.inf
-
-
-def _check_float(name: str, value: Any, in_range: bool, accepted: str) -> None:
+def _check_float(name: str, value: Any, in_range: Callable[[float], bool], accepted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(
             f"{name} must be a number in {accepted}, got {value!r} of type {type(value).__name__}"
         )
-    if not in_range:
+    if not in_range(value):
         raise ValueError(f"{name} must be a number in {accepted}, got {value!r}")
 
 
@@ -278,5 +268,5 @@ def _checked_thresholds(thresholds: Any) -> dict[int, float] | None:
         )
     classes = _checked_classes(list(thresholds))
     for c, value in thresholds.items():
-        _check_float(f"{name}[{c}]", value, 0 <= _num(value) <= 1, "[0, 1]")
+        _check_float(f"{name}[{c}]", value, *_FLOATS["pred_iou_thresh"])
     return {c: thresholds[c] for c in classes or ()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from lightning_samrefine.utils.validation import check_count
+from lightning_samrefine.utils.validation import check_count, check_number
 
 FEATURES = ("raw", "color", "presence", "region_votes")
 SAM_FEATURES = ("region_votes",)
@@ -198,8 +198,8 @@ def _log_linear(where: str, values: Mapping[Any, Any], classes: list[str]) -> Lo
     names = sorted(features, key=lambda name: [*FEATURES, name].index(name))
     return LogLinear(
         tuple(names),
-        tuple(_number(f"{where}features.{name}", features[name]) for name in names),
-        tuple(_number(f"{where}biases.{name}", biases[name]) for name in classes),
+        tuple(check_number(f"{where}features.{name}", features[name]) for name in names),
+        tuple(check_number(f"{where}biases.{name}", biases[name]) for name in classes),
     )
 
 
@@ -214,9 +214,3 @@ def _check_keys(name: str, values: Mapping[Any, Any], keys: tuple[str, ...] | li
         raise ValueError(
             f"{name} must be {', '.join(keys)}, got {', '.join(map(str, values)) or 'none'}"
         )
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)

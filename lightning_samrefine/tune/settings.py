@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any, Literal
 
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.utils.validation import check_count
+from lightning_samrefine.utils.validation import check_count, check_number
 
 Objective = Literal["miou", "trimap_miou"]
 OBJECTIVES: tuple[Objective, ...] = ("miou", "trimap_miou")
@@ -98,9 +98,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         for name in ("margin", "confidence"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+            check_number(name, getattr(self, name))
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be 'miou' or 'trimap_miou', got {self.objective!r}")
         if not -1 <= self.margin <= 1:

@@ -50,6 +50,17 @@ def check_count(name: str, value: Any, least: int = 1, alternative: str = "") ->
     return number
 
 
+def check_number(name: str, value: Any) -> float:
+    """Return a number as a float.
+
+    Raises:
+        TypeError: Not a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
 def some_of(values: Iterable[Any]) -> str:
     """Return the first few values, and the number of the others, as text."""
     texts = list(map(str, values))
