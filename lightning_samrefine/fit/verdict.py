@@ -19,6 +19,7 @@ from lightning_samrefine.metrics.bootstrap import (
     bootstrap_class_gains,
     paired_bootstrap,
 )
+from lightning_samrefine.metrics.confusion import confusion_matrix
 from lightning_samrefine.metrics.trimap import class_or_none
 
 # Least weight of the raw prediction and of the colors of its classes together: 0.8 to 1.7 on seven
@@ -149,8 +150,10 @@ def judge(
     """
 
     def confusions(side: str, frozen: Sequence[int] = ()) -> np.ndarray:
-        kept = [image.with_frozen(frozen, num_classes) for image in images]
-        return _confusions([(image.target, getattr(image, side)) for image in kept], num_classes)
+        """Return (N, C, C + 1) int64, the matrix of each image."""
+        kept = (image.with_frozen(frozen, num_classes) for image in images)
+        matrices = [confusion_matrix(getattr(i, side), i.target, num_classes) for i in kept]
+        return torch.stack(matrices).numpy()
 
     raw, control = confusions("raw"), confusions("control")
     unrelated = weights is not None and _raw_and_color(weights) < _MIN_RAW_AND_COLOR
@@ -190,22 +193,6 @@ def _certain_losers(refined: Callable[[list[int]], np.ndarray], raw: np.ndarray)
         if not high[worst] < 0:
             return frozen
         frozen.append(worst)
-
-
-def _confusions(images: Sequence[tuple[Tensor, Tensor]], num_classes: int) -> np.ndarray:
-    """Return (N, C, C + 1) int64; the last column counts pixels without a predicted class."""
-    columns = num_classes + 1
-    return np.stack(
-        [
-            torch.bincount(
-                target.long() * columns + class_or_none(predicted, num_classes),
-                minlength=num_classes * columns,
-            )
-            .reshape(num_classes, columns)
-            .numpy()
-            for target, predicted in images
-        ]
-    )
 
 
 def _points(share: float) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_samrefine.metrics.counts import Counts
-from lightning_samrefine.metrics.trimap import KnownLabels
+from lightning_samrefine.metrics.trimap import KnownLabels, class_or_none
 
 # Of `count_values` on a GPU, for all values together.
 _COUNTERS = 2**16
@@ -59,6 +59,22 @@ class BandedConfusion(Counts):
             (W + 1, C, C + 1) int64, the narrowest band first and the whole image last.
         """
         return self.counts.cumsum(dim=0)
+
+
+def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by true class and predicted class.
+
+    Args:
+        prediction: Integer tensor of any shape; outside [0, C) no class is predicted.
+        target: Integer tensor of the same shape, in [0, C).
+        num_classes: C.
+
+    Returns:
+        (C, C + 1) int64, rows the true class; column C is "no class predicted".
+    """
+    size = num_classes, num_classes + 1
+    cell = target.long() * size[1] + class_or_none(prediction, num_classes)
+    return count_values(cell, size[0] * size[1]).view(size)
 
 
 def count_values(values: Tensor, size: int) -> Tensor:

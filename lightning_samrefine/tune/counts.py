@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_samrefine.metrics.confusion import class_totals, confusion_matrix
 from lightning_samrefine.metrics.trimap import class_or_none, trimap_band, valid_pixels
 from lightning_samrefine.tune.settings import OBJECTIVES, Objective
 
@@ -51,15 +52,9 @@ class Truth:
         self.totals = np.stack([self._raw_totals(self._valid), self._raw_totals(self._band)])
 
     def _raw_totals(self, where: Tensor) -> np.ndarray:
-        target, raw = self._target[where], class_or_none(self._raw[where], self._classes)
-        size = self._classes + 1
-        counts = [target, target[target == raw], raw]
-        return np.stack(
-            [
-                torch.bincount(labels, minlength=size)[: self._classes].cpu().numpy()
-                for labels in counts
-            ]
-        )
+        matrix = confusion_matrix(self._raw[where], self._target[where], self._classes)
+        hits, true, predicted = class_totals(matrix)
+        return torch.stack([true, hits, predicted]).cpu().numpy()
 
     def changes(self, refined: Tensor) -> np.ndarray:
         """Count the scored pixels changed by a refinement.
