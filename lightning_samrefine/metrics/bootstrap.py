@@ -142,15 +142,20 @@ def class_gains(sums: np.ndarray) -> np.ndarray:
     return ious[..., 1, :] - ious[..., 0, :]
 
 
-def mean_gain(sums: np.ndarray) -> np.ndarray:
-    """Return refined − raw mIoU of (…, 5, C) sums, each over the classes of its side.
+def mean_ious(sums: np.ndarray) -> np.ndarray:
+    """Return the mIoU of both sides, (…, 2), of (…, 5, C) sums, each over the classes of its side.
 
     NaN for a side without any class.
     """
     ious = class_ious(sums)
     classes = (~np.isnan(ious)).sum(axis=-1)
     total = np.nan_to_num(ious).sum(axis=-1)
-    mious = np.divide(total, classes, out=np.full(classes.shape, np.nan), where=classes > 0)
+    return np.divide(total, classes, out=np.full(classes.shape, np.nan), where=classes > 0)
+
+
+def mean_gain(sums: np.ndarray) -> np.ndarray:
+    """Return refined − raw mIoU of (…, 5, C) sums, see `mean_ious`."""
+    mious = mean_ious(sums)
     return mious[..., 1] - mious[..., 0]
 
 

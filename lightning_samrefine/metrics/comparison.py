@@ -39,7 +39,6 @@ from lightning_samrefine.metrics.confusion import (
     class_iou,
     class_totals,
     matrix_scores,
-    on_same_classes,
 )
 from lightning_samrefine.metrics.counts import RefinementCounts
 from lightning_samrefine.metrics.per_image import ImageTotals
@@ -319,8 +318,10 @@ class ComparisonResult:
     @cached_property
     def same_classes_gain(self) -> float:
         """The gain over the classes of both sides' mIoU, NaN if no pixel is scored."""
-        raw, refined = on_same_classes(*(self.scores[side]["iou"] for side in SIDES))
-        return (refined.nanmean() - raw.nanmean()).item()
+        raw, refined = (self.scores[side]["iou"] for side in SIDES)
+        absent = (refined - raw).isnan()
+        before, after = (one.masked_fill(absent, math.nan).nanmean() for one in (raw, refined))
+        return (after - before).item()
 
     def trimap_miou(self, side: str, width: int) -> float:
         """Return the mIoU inside the band of a width; NaN if no pixel is in it."""

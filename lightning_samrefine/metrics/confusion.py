@@ -111,12 +111,6 @@ def class_iou(matrix: Tensor, ignore_index: int | None = None) -> Tensor:
     return unscored(iou, ignore_index)
 
 
-def on_same_classes(raw: Tensor, refined: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (C,) scores of two sides, both NaN for a class that either side lacks."""
-    absent = raw.isnan() | refined.isnan()
-    return raw.masked_fill(absent, math.nan), refined.masked_fill(absent, math.nan)
-
-
 def matrix_scores(matrix: Tensor, ignore_index: int | None = None) -> dict[str, Tensor]:
     """Return the usual scores of one confusion matrix.
 

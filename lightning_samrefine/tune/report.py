@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lightning_samrefine.config_files import write_refine
 from lightning_samrefine.fit.auto import TOO_FEW
-from lightning_samrefine.metrics.bootstrap import BootstrapInterval, class_ious
+from lightning_samrefine.metrics.bootstrap import BootstrapInterval, class_ious, mean_ious
 from lightning_samrefine.reporting.panels import save_figure
 from lightning_samrefine.tune.choice import gain
 from lightning_samrefine.tune.settings import OBJECTIVES
@@ -176,8 +176,9 @@ def _classes_table(tuning: Tuning) -> Table:
     table = Table(title="Classes, val IoU in %, gains in points", title_justify="left")
     for column in ("", "raw", "best cell", "calibrated", "at least", "pred_iou_thresh"):
         table.add_column(column, justify="left" if column == "" else "right")
-    raw, untuned = class_ious(tuning.counts.totals(choice.cell, objective).sum(axis=0))
-    _, tuned = class_ious(tuning.trial.totals(0, objective).sum(axis=0))
+    best, trial = tuning.counts.totals(choice.cell, objective), tuning.trial.totals(0, objective)
+    raw, untuned = class_ious(best.sum(axis=0))
+    _, tuned = class_ious(trial.sum(axis=0))
     if not tuning.helps:
         tuned = raw
     for c, name in enumerate(tuning.class_names):
@@ -192,21 +193,14 @@ def _classes_table(tuning: Tuning) -> Table:
             f"{threshold:g}" if refined else "not refined",
         )
     table.add_section()
-    gains = [gain(tuning.counts.totals(choice.cell, objective))]
-    gains.append(gain(tuning.trial.totals(0, objective)) if tuning.helps else 0.0)
-    cells = (_number(100 * _mean(raw)), *(_number(100 * value, "+") for value in gains))
+    gains = [gain(best), gain(trial) if tuning.helps else 0.0]
+    cells = (_number(100 * _means(best)[0]), *(_number(100 * value, "+") for value in gains))
     table.add_row(_NAMES[objective], *cells, "", "", style="bold")
     return table
 
 
 def _number(value: float, sign: str = "") -> str:
     return "-" if np.isnan(value) else f"{value:{sign}.2f}"
-
-
-def _mean(ious: np.ndarray) -> float:
-    """Return the mean over the classes that occur, NaN without any, without NumPy's warning."""
-    present = ious[~np.isnan(ious)]
-    return float(present.mean()) if len(present) else float("nan")
 
 
 def _gains(tuning: Tuning) -> np.ndarray:
@@ -216,5 +210,6 @@ def _gains(tuning: Tuning) -> np.ndarray:
 
 
 def _means(totals: np.ndarray) -> tuple[float, float]:
-    raw, refined = class_ious(totals.sum(axis=0))
-    return _mean(raw), _mean(refined)
+    """Return the mIoU of (N, 5, C) totals, raw and refined."""
+    raw, refined = mean_ious(totals.sum(axis=0)).tolist()
+    return raw, refined
