@@ -215,7 +215,7 @@ def _use_original_cwd(cfg: DictConfig) -> None:
 
 
 def _check_segmenter(cfg: DictConfig, datamodule: LightningDataModule) -> None:
-    """Refuse a network that the data are not for, and one beside predictions it would ignore."""
+    """Refuse the network of the scenes on other data, and a network beside stored predictions."""
     target = cfg.segmenter._target_
     if target == "lightning_samrefine.demo.segmenter.SmallSegmenter":
         from lightning_samrefine.demo.datamodule import ScenesDataModule

@@ -1,7 +1,7 @@
 """Weights that are fitted evaluation by evaluation, and applied to images they were not fitted to.
 
 Every evaluation with targets samples pixels of its images. At its end the fusion is fitted and
-cross-validated; what was found decides about the next evaluations, tests and predictions. An image
+cross-validated; the result decides about the next evaluations, tests and predictions. An image
 that is seen again, or a neighbor of its group, is refined with the weights of its fold, which were
 fitted without the group. Without groups every image is one of its own.
 """

@@ -1,7 +1,7 @@
 """Does refining pay on these images, for which classes, and how much of it is SAM's merit?
 
-Judged are predictions from weights that were fitted without the image in question, on the sampled
-pixels of each image. A sample bounds an image's weight by its number of pixels, not its size.
+The sampled pixels of each image are predicted with weights that were fitted without the image. An
+image counts by its number of sampled pixels, not by its size.
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ def judge(
     """Decide what to refine.
 
     Classes whose IoU certainly falls are frozen one at a time, the most certain first, because
-    each of them changes the gains of the others; none is if the others alone do not certainly gain,
-    as with two classes, whose pixels only change into each other. The choice is made on the images
-    that it is then reported for: with many classes and few images the reported gain is slightly too
-    high.
+    each of them changes the gains of the others. No class is frozen if the others alone do not
+    certainly gain, as with two classes, whose pixels only change into each other. The choice is
+    made on the images that the gain is then reported for: with many classes and few images the
+    reported gain is slightly too high.
 
     Args:
         images: At least one image, or group of images: what the bootstrap draws.

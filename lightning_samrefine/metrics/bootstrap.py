@@ -49,8 +49,8 @@ def paired_bootstrap(
     Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13 (percentile
     interval). mIoU is that of the summed confusion matrix of each resample. As in the mIoU of all
     images, a side's mean is over the classes that occur in the resample's targets or in that
-    side's prediction: where a class of no target is predicted on one side alone, the gain of a
-    resample is that of other classes, too.
+    side's prediction: if one side alone predicts a class that no target has, the two means are over
+    different classes.
 
     Args:
         raw: (N, C, C) or (N, C, C + 1) integer, a confusion matrix an image; rows are the true

@@ -62,9 +62,9 @@ class Borders:
             self.reach.append(window_reduce(word, f1_distance, 0, torch.bitwise_or))
 
     def met(self, other: Borders) -> Tensor:
-        """Return (K,) int64, the labels of the edge pixels with an edge of theirs in reach.
+        """Return (K,) int64, the label of each edge pixel if ``other`` has an edge of it in reach.
 
-        That is in another map; C for all other pixels.
+        C for the other edge pixels.
         """
         found = torch.zeros_like(self.edge_labels)
         for number, word in enumerate(other.reach):
@@ -133,7 +133,7 @@ def boundary_iou(counts: Tensor, ignore_index: int | None = None) -> Tensor:
 
     Cheng et al., *Boundary IoU: Improving Object-Centric Image Segmentation Evaluation*, CVPR 2021,
     eq. 1. For "thing" data sets the paper takes the smaller of this and the mask's IoU; here it
-    stands for itself.
+    is reported alone.
 
     Args:
         counts: (7, C) int64 of `BorderCounts`.

@@ -28,8 +28,8 @@ _UNIT = 1_000_000
 class RegionScores:
     """The true IoUs of N regions, measured on the grid of SAM's low-resolution masks.
 
-    A region's truth is the target's pixels of its class inside its box, and wherever the measured
-    mask finds some outside of it. Pixels that are not scored count nowhere.
+    A region's ground truth is the target's pixels of its class inside its box, and those outside it
+    that the measured mask covers. Pixels that are not scored are left out.
 
     Attributes:
         raw_iou: (N,) float64, IoU of the raw prediction inside the box.

@@ -80,8 +80,9 @@ class ImageComparison:
     def mious(self, ignore_index: int | None) -> tuple[float, float]:
         """Return the image's own mIoU, raw and refined: means over its target's classes.
 
-        They are NaN if no pixel is scored. A class that only predictions hold costs the true
-        classes' IoU; in the means it would be of one side alone where the other has no such pixel.
+        They are NaN if no pixel is scored. Pixels of a class that only predictions have lower the
+        IoU of the true classes; the class itself is left out, because only one of the two
+        predictions may have it.
         """
         raw, refined = (one.cpu() for one in self.matrices)
         true = class_totals(raw)[1] > 0

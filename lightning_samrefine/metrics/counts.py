@@ -13,7 +13,7 @@ from lightning_samrefine.utils.device import upload
 
 
 class CountingMetric(Metric):
-    """A metric of counts, which are 0, and right, without an update."""
+    """A metric of counts, which are 0 without an update."""
 
     full_state_update = False
     higher_is_better = None
@@ -22,10 +22,10 @@ class CountingMetric(Metric):
     @property
     @override
     def update_called(self) -> bool:
-        """True, for torchmetrics warns when what was never updated is computed.
+        """Always True: torchmetrics would warn if `compute` is called before `update`.
 
-        That a process, or a dataloader without targets, has no image is no error, and `compute`
-        is a collective call.
+        A process, or a dataloader without targets, may have no image, and must still take part in
+        `compute`, which is a collective call.
         """
         return True
 

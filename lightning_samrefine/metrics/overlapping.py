@@ -25,8 +25,8 @@ class OverlappingComparison(nn.Module):
     """Counts what `RefinementComparison` counts, for each class as a binary map of its own.
 
     mIoU is the mean of the classes' IoUs, that of torchmetrics' ``MultilabelJaccardIndex``; bands,
-    borders and changed pixels are those of each class's map. Two matrices a class fit one of
-    (C + 1, C + 1): the last row and column are "not of the class", and hold no other class.
+    borders and changed pixels are those of each class's map. The classes' binary matrices stand in
+    one of (C + 1, C + 1), whose last row and column are "not of the class".
 
     Args:
         num_classes: C.
@@ -36,7 +36,7 @@ class OverlappingComparison(nn.Module):
 
     Attributes:
         counts: As of `RefinementComparison`.
-        ignore_index: None, for it is the index of no class.
+        ignore_index: None: no class is ignored.
     """
 
     ignore_index: int | None = None
@@ -136,7 +136,7 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
 def foreground(
     regions: Regions, found: ImageComparison, index: int
 ) -> tuple[Regions, ImageComparison]:
-    """Return the regions of a class, without those of the rest of its image, under its index.
+    """Keep the regions of one class, and give them the class's index among all.
 
     Args:
         regions: N regions of classes 0 and 1 of a binary map.

@@ -40,8 +40,7 @@ class ImageTotals(CountingMetric):
     def _start(self) -> None:
         # Of the image whose parts are being added.
         self._parts: list[Tensor] = []
-        # torchmetrics gathers a list without a tensor as float32, which other processes' int32
-        # would not go with.
+        # torchmetrics gathers an empty list as float32, which does not fit other processes' int32.
         self.rows.append(torch.empty(0, dtype=torch.int32, device=self.device))
 
     def update(self, raw: Tensor, refined: Tensor, part: tuple[int, int] = (0, 1)) -> None:
@@ -64,9 +63,9 @@ class ImageTotals(CountingMetric):
         totals = torch.stack([true, hits, predicted, hits_refined, predicted_refined], dim=1)
         classes = torch.arange(self.num_classes, device=raw.device)[:, None]
         rows = torch.cat([classes == 0, classes, totals], dim=1).to(torch.int32)
-        # On a GPU the CPU would have to wait for the number of classes: that is done when merging.
+        # On a GPU this would make the CPU wait for the number of classes: it is done when merging.
         self.rows.append(_compact(rows) if rows.device.type == "cpu" else rows.flatten())
-        if len(self.rows) >= _MERGE_EVERY:  # a tensor weighs more than what it holds
+        if len(self.rows) >= _MERGE_EVERY:  # a small tensor is mostly overhead
             self.rows[:] = [_compact(torch.cat(self.rows).view(-1, _COLUMNS))]
 
     def compute(self) -> np.ndarray:

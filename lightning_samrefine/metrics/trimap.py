@@ -2,7 +2,7 @@
 
 A window of a label map holds a border exactly if its largest and its smallest label differ.
 Distances are chessboard distances, those of the 3×3 erosions of the Boundary IoU paper's code, so
-that windows are squares and fall apart into rows and columns.
+windows are squares, which are reduced along one axis after the other.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def upload(value: Tensor | np.ndarray, device: torch.device) -> Tensor:
 def plain(tensor: Tensor) -> Tensor:
     """Return a tensor without its subclass, whose methods may differ (MONAI's ``MetaTensor``).
 
-    Subclasses that hold their data elsewhere (a ``DTensor``) stay, for without them it is lost.
+    A subclass that holds its data elsewhere (``DTensor``) stays, because its data would be lost.
     """
     if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and type(tensor) is not Tensor:
         with torch._C.DisableTorchFunctionSubclass():
