@@ -21,6 +21,7 @@ from lightning_samrefine.callbacks.loader_evaluation import LoaderEvaluation
 from lightning_samrefine.callbacks.monitored_figures import (
     is_monitored,
     matches,
+    warn_copies,
     warn_monitors,
     warn_shifted,
     warn_unmatched,
@@ -225,6 +226,7 @@ class Evaluation:
                 continue
             warn_unscored(result, "of this evaluation")
             warn_shifted(result)
+            warn_copies(result, trainer.world_size)
             suffix = f"/dataloader_idx_{index}" if len(self._loaders) > 1 else ""
             figures, own = result.figures(), {}
             if result.counts[0] > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -89,6 +90,32 @@ def warn_unscored(result: ComparisonResult, where: str) -> None:
         f"SAMRefineCallback: no pixel of the {images} images {where} is scored, for every target "
         f"there is ignore_index={result.ignore_index}; without scored pixels no IoU is logged"
     )
+
+
+def warn_copies(result: ComparisonResult, processes: int) -> None:
+    """Warn if every image was measured by every process, as without a distributed sampler.
+
+    It is certain if each image's counts occur a multiple of times, and two images or more have
+    wrong pixels: counts of images without one may agree by chance.
+
+    Args:
+        result: Of one dataloader.
+        processes: Number of processes.
+    """
+    images = len(result.totals)
+    if processes == 1 or images == 0:
+        return
+    rows, times = np.unique(result.totals.reshape(images, -1), axis=0, return_counts=True)
+    true, hits, *_ = rows.reshape(len(rows), *result.totals.shape[1:]).swapaxes(0, 1)
+    wrong = (true > hits).any(axis=1)
+    if wrong.sum() > 1 and (times % processes == 0).all():
+        rank_zero_warn(
+            f"SAMRefineCallback: the {images // processes} images were measured {processes} times "
+            "each, as if every process read the whole data set: measured_images and pixels are too "
+            "large by that factor, and the interval of the gain is too narrow. Leave "
+            "Trainer(use_distributed_sampler=True), or give each process of an IterableDataset "
+            "images of its own"
+        )
 
 
 def warn_shifted(result: ComparisonResult) -> None:

@@ -56,6 +56,7 @@ def shown(folder: Path) -> list[tuple[list[dict], list[dict]]]:
 def test_ddp_equals_one_process_on_every_rank(folder, single, tmp_path):
     done = run_script(ddp_run, "ddp", "2", tmp_path)
     assert "sync_dist" not in done.stderr, "Lightning warned that ranks might differ"
+    assert done.stderr.count("the 5 images were measured 2 times each") == 1
     ranks = read(tmp_path, 2)
     assert ranks[0] == ranks[1]
     assert ranks[0] == single

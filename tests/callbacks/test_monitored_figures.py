@@ -17,7 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_samrefine import SAMRefineCallback
+from lightning_samrefine.callbacks.monitored_figures import warn_copies
 from lightning_samrefine.cli.main import run
+from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.reporting.summary import summary
 
 
@@ -132,6 +134,33 @@ def test_tuning_on_ignored_targets_is_reported_in_words(folder, tmp_path, capsys
     assert "nan" not in (printed + written).lower().replace(str(tmp_path).lower(), "")
     assert "No pixel of the 2 validation images is scored" in " ".join(printed.split())
     assert "no pixel of the validation images is scored" in written
+
+
+@pytest.mark.parametrize(
+    ("copies", "processes", "wrong", "warned"),
+    [
+        (2, 2, 3, True),
+        (4, 2, 3, True),
+        (1, 2, 3, False),
+        (3, 2, 3, False),
+        (2, 1, 3, False),
+        (2, 2, 1, False),  # all images but one are right: equal counts may be those of two images
+        (2, 2, 0, False),
+    ],
+)
+def test_images_that_every_process_measures_are_warned_of(copies, processes, wrong, warned):
+    dataset = Blobs(3)
+    raw = dataset.targets.clone()
+    raw[:wrong, :8] = 0
+    raw[raw == IGNORE] = 0
+    comparison = RefinementComparison(NUM_CLASSES, IGNORE)
+    for _ in range(copies):
+        comparison.update(raw, raw, dataset.targets)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_copies(comparison.result(), processes)
+    expected = f"images were measured {processes} times each"
+    assert [expected in str(one.message) for one in caught] == [True] * warned
 
 
 class TestShiftedLabels:

@@ -86,6 +86,11 @@ def run(strategy: str, devices: int, folder: Path) -> None:
     for _ in range(2):
         trainer(auto).validate(Frozen(), loader(13), verbose=False)
 
+    # Both processes read the whole data set.
+    unsampled = trainer(SAMRefineCallback(sam, **arguments), use_distributed_sampler=False)
+    unsampled.callbacks.remove(keep)
+    unsampled.validate(Frozen(), loader(5), verbose=False)
+
     checkpoint = ModelCheckpoint(folder, monitor="val/miou_refined", mode="max")
     stopping = EarlyStopping("val/miou_refined", mode="max", patience=1)
     shuffled = DataLoader(Blobs(5), batch_size=1)
