@@ -30,6 +30,8 @@ Given: TypeAlias = list[list[Samples]]
 
 # Number of batches of a loader in which the network's inputs are recorded.
 _NOTED_BATCHES = 3
+# Flips and rotations of an image; more calls are of windows, whose scores would be kept for long.
+_MAX_VIEWS = 8
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class ScoresCapture:
         own = [seen for seen in calls if seen.name is None]
         others = [seen for seen in calls if seen.name is not None]
         for who, some in (("forward", own), ("the module's children", others)):
-            if some and notes_inputs:
+            if notes_inputs and len(some) <= _MAX_VIEWS:
                 self.calls = [NetworkCall(one.values, one.given) for one in some]
             if len(some) == 1:
                 self.rivals = [*(one.found for one in others if one.is_rival and own), *labels]

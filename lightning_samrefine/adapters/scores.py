@@ -113,7 +113,8 @@ class BinaryKind:
             WrongValuesError: Values outside [0, 1] after those of earlier batches were read as
                 probabilities.
             ValueError: A first batch in [0, 1] that is named logits, or without any pixel as
-                certain as the probabilities of a trained network.
+                certain as the probabilities of a trained network; or one in a range of
+                percentages or of log-probabilities.
         """
         parts = [one for one in scores if one.is_floating_point() and one.numel() > 0]
         if not parts or (self.settled is None and all(map(_is_binary, parts))):
@@ -133,16 +134,12 @@ class BinaryKind:
                 f"scores must be in [0, 1] like those of the batches before, got {low:.4g} to "
                 f"{high:.4g}. Set scores_kind='logits' if they are logits of one channel"
             )
-        if (
-            self.settled is None
-            and low >= 0
-            and high > _LARGEST_LOGIT
-            and "logit" not in name.lower()
-        ):
+        one_class = (low >= 0 and high > _LARGEST_LOGIT) or (low < 0 and -_EXTREME < high <= 0)
+        if self.settled is None and one_class and "logit" not in name.lower():
             raise ValueError(
                 "scores_kind must be 'logits' if scores of one channel are logits from "
-                f"{low:.4g} to {high:.4g}, all of class 1, got 'auto': divide probabilities of 0 "
-                "to 100 or 255 by the largest"
+                f"{low:.4g} to {high:.4g}, all of class {int(low >= 0)}, got 'auto': divide "
+                "probabilities of 0 to 100 or 255 by the largest, and exponentiate their logarithms"
             )
         if inside and self.settled is None:
             undecided = low > _EXTREME and high < 1 - _EXTREME and "prob" not in name.lower()

@@ -1080,14 +1080,15 @@ class TestOneChannel:
             assert torch.equal(inputs.labels, (self.LOW[:, 0] > threshold).long())
 
     @pytest.mark.parametrize("name", ["preds", "logits"])
-    def test_percentages_are_no_logits(self, name):
-        percent = torch.rand(B, 1, H, W) * 80 + 10
-        outputs = {name: percent}
-        adapter = BatchAdapter(2)
+    @pytest.mark.parametrize("percent", [True, False])
+    def test_percentages_and_log_probabilities_are_no_logits(self, name, percent):
+        logits = torch.linspace(-9, 9, B * H * W).view(B, 1, H, W)
+        scores = 100 * logits.sigmoid() if percent else nnf.logsigmoid(logits)
+        adapter, outputs = BatchAdapter(2), {name: scores}
         if name == "logits":
-            assert adapter((IMAGE, VALID), outputs).labels.all()
+            assert bool((adapter((IMAGE, VALID), outputs).labels == percent).all())
         else:
-            with pytest.raises(ValueError, match=r"all of class 1.*divide probabilities"):
+            with pytest.raises(ValueError, match=rf"all of class {int(percent)}, got 'auto'"):
                 adapter((IMAGE, VALID), outputs)
 
     def test_hard_maps_settle_nothing(self):
