@@ -22,7 +22,7 @@ from lightning_samrefine import load_sam
 from lightning_samrefine.models import Promptable, Prompts
 from lightning_samrefine.models.base import accepts_masks
 from lightning_samrefine.models.hf import HfPromptable
-from lightning_samrefine.utils.memory import prompts_at_once
+from lightning_samrefine.refine.decode import prompts_at_once
 from lightning_samrefine.utils.precision import PRECISIONS, autocast, autocast_dtype
 
 IMAGE_HW = (720, 960)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
-from lightning_samrefine.fusion_weights import FusionWeights
+from lightning_samrefine.fusion_weights import PRESET_WEIGHTS, FusionWeights
 from lightning_samrefine.utils.validation import check_count
 
 
@@ -181,7 +181,7 @@ _FAST = {
     "mask_prompts": False,
     "encode_padding": False,
     "unsupported_weight": 0.02,
-    "color_weight": 1.3,
+    "color_weight": PRESET_WEIGHTS["color"],
     "crf_weight": 4.0,
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(

@@ -25,6 +25,8 @@ from lightning_samrefine.refine.decode import (
     decode_prompts,
     decodes_jointly,
     encode_images,
+    images_at_once,
+    prompts_at_once,
 )
 from lightning_samrefine.refine.mask_predictions import (
     ImagePredictions,
@@ -36,7 +38,7 @@ from lightning_samrefine.refine.prompts import build_prompts
 from lightning_samrefine.refine.raw_prediction import RawPrediction
 from lightning_samrefine.refine.regions import PendingSplit, RegionSet, begin_split
 from lightning_samrefine.refine.windows import Window, split_windows, window_side
-from lightning_samrefine.utils.memory import ChunkSize, images_at_once, prompts_at_once
+from lightning_samrefine.utils.memory import ChunkSize
 from lightning_samrefine.utils.precision import autocast, autocast_dtype
 
 _log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """From regions to prompts in the model's frames (docs/algorithm4.md, steps 5 and 6).
 
-Boxes and clicks come with the regions, see `lightning_samrefine.refine.regions`.
+Boxes and clicks come with the regions, see `refine.regions` and `refine.clicks`.
 """
 
 from __future__ import annotations

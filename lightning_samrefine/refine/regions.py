@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_samrefine.refine.clicks import click_positions
 from lightning_samrefine.refine.raw_prediction import first_argmax
 from lightning_samrefine.utils.device import Download, upload
 from lightning_samrefine.utils.validation import check_range
@@ -149,7 +150,7 @@ class PendingSplit:
         if self.max_regions is not None and found > self.max_regions:
             ids = ids[np.lexsort((first[ids], -area[ids]))[: self.max_regions]]
         ids = ids[np.lexsort((first[ids], grid.ravel()[first[ids]]))]
-        positions = _click_positions(np.ascontiguousarray(own_probs).ravel(), runs, count, ids)
+        positions = click_positions(own_probs, runs.starts, runs.lengths, runs.components, ids)
         y, x = np.divmod(positions, runs.width)
         return RegionSet(
             classes=grid.ravel()[first[ids]].astype(np.int64) - 1,
@@ -246,30 +247,3 @@ class _Runs:
             np.minimum.at(low[axis], self.components, start)
             np.maximum.at(high[axis], self.components, end)
         return np.concatenate([low, high]).T
-
-
-def _click_positions(values: np.ndarray, runs: _Runs, count: int, ids: np.ndarray) -> np.ndarray:
-    """Return (N,) int64 flat positions of the clicks, one a component (step 3).
-
-    A click lies at the component's largest value, the first of equal ones.
-
-    Args:
-        values: (h_d · w_d,) finite values in row-major order.
-        runs: Of the components.
-        count: Number of components.
-        ids: (N,) int64, the components to search.
-    """
-    if len(ids) == 0:
-        return np.empty(0, np.int64)
-    longest = np.maximum.reduceat(values, runs.starts)
-    best = np.full(count + 1, -np.inf, values.dtype)
-    np.maximum.at(best, runs.components, longest)
-    holding = np.flatnonzero(longest == best[runs.components])
-    first = np.full(count + 1, len(runs.starts))
-    np.minimum.at(first, runs.components[holding], holding)
-    return np.array(
-        [
-            start + values[start : start + length].argmax()
-            for start, length in zip(runs.starts[first[ids]], runs.lengths[first[ids]], strict=True)
-        ]
-    )

@@ -14,8 +14,9 @@ from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.callbacks.safe_refiner import SafeRefiner
 from lightning_samrefine.models import transforms as frames
 from lightning_samrefine.models.sam import SamPromptable
+from lightning_samrefine.refine.decode import prompts_at_once
 from lightning_samrefine.utils import memory as memory_module
-from lightning_samrefine.utils.memory import ChunkSize, is_out_of_memory, prompts_at_once
+from lightning_samrefine.utils.memory import ChunkSize, is_out_of_memory
 from lightning_samrefine.utils.precision import autocast_dtype
 
 
