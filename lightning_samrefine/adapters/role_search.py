@@ -44,6 +44,7 @@ from lightning_samrefine.adapters.network_view import (
     TURNS,
     NetworkCall,
     difference,
+    recolors,
     turned_back,
 )
 from lightning_samrefine.adapters.score_agreement import ScoresAgreement
@@ -122,7 +123,7 @@ class RoleSearch:
         return Roles(at(settled.image), at(settled.target), at(settled.scores))
 
     def check_view(self, roles: Roles, calls: Sequence[NetworkCall]) -> None:
-        """Raise if the network's input was another view than the batch's image.
+        """Raise if the network's input was another view than the batch's image, or its output one.
 
         A step may have undone the view in the scores that it returns. Of several calls every one
         must be of a flipped or rotated image: crops are windows then, whose scores a step merges.
@@ -137,6 +138,13 @@ class RoleSearch:
         image, scores = roles.image, roles.scores
         if image is None or scores is None or not self.shows(image.value):
             return
+        nearest = [one for call in calls for group in call.given[:1] for one in group]
+        if scores.source == "forward" and any(recolors(calls[0].scores, one) for one in nearest):
+            raise WrongValuesError(
+                f"scores must be those of a network, got {scores}, a linear map of the image's "
+                "colors, as of a normalization. Return the scores from the step (such as "
+                f"{{'logits': logits}}); scores_key={HOOK_KEY!r} takes these"
+            )
         views = []
         for call in calls:
             views.append(difference(call.given, image.value))

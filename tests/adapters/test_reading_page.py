@@ -64,6 +64,14 @@ SITUATIONS = [
     lambda: (SAMPLE, LOSS, LOGITS, "", None, (), [Found("self(…)", (), OTHER.argmax(dim=1))]),
     lambda: (SAMPLE, None, *seen_of(nn.Sequential(nn.Conv2d(3, C, 1)), 2)),
     lambda: (SAMPLE, None, *seen_of(Scripted(), 0)),
+    lambda: (
+        {"image": NOISE, "mask": TARGET % 3},
+        None,
+        NOISE / 60 - 2,
+        "",
+        None,
+        [NetworkCall(NOISE / 60 - 2, [[NOISE]])],
+    ),
     lambda: (SAMPLE, QUERIES),
     lambda: (
         {"image": torch.zeros(B, 3, 100, 130, dtype=torch.uint8), "mask": torch.zeros(B, 100, 130)},

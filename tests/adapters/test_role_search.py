@@ -757,6 +757,25 @@ class TestContainers:
             logged = validate(random_sam, module, DataLoader(dataset, 2))
             assert logged["val/miou_raw"] == pytest.approx(raw_miou(module, dataset), abs=1e-6)
 
+    @pytest.mark.parametrize("call", ["scripted", "forward"])
+    def test_a_normalization_before_a_network_without_hooks_is_none(self, random_sam, call):
+        class Normalize(nn.Module):
+            def forward(self, image):
+                return (image - 120) / 60
+
+        class Normalizing(Silent):
+            def __init__(self) -> None:
+                super().__init__("none")
+                self.normalize, network = Normalize(), self.network
+                self.network = torch.jit.script(network) if call == "scripted" else network
+
+            def validation_step(self, batch, batch_idx, dataloader_idx=0):
+                image = self.normalize(batch["image"].float())
+                self.network(image) if call == "scripted" else self.network.forward(image)
+
+        with pytest.raises(ValueError, match="a linear map of the image's colors"):
+            validate(random_sam, Normalizing(), DataLoader(DictBlobs(2), 2))
+
     def test_scripted_children_called_by_the_step_are_named(self, random_sam):
         module = Segmenter("none", call="child")
         module.network = torch.jit.script(module.network)
