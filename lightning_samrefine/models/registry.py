@@ -176,8 +176,7 @@ def _guess(state_dict: StateDict) -> str:
     embedding = state_dict.get("image_encoder.pos_embed")
     if embedding is not None and embedding.shape[-1] in _VIT_WIDTHS:
         return f", but looks like SAM {_VIT_WIDTHS[embedding.shape[-1]]}"
-    if any(key.startswith("image_encoder.backbone.stages.") for key in state_dict) or any(
-        key.startswith("image_encoder.layers.") for key in state_dict
-    ):
+    of_tiny_vit = ("image_encoder.backbone.stages.", "image_encoder.layers.")
+    if any(key.startswith(of_tiny_vit) for key in state_dict):
         return ", but looks like SAM vit_t"
     return ""

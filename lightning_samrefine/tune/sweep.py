@@ -111,14 +111,13 @@ class Trial:
                     f"got another image at index {number}: switch off its shuffling and random "
                     "augmentation"
                 )
-            found: list[np.ndarray] = []
-            for config in (configs := self._configs[number]):
-                first = configs.index(config)
-                if first < len(found):
-                    found.append(found[first])
-                else:
-                    found.append(truth.changes(_refined(refiner, config, inputs, index)))
-            self.counts.add(truth.totals, found)
+            configs = self._configs[number]
+            # Images are refined once with equal configurations.
+            found = {
+                config: truth.changes(_refined(refiner, config, inputs, index))
+                for config in dict.fromkeys(configs)
+            }
+            self.counts.add(truth.totals, [found[config] for config in configs])
 
 
 def _targets(inputs: RefineInputs) -> Sequence[Tensor] | Tensor:
