@@ -28,7 +28,7 @@ from lightning_samrefine.utils.validation import as_integer, check_count
 if TYPE_CHECKING:
     from lightning_samrefine.callbacks.refine_callback import SAMRefineCallback
 
-Thresholds = Mapping[str, Any] | RefineConfig | str
+Thresholds = Mapping[str, Any] | RefineConfig | str | Path
 """What `parse_refine` reads."""
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
@@ -243,7 +243,7 @@ def parse_refine(refine: Thresholds) -> RefineConfig:
     """Read thresholds: a config, a preset's name, a YAML file, or fields that replace a preset's.
 
     Args:
-        refine: The key ``"preset"`` of a mapping is the preset's name, ``"default"`` without the
+        refine: The key ``"preset"`` of a mapping is the preset's name, ``"auto"`` without the
             key. A string that ends in ``.yaml`` or ``.yml`` is a path, see `read_refine`.
 
     Raises:
@@ -253,6 +253,8 @@ def parse_refine(refine: Thresholds) -> RefineConfig:
     """
     if isinstance(refine, RefineConfig):
         return refine
+    if isinstance(refine, Path):
+        return read_refine(refine)
     if isinstance(refine, str):
         if is_refine_file(refine):
             return read_refine(refine)

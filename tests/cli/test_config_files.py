@@ -1,5 +1,7 @@
 """Thresholds from a YAML file, in Python and on the command line."""
 
+from pathlib import Path
+
 import pytest
 from hydra.core.config_store import ConfigStore
 
@@ -17,7 +19,7 @@ def test_what_a_file_leaves_out_is_the_default(tmp_path):
     path = write(tmp_path / "mine.yaml", "classes: [2, 0]\nclass_pred_iou_thresh: {2: 0.7}\n")
     expected = RefineConfig.preset("auto", classes=(0, 2), class_pred_iou_thresh={2: 0.7})
     assert read_refine(path) == expected
-    assert parse_refine(path) == expected
+    assert parse_refine(path) == parse_refine(Path(path)) == expected
     path = write(tmp_path / "other.yml", "preset: algorithm4\nstride: 4\n")
     assert parse_refine(path) == RefineConfig.preset("algorithm4", stride=4)
 
