@@ -7,10 +7,10 @@ data set and do not depend on batch sizes, on the order of images or on the numb
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -186,10 +186,11 @@ class RefinementComparison(nn.Module):
         matrices = []
         for side, prediction in zip(SIDES, (raw, refined), strict=True):
             known = KnownLabels(prediction, valid, self.num_classes)
-            counts = self._pixels(side).count(known, true_labels, rings)
-            self._pixels(side).update(counts)
+            pixels, borders = self._metrics_of(side)
+            counts = pixels.count(known, true_labels, rings)
+            pixels.update(counts)
             matrices.append(counts.sum(dim=0))
-            self._borders(side).update(Borders(known, *distances), true_borders)
+            borders.update(Borders(known, *distances), true_borders)
         if control is not None:
             _check_shape("control", control, target)
             known = KnownLabels(control, valid, self.num_classes)
@@ -209,26 +210,17 @@ class RefinementComparison(nn.Module):
             region_changes[~regions.accepted] = 0
         return ImageComparison((matrices[0], matrices[1]), changes, valid, scores, region_changes)
 
-    def _pixels(self, side: str) -> BandedConfusion:
-        metric = self.pixels[side]
-        assert isinstance(metric, BandedConfusion)
-        return metric
-
-    def _borders(self, side: str) -> BorderCounts:
-        metric = self.borders[side]
-        assert isinstance(metric, BorderCounts)
-        return metric
+    def _metrics_of(self, side: str) -> tuple[BandedConfusion, BorderCounts]:
+        return cast("tuple[BandedConfusion, BorderCounts]", (self.pixels[side], self.borders[side]))
 
     def reset(self) -> None:
         """Reset all metrics. Call it at the start of an epoch, not at its end.
 
         A state created under ``inference_mode`` cannot be updated outside it.
         """
-        for metric in self._metrics():
-            metric.reset()
-
-    def _metrics(self) -> Iterator[Metric]:
-        return (module for module in self.modules() if isinstance(module, Metric))
+        for module in self.modules():
+            if isinstance(module, Metric):
+                module.reset()
 
     def result(self) -> ComparisonResult:
         """Sum over all processes. A collective call: every process must make it."""
@@ -237,8 +229,8 @@ class RefinementComparison(nn.Module):
             ignore_index=self.ignore_index,
             trimap_width=self.trimap_width,
             widths=tuple(self.widths),
-            matrices={side: self._pixels(side).compute().cpu() for side in SIDES},
-            borders={side: self._borders(side).compute().cpu() for side in SIDES},
+            matrices={side: self._metrics_of(side)[0].compute().cpu() for side in SIDES},
+            borders={side: self._metrics_of(side)[1].compute().cpu() for side in SIDES},
             changes=self.changes.compute().cpu(),
             totals=self.images.compute(),
             calibration=Calibration.of(**self.calibration.compute()),

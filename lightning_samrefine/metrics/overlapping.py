@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +115,7 @@ class OverlappingComparison(nn.Module):
         )
 
     def _comparison(self, index: int) -> RefinementComparison:
-        comparison = self.classes[index]
-        assert isinstance(comparison, RefinementComparison)
-        return comparison
+        return cast(RefinementComparison, self.classes[index])
 
     def _placed(self, matrix: Tensor, index: int) -> Tensor:
         """Put a class's (…, 2, 3) matrix into one of all classes, (…, C + 1, C + 1)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,4 @@ class PairedMetrics(nn.Module):
         return {(name, f"/{label}"): number for label, number in labels}
 
     def _side(self, side: str) -> MetricCollection:
-        collection = self.sides[side]
-        assert isinstance(collection, MetricCollection)
-        return collection
+        return cast(MetricCollection, self.sides[side])
