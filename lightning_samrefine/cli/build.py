@@ -69,7 +69,7 @@ def tune_settings(cfg: DictConfig) -> tuple[Grid, Rule]:
     from lightning_samrefine.tune.settings import Grid, Rule
 
     values = _plain(cfg.tune)
-    grid = {field.name: values.pop(field.name) for field in fields(Grid)}
+    grid = {field.name: values.pop(field.name) for field in fields(Grid) if field.name in values}
     try:
         return Grid(**grid), Rule(**values)
     except (TypeError, ValueError) as error:
