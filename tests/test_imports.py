@@ -25,6 +25,7 @@ def test_the_package_alone_loads_no_backend_nor_torch():
     assert names.isdisjoint(heavy)
 
 
+@pytest.mark.slow
 def test_the_writer_without_its_extra_names_it():
     statement = "import sys; sys.modules['pyarrow'] = None; from lightning_samrefine import "
     command = [sys.executable, "-c", f"{statement}SAMRefineWriter"]

@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks import reliability
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
 def test_memory_does_not_grow_with_the_images(tmp_path):
     # benchmarks/RELIABILITY.md has it over 5,000 images.

@@ -107,6 +107,7 @@ def test_presets_stand_beside_what_was_measured_before(files):
     assert "| `fast` | cached | 0.10 | 0.10 |" in page
 
 
+@pytest.mark.slow
 def test_every_step_of_a_refinement_is_measured(random_sam, tmp_path):
     costs = defaultdict(list)
     speed.measure_refinements(random_sam, 4, (48, 64), tmp_path, costs)
@@ -116,6 +117,7 @@ def test_every_step_of_a_refinement_is_measured(random_sam, tmp_path):
         assert not costs[f"{precision} second encoder"]
 
 
+@pytest.mark.slow
 def test_looks_with_and_without_the_padding_are_measured(random_sam, monkeypatch):
     monkeypatch.setattr(speed, "model", lambda name, device: (random_sam, False))
     monkeypatch.setattr(speed, "SHAPES", ((48, 96),))

@@ -101,7 +101,7 @@ def test_the_report_has_what_the_fit_found(random_sam, tmp_path):
     own = callback(random_sam, report=tmp_path / "report.html")
     trainer(own).validate(ByColor().eval(), loader(), verbose=False)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert html.escape(own.fitted_config.weights.found) in page
+    assert own.fitted_config.weights.found in html.unescape(page)
 
 
 def test_the_control_is_that_of_its_weights(random_sam):
@@ -241,6 +241,7 @@ def test_a_checkpoint_of_another_sam_is_refused(random_sam, tmp_path):
         tested.test(module, loader(6), ckpt_path=tmp_path / "fitted.ckpt", verbose=False)
 
 
+@pytest.mark.slow
 def test_log_and_report_have_the_weights_in_use(random_sam, tmp_path, caplog):
     caplog.set_level("INFO")
     page, module = tmp_path / "report.html", ByColor().eval()

@@ -80,6 +80,7 @@ def tiny_sam(seed):
     return SamPromptable(module, "tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refine", [REFINE, SMALL_DEFAULT], ids=["algorithm4", "default"])
 def test_weights_that_are_swapped_through_data_refine_the_next_epoch(refine):
     def figures(sam, *callbacks):

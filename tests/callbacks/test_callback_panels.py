@@ -73,6 +73,7 @@ def test_panels_are_drawn_at_the_given_interval_and_width(random_sam, tmp_path):
     assert Image.open(drawn).width == 500
 
 
+@pytest.mark.slow
 def test_a_report_holds_every_stage(random_sam, tmp_path):
     trainer, callback = run(random_sam, tmp_path, report=True)
     path = Path(trainer.log_dir) / "report.html"

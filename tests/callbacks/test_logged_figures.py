@@ -227,6 +227,7 @@ class TestClassesOfOneMean:
     def warnings_of(self, caught):
         return [str(one.message) for one in caught if "a class in no target" in str(one.message)]
 
+    @pytest.mark.slow
     def test_they_are_named_once_a_stage(self, random_sam, monkeypatch, tmp_path):
         callback = self.callback(random_sam, monkeypatch, report=tmp_path / "report.html")
         module = Segmenter("logits", channels=4)

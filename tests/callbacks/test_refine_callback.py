@@ -183,6 +183,7 @@ class TestSources:
         logged = run_validate(make(), precision="bf16-mixed")
         assert logged["val/miou_raw"] == pytest.approx(reference["val/miou_raw"], abs=0.02)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("returns", ["logits", "none"])
     def test_compiled_modules(self, make, reference, returns):
         module = torch.compile(Segmenter(returns), backend="eager")

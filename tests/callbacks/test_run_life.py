@@ -87,6 +87,7 @@ class Data(LightningDataModule):
         return loader(2, seed=9)
 
 
+@pytest.mark.slow
 def test_tuners_run_beside_the_callback_and_leave_no_trace_in_it(callback, tmp_path):
     module = Measured()
     trainer = trainer_of(callback, default_root_dir=tmp_path)

@@ -29,6 +29,7 @@ def raw_probs(module, image):
         return module(image[None])[0].float().softmax(dim=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["fast", "default"])
 def test_the_callback_logs_what_windows_give(random_sam, tmp_path, preset):
     config = replace(REFINE, points_per_side=RefineConfig.preset(preset).points_per_side)
@@ -63,6 +64,7 @@ def test_the_callback_logs_what_windows_give(random_sam, tmp_path, preset):
     assert len(list((tmp_path / "panels").glob("*.png"))) == 1
 
 
+@pytest.mark.slow
 def test_a_fusion_is_fitted_to_windows(random_sam):
     config = replace(REFINE, weights="auto")
     own = SAMRefineCallback(

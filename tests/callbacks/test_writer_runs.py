@@ -48,6 +48,7 @@ def test_barebones(complete, tmp_path, random_sam):
     assert {name: written[name] for name in labels} == {name: complete[name] for name in labels}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("returns", ["the scores", "nothing"])
 def test_compiled_modules_write_the_same_and_go_on_where_others_ended(complete, tmp_path, returns):
     class Quiet(Predicting):

@@ -138,6 +138,7 @@ def small(world, arguments):
     return [*given, *weights, *SMALL, *scenes]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lines", list(blocks()))
 def test_every_command_line_runs(here, lines, monkeypatch, capsys):
@@ -214,6 +215,7 @@ def test_a_network_that_would_ignore_the_predictions_or_is_for_scenes_is_refused
     assert not (tmp_path / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_relative_paths_hold_where_hydra_changes_the_folder(folder, here, monkeypatch):
     relative = os.path.relpath(folder, here)
     arguments = [word.replace(str(folder), relative) for word in folder_overrides(folder)]

@@ -80,6 +80,7 @@ def test_a_run_measures_what_the_files_say(folder, tmp_path, capsys, task):
     assert f"Logs, metrics.json and config.yaml: {tmp_path}\n" in printed
 
 
+@pytest.mark.slow
 def test_a_named_callback_is_reported_under_its_name(folder, tmp_path, capsys):
     result, metrics = execute(tmp_path, *overrides(folder, "callback.name=fast"))
     assert result == metrics["val/fast/miou_refined"]
@@ -136,6 +137,7 @@ def test_thresholds_reach_the_refiner_and_the_saved_config(folder, tmp_path):
     assert (saved.callback.num_classes, saved.callback.ignore_index) == (4, 255)
 
 
+@pytest.mark.slow
 def test_the_saved_config_runs_again(folder, tmp_path):
     result, metrics = execute(tmp_path / "first", *overrides(folder))
     again = OmegaConf.load(tmp_path / "first" / "config.yaml")
@@ -149,6 +151,7 @@ def test_the_saved_config_runs_again(folder, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_both_loggers_hold_the_figures(folder, tmp_path):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
@@ -345,6 +348,7 @@ def test_the_command_end_to_end(folder, tmp_path):
     assert "SAMRefineCallback: SAM small" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_job_refuses_in_one_sentence_or_shows_where(folder, tmp_path, monkeypatch):
     cfg = composed(tmp_path, *overrides(folder, "data.val.images=/no/images"))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -368,6 +372,7 @@ def test_a_missing_checkpoint_has_the_name_of_the_command_line(folder, tmp_path,
         _job(cfg)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_typos_and_helps_without_torch(tmp_path):
     block = "raise ImportError('too heavy')\n"
     for name in ("torch", "lightning", "torchvision"):
@@ -471,6 +476,7 @@ def test_metrics_that_are_not_finite_stay_valid_json(tmp_path):
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": 0.5, "b": None, "c": None}
 
 
+@pytest.mark.slow
 def test_every_job_of_a_sweep_has_a_wandb_run_of_its_own(folder, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="needs wandb (extra: loggers)")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -332,6 +332,7 @@ def points_tie(region: OracleRegion, probs: np.ndarray, stride: int) -> bool:
     return int((own == own.max()).sum()) > 1
 
 
+@pytest.mark.slow
 def test_refiner_equals_oracle_on_random_cases(official_sam):
     seen = Counter()
     for case in random_cases(RANDOM_CASES, seed=0):
@@ -345,6 +346,7 @@ def test_refiner_equals_oracle_on_random_cases(official_sam):
     assert not too_rare, dict(seen)
 
 
+@pytest.mark.slow
 def test_refiner_equals_oracle_on_drawn_cases(official_sam):
     @settings(
         max_examples=DRAWN_CASES,
@@ -386,6 +388,7 @@ def test_a_predicted_iou_at_the_threshold_is_rejected(official_sam):
     assert accepted.sum() == len(ious) - len(ious) // 2 - 1
 
 
+@pytest.mark.slow
 def test_the_fast_path_equals_the_oracle_wherever_a_pixel_is_decided(random_sam):
     seen, pixels, undecided = Counter(), 0, 0
     for case in random_cases(RANDOM_CASES // 3, seed=7):

@@ -88,6 +88,7 @@ def test_what_it_cannot_know(random_sam):
         deployed(pictures() / 255)
 
 
+@pytest.mark.slow
 def test_it_loads_no_lightning():
     use = "import sys, lightning_samrefine; lightning_samrefine.RefinedSegmenter"
     code = f"{use}; print('lightning' in sys.modules)"

@@ -115,6 +115,7 @@ def test_an_image_within_the_window_is_refined_as_a_whole(random_sam, preset):
     assert torch.equal(found.regions.masks, whole.regions.masks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["fast", "default"])
 def test_a_shifted_crop_differs_within_the_overlaps_reach_only(random_sam, preset):
     """A crop at a multiple of the step has windows of the image; the first ones lose a neighbor."""
@@ -246,6 +247,7 @@ def test_strips_change_nothing(random_sam, preset, monkeypatch):
     assert torch.equal(alone.labels, found.labels)
 
 
+@pytest.mark.slow
 def test_every_window_is_kept_by_the_cache():
     image, probs = large_case(classes=6, cells=(40, 52))  # no region larger than a window
     sam, cache = CountingSam(), EmbeddingCache("memory")
@@ -301,6 +303,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("preset", ["fast", "default"])
 def test_nothing_as_large_as_the_probabilities_is_allocated(random_sam, monkeypatch, preset, given):

@@ -58,6 +58,7 @@ def expected_rows(sam, dataset):
     return rows
 
 
+@pytest.mark.slow
 def test_images_csv_beside_the_report(make, random_sam, tmp_path):
     callback = make(report=True)
     trainer = Trainer(

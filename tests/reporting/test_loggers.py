@@ -81,6 +81,7 @@ def leveldb_records(data):
             parts = []
 
 
+@pytest.mark.slow
 def test_wandb_holds_scalars_and_pictures(random_sam, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="needs wandb (extra: loggers)")
     from lightning.pytorch.loggers import WandbLogger

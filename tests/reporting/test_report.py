@@ -198,6 +198,7 @@ def test_a_report_of_nothing_scored_is_still_a_page(tmp_path):
         write_report(path, [], FACTS)
 
 
+@pytest.mark.slow
 def test_a_thousand_images_stay_small(tmp_path):
     """Ten images of a photograph's size stand for a thousand, text and charts counted once."""
     sizes = []
@@ -209,6 +210,7 @@ def test_a_thousand_images_stay_small(tmp_path):
     assert (sizes[1] - sizes[0]) / 10 * 1000 + sizes[0] + regions < 30e6
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images():
     comparison, gallery = RefinementComparison(4, 255), Gallery(4, 255)
     for index in range(20):

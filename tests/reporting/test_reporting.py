@@ -75,6 +75,7 @@ class TestNames:
         assert figures(fit(both, Frozen())) == alone
         assert both[0].history[-1]["miou_refined"] != both[1].history[-1]["miou_refined"]
 
+    @pytest.mark.slow
     def test_their_panels_reports_and_pictures_lie_side_by_side(self, make, tmp_path):
         shown = {"panels": 1, "report": True}
         both = [make(name="fast", **shown), make(**shown)]
@@ -228,6 +229,7 @@ class TwoOptimizers(Segmenter):
 
 
 class TestSteps:
+    @pytest.mark.slow
     @pytest.mark.parametrize("module", [Segmenter, TwoOptimizers])
     def test_figures_and_pictures_lie_at_one_step(self, make, tmp_path, module):
         logger = TensorBoardLogger(tmp_path)
@@ -241,6 +243,7 @@ class TestSteps:
         assert [event.step for event in events.Images("val/panels")] == steps
         assert [entry["step"] for entry in callback.history] == steps
 
+    @pytest.mark.slow
     def test_several_validations_an_epoch_have_their_own_panels_and_places(self, make, tmp_path):
         logger = CSVLogger(tmp_path)
         callback = make(panels=1, report=True)
@@ -288,6 +291,7 @@ class TestFolders:
             "masks/second/report.html",
         ]
 
+    @pytest.mark.slow
     def test_a_folder_without_a_logger_keeps_every_runs_files(self, make, tmp_path):
         texts = []
         for seed in range(2):
@@ -306,6 +310,7 @@ class TestFolders:
         assert len(list(tmp_path.glob("*.html"))) == 2
         assert len(drawn(tmp_path)) == 3
 
+    @pytest.mark.slow
     def test_a_report_holds_the_runs_of_its_own_folder(self, make, tmp_path):
         callback = make(report=True)
         for name in ("first", "second"):
@@ -317,6 +322,7 @@ class TestFolders:
         with (tmp_path / "second" / "images.csv").open() as file:
             assert {row["evaluation"] for row in csv.DictReader(file)} == {"val"}
 
+    @pytest.mark.slow
     def test_an_evaluation_replaces_all_loaders_of_its_stage(self, make, tmp_path):
         callback = make(report=tmp_path / "r.html")
         trainer = Trainer(**SILENT, callbacks=[callback])

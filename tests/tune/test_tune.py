@@ -57,6 +57,7 @@ class CountingSAM:
 # --- the sweep -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignore_index", [255, 1])
 def test_every_cell_is_a_run_of_its_own(random_sam, monkeypatch, ignore_index):
     scoring = replace(SCORING, ignore_index=ignore_index)
@@ -229,6 +230,7 @@ def test_what_was_written_is_what_was_measured(folder, tuned, tmp_path):
     assert metrics["tune/miou_tuned"] >= metrics["tune/miou_raw"]
 
 
+@pytest.mark.slow
 def test_the_fit_is_that_of_a_validation(tmp_path, capsys):
     """The same weights, to the digit, as refine=auto finds on the same images."""
     frames = write_folder(tmp_path / "frames", count=9)

@@ -138,6 +138,7 @@ def test_folds_are_neighbors_and_cover_all():
 # --- data that SAM cannot help -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_where_the_raw_prediction_is_the_truth_nothing_is_refined(tmp_path, capsys):
     folder = write_folder(tmp_path / "data", count=3)
     for path in sorted((folder / "predictions").iterdir()):
