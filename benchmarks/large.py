@@ -82,7 +82,7 @@ def fitted(sam: Promptable, tiles: Sequence[Tile], classes: Sequence[str]) -> li
     from benchmarks.domains.pairs import IGNORED
     from lightning_samrefine.adapters.batch_adapter import RefineInputs
     from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
-    from lightning_samrefine.fit.auto import AutoFusion
+    from lightning_samrefine.fit.auto_fusion import AutoFusion
 
     preset, auto = RefineConfig.preset("auto"), AutoFusion(classes)
     refiner = AutoRefiner(Refiner(sam, preset), auto, IGNORED)

@@ -29,7 +29,7 @@ from lightning_samrefine import RefineConfig, Refiner, load_sam
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
 from lightning_samrefine.config import PRESETS
-from lightning_samrefine.fit.auto import AutoFusion, FittedFusion
+from lightning_samrefine.fit.auto_fusion import AutoFusion, FittedFusion
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.utils.precision import autocast, autocast_dtype
 

@@ -14,7 +14,7 @@ from benchmarks.domains.pairs import IGNORED, class_names, examples
 from lightning_samrefine import Refiner
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
-from lightning_samrefine.fit.auto import AutoFusion, FittedFusion
+from lightning_samrefine.fit.auto_fusion import AutoFusion, FittedFusion
 from lightning_samrefine.refine.results import Refinement
 
 

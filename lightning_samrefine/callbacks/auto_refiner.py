@@ -8,7 +8,7 @@ import torch
 
 from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.fit.auto import AutoFusion
+from lightning_samrefine.fit.auto_fusion import AutoFusion
 from lightning_samrefine.refine.cache.keys import image_digest
 from lightning_samrefine.refine.class_filter import restore_frozen_classes
 from lightning_samrefine.refine.fusion.features import FeatureMaps

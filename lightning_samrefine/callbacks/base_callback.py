@@ -12,7 +12,7 @@ from lightning_samrefine.adapters.target_values import IgnoreIndex
 from lightning_samrefine.callbacks.arguments import SharedArguments, check_trainer
 from lightning_samrefine.callbacks.run_state import RunState
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.fit.auto import FittedFusion
+from lightning_samrefine.fit.auto_fusion import FittedFusion
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache
 
 

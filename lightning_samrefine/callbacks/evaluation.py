@@ -18,7 +18,7 @@ from lightning_samrefine.adapters.forward_hooks import ScoresCapture
 from lightning_samrefine.adapters.nested import batch_size
 from lightning_samrefine.callbacks.collective import gather_on_zero
 from lightning_samrefine.callbacks.loader_evaluation import LoaderEvaluation
-from lightning_samrefine.callbacks.monitored_figures import (
+from lightning_samrefine.callbacks.logged_figures import (
     is_monitored,
     matches,
     warn_copies,
@@ -42,7 +42,7 @@ from lightning_samrefine.callbacks.step_outputs import (
     check_whole,
 )
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.fit.auto import TOO_FEW, AutoFusion
+from lightning_samrefine.fit.auto_fusion import TOO_FEW, AutoFusion
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.metrics.overlapping import OverlappingComparison
 from lightning_samrefine.metrics.paired_metrics import PairedMetrics

@@ -30,7 +30,7 @@ from lightning_samrefine.callbacks.arguments import (
 )
 from lightning_samrefine.callbacks.base_callback import SAMCallback
 from lightning_samrefine.callbacks.evaluation import Evaluation, EvaluationOptions
-from lightning_samrefine.callbacks.monitored_figures import (
+from lightning_samrefine.callbacks.logged_figures import (
     DEFAULT_LOG,
     DEFAULT_PROG_BAR,
     show_again,
@@ -38,7 +38,7 @@ from lightning_samrefine.callbacks.monitored_figures import (
 from lightning_samrefine.callbacks.presenter import Presenter
 from lightning_samrefine.callbacks.step_outputs import Prediction, parse_key
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.fit.auto import FittedFusion
+from lightning_samrefine.fit.auto_fusion import FittedFusion
 from lightning_samrefine.metrics.paired_metrics import parse_metrics
 from lightning_samrefine.models import Promptable
 from lightning_samrefine.refine.cache.embedding_cache import EmbeddingCache, make_cache

@@ -25,7 +25,7 @@ from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
 from lightning_samrefine.callbacks.collective import warn_on_this_process
 from lightning_samrefine.callbacks.safe_refiner import SafeRefiner, isolated_rng
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.fit.auto import AutoFusion, FittedFusion
+from lightning_samrefine.fit.auto_fusion import AutoFusion, FittedFusion
 from lightning_samrefine.fusion_weights import FusionWeights
 from lightning_samrefine.models import Promptable, load_sam
 from lightning_samrefine.models.base import accepts_masks, drop_derived

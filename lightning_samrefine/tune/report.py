@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_samrefine.config_files import write_refine
-from lightning_samrefine.fit.auto import TOO_FEW
+from lightning_samrefine.fit.auto_fusion import TOO_FEW
 from lightning_samrefine.metrics.bootstrap import BootstrapInterval, class_ious, mean_ious
 from lightning_samrefine.reporting.panels import save_figure
 from lightning_samrefine.tune.choice import gain

@@ -14,7 +14,7 @@ from lightning_samrefine.adapters.batch_adapter import RefineInputs
 from lightning_samrefine.callbacks.arguments import callbacks_of
 from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
 from lightning_samrefine.config import RefineConfig
-from lightning_samrefine.fit.auto import AutoFusion
+from lightning_samrefine.fit.auto_fusion import AutoFusion
 from lightning_samrefine.fit.verdict import Verdict
 from lightning_samrefine.metrics.bootstrap import BootstrapInterval, bootstrap_totals
 from lightning_samrefine.refine.refiner import Refiner

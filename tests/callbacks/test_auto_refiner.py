@@ -17,7 +17,7 @@ from lightning_samrefine.adapters.batch_adapter import BatchAdapter
 from lightning_samrefine.callbacks import auto_refiner
 from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
 from lightning_samrefine.config_files import read_refine, write_refine
-from lightning_samrefine.fit.auto import MIN_GROUPS, AutoFusion
+from lightning_samrefine.fit.auto_fusion import MIN_GROUPS, AutoFusion
 from lightning_samrefine.fusion_weights import FusionWeights
 from lightning_samrefine.models.sam import SamPromptable
 from lightning_samrefine.refine.cache import embedding_cache

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_samrefine import SAMRefineCallback
-from lightning_samrefine.callbacks.monitored_figures import warn_copies
+from lightning_samrefine.callbacks.logged_figures import warn_copies
 from lightning_samrefine.cli.main import run
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.reporting.summary import summary

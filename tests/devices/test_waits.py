@@ -19,7 +19,7 @@ from lightning_samrefine import RefineConfig, Refiner
 from lightning_samrefine.adapters.batch_adapter import BatchAdapter, RefineInputs
 from lightning_samrefine.callbacks.auto_refiner import AutoRefiner
 from lightning_samrefine.callbacks.safe_refiner import SafeRefiner
-from lightning_samrefine.fit.auto import AutoFusion
+from lightning_samrefine.fit.auto_fusion import AutoFusion
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.models.sam import SamPromptable
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from lightning_samrefine.fit.auto import MIN_GROUPS, AutoFusion, FittedFusion
+from lightning_samrefine.fit.auto_fusion import MIN_GROUPS, AutoFusion, FittedFusion
 from lightning_samrefine.fit.sample import ImageSample
 from lightning_samrefine.fusion_weights import FEATURES, LogLinear
 
