@@ -14,8 +14,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_samrefine.adapters.sample_names import IMAGE_SUFFIXES
 from lightning_samrefine.utils.validation import some_of
 
-LABEL_SUFFIXES = (".png",)
-PREDICTION_SUFFIXES = (".png", ".npz")
+# By attribute of `FolderSplit`: what a file is, and the endings of its name.
+_KINDS = {
+    "images": ("image", IMAGE_SUFFIXES),
+    "labels": ("label map", (".png",)),
+    "predictions": ("stored prediction", (".png", ".npz")),
+}
 
 
 @dataclass(frozen=True)
@@ -95,37 +99,25 @@ def pair_files(split: FolderSplit) -> list[SampleFiles]:
         FileNotFoundError: A folder or a file is missing, with its stem.
         ValueError: Two files with the same stem, or an invalid stems file.
     """
-    images = _by_stem(Path(split.images or ""), "images", IMAGE_SUFFIXES)
-    labels = (
-        _by_stem(Path(split.labels), "labels", LABEL_SUFFIXES) if split.labels is not None else None
-    )
-    stored = (
-        _by_stem(Path(split.predictions), "predictions", PREDICTION_SUFFIXES)
-        if split.predictions is not None
-        else None
-    )
+    found = {
+        key: _by_stem(Path(folder), key, suffixes)
+        for key, (_, suffixes) in _KINDS.items()
+        if (folder := getattr(split, key)) is not None
+    }
+    images = found["images"]
     if split.stems is None:
         _warn_of_nested(list(images.values()), split)
     stems = sorted(images) if split.stems is None else _read_stems(Path(split.stems))
-    for what, found, folder in (
-        ("image", images, split.images),
-        ("label map", labels, split.labels),
-        ("stored prediction", stored, split.predictions),
-    ):
-        missing = [stem for stem in stems if found is not None and stem not in found]
+    for key, files in found.items():
+        missing = [stem for stem in stems if stem not in files]
         if missing:
             raise FileNotFoundError(
-                f"{folder} must hold one {what} for each of {len(stems)} stems, got none for "
-                f"{len(missing)}: {some_of(missing)}"
+                f"{getattr(split, key)} must hold one {_KINDS[key][0]} for each of {len(stems)} "
+                f"stems, got none for {len(missing)}: {some_of(missing)}"
             )
+    labels, predictions = found.get("labels", {}), found.get("predictions", {})
     return [
-        SampleFiles(
-            stem,
-            images[stem],
-            labels[stem] if labels is not None else None,
-            stored[stem] if stored is not None else None,
-        )
-        for stem in stems
+        SampleFiles(stem, images[stem], labels.get(stem), predictions.get(stem)) for stem in stems
     ]
 
 
