@@ -59,14 +59,10 @@ def score_regions(regions: Regions, raw: Tensor, target: Tensor, valid: Tensor) 
 
     Returns:
         Scores on the CPU.
-
-    Raises:
-        ValueError: Regions without masks.
     """
     if regions.windows:
         return _score_windows(regions, raw, target, valid)
-    if regions.masks is None:
-        raise ValueError("regions must have masks, as a refinement returns them, got none")
+    assert regions.masks is not None
     (height, width), (rows, columns) = target.shape, regions.masks.shape[1:]
     y = (torch.arange(rows) + 0.5) * (height / rows)
     x = (torch.arange(columns) + 0.5) * (width / columns)

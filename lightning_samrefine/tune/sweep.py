@@ -42,9 +42,9 @@ class Sweep:
                 once per pair of the grid.
             inputs: B samples with targets.
         """
-        targets = _targets(inputs)
+        assert inputs.targets is not None  # the callback needs them
         for index in range(len(inputs)):
-            truth = Truth(inputs.labels[index], targets[index], self.scoring)
+            truth = Truth(inputs.labels[index], inputs.targets[index], self.scoring)
             refined = self.labels(
                 refiner, inputs.images[index], inputs.probs[index], inputs.labels[index]
             )
@@ -100,11 +100,11 @@ class Trial:
         Raises:
             ValueError: Other images than in the sweep, or in another order.
         """
-        targets = _targets(inputs)
+        assert inputs.targets is not None  # the callback needs them
         for index in range(len(inputs)):
             number = len(self.counts)
             raw = inputs.labels[index]
-            truth = Truth(raw, targets[index], self._scoring)
+            truth = Truth(raw, inputs.targets[index], self._scoring)
             if number >= len(self._raw) or not np.array_equal(truth.totals, self._raw[number]):
                 raise ValueError(
                     "task=tune: the validation loader must yield the same images on both passes, "
@@ -118,12 +118,6 @@ class Trial:
                 for config in dict.fromkeys(configs)
             }
             self.counts.add(truth.totals, [found[config] for config in configs])
-
-
-def _targets(inputs: RefineInputs) -> Sequence[Tensor] | Tensor:
-    if inputs.targets is None:
-        raise ValueError("targets must be given to choose thresholds by them, got None")
-    return inputs.targets
 
 
 def _refined(refiner: Refiner, config: RefineConfig, inputs: RefineInputs, index: int) -> Tensor:
