@@ -1,8 +1,8 @@
 """Train the tiny SAM from scratch on scenes, with the prompts that refinement makes.
 
-    python benchmarks/train_tiny_sam.py                  # train, export, evaluate
-    python benchmarks/train_tiny_sam.py --resume         # go on from the last checkpoint
-    python benchmarks/train_tiny_sam.py --eval-only      # table of the exported weights
+    python -m benchmarks.train_tiny_sam                  # train, export, evaluate
+    python -m benchmarks.train_tiny_sam --resume         # go on from the last checkpoint
+    python -m benchmarks.train_tiny_sam --eval-only      # table of the exported weights
 
 A coarse segmenter is simulated from exact labels: its probabilities give regions, boxes, interior
 points and mask prompts as Algorithm 4 makes them, and the target of a region is the true component
@@ -23,7 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from coarse_prompts import (
+from safetensors.torch import load_file, save_file
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.coarse_prompts import (
     GRID,
     MASK_PROMPT_SCALE,
     MIN_REGION_AREA,
@@ -32,11 +37,6 @@ from coarse_prompts import (
     simulate_coarse,
     training_prompts,
 )
-from safetensors.torch import load_file, save_file
-from segment_anything.modeling import Sam
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from lightning_samrefine.demo.scenes import CLASS_NAMES, Scene, make_scene
 from lightning_samrefine.models.tiny import EMBED_DIM, EMBED_STRIDE, IMAGE_SIZE, build_tiny_sam
 
