@@ -288,7 +288,7 @@ class BatchAdapter:
         if self.function is None and self.scores_key is None:
             search.check_view(roles, calls)
         is_overlapping = self.scores_kind == "multilabel"
-        kind = self._settled_kind(scores, kind)
+        kind = self._settled_kind(scores, kind, captured)
         padding = None
         if self.function is None:
             container = batch if image.source == "batch" else outputs
@@ -310,7 +310,7 @@ class BatchAdapter:
         colors, has_probs = self.rgb.describe(image.value), converted.has_network_probs
         return Reading(inputs, roles, kind, has_probs, padding, colors, slices, is_overlapping)
 
-    def _settled_kind(self, scores: Found, kind: ScoresKind) -> ScoresKind:
+    def _settled_kind(self, scores: Found, kind: ScoresKind, captured: Tensor | None) -> ScoresKind:
         """Return the kind of scores; that of a single map with overlapping classes.
 
         ``"auto"`` is left where the values of each image decide.
@@ -331,7 +331,7 @@ class BatchAdapter:
                     f"in [0, 1], got {scores}"
                 ) from error
         if kind == "auto" and self._num_classes == 2 and _has_one_channel(value):
-            return self.binary(value, name)
+            return self.binary(value, name, captured)
         if kind == "auto":
             refuse_unclear_sums(value, str(scores))
         return kind

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, product
 from typing import Any, TypeAlias
 from weakref import ReferenceType, ref
 
@@ -32,6 +34,8 @@ Given: TypeAlias = list[list[Samples]]
 _NOTED_BATCHES = 3
 # Flips and rotations of an image; more calls are of windows, whose scores would be kept for long.
 _MAX_VIEWS = 8
+# Names of children whose output is no segmentation, even with the shape of scores.
+_OTHER_TASKS = re.compile(r"(^|_)(edge|bound|contour|depth|flow|recon|autoenc|disc|critic|uncert)")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,15 @@ class _Seen:
     def found(self) -> Found:
         return Found(f"self.{self.name}(…)", (), self.values)
 
+    def rivals(self, own: _Seen) -> bool:
+        """Whether a child's scores may be the prediction beside the module's own.
+
+        A critic is given scores, and returns one channel of fewer pixels.
+        """
+        is_small = self.values.shape[1] == 1 and self.values.numel() < own.values[:, :1].numel()
+        pairs = product(*(chain.from_iterable(one.given) for one in (self, own)))
+        return self.is_rival and not (is_small and not any(shares_memory(*pair) for pair in pairs))
+
     def is_among(self, values: Sequence[Any]) -> bool:
         """Whether a module's arguments hold these scores."""
         scores = self.scores()
@@ -80,8 +93,8 @@ class ScoresCapture:
     after a head), its output replaces them, unless it changes their channels or is smaller, as
     with a critic. Scores from several independent calls (windows, flips, auxiliary heads) are
     ambiguous: which of them the step evaluates is unknown. So are those of another network beside
-    the module's own (an average of its weights, a teacher) and label maps that a module returned,
-    if they give other labels.
+    the module's own (an average of its weights, a teacher; not a critic, nor one named for another
+    task, such as ``depth_net``) and label maps that a module returned, if they give other labels.
 
     A copy is captured: a loss or a metric may change its input in place.
 
@@ -164,7 +177,8 @@ class ScoresCapture:
             if notes_inputs and len(some) <= _MAX_VIEWS:
                 self.calls = [NetworkCall(one.values, one.given) for one in some]
             if len(some) == 1:
-                self.rivals = [*(one.found for one in others if one.is_rival and own), *labels]
+                rivals = [one.found for one in others if own and one.rivals(own[0])]
+                self.rivals = [*rivals, *labels]
                 return some[0].values, f"scores from {who}"
             if some:
                 return None, f"scores from {len(some)} calls of {who}, ambiguous"
@@ -246,6 +260,7 @@ class ScoresCapture:
             is_late = any(one.name is None for one in self._calls)
             inputs = images_in(values, self._channels | {scores.shape[1]})
             is_rival = any(is_late or not recolors(scores, one) for one in inputs)
+            is_rival &= not _OTHER_TASKS.search(name.lower())
         followed = [one for one in followed if one.name is not None]
         self._calls = [one for one in self._calls if not any(one is other for other in followed)]
         # Scores computed from others have the same view.

@@ -24,6 +24,7 @@ from lightning_samrefine.adapters.candidates import (
     ambiguous,
     distinct,
     has_pixels,
+    is_copy,
     is_image,
     is_target,
     items,
@@ -168,15 +169,19 @@ class RoleSearch:
         """Whether a step's scores have the network's view of the image.
 
         They have if they agree at least as well with the network's scores as with these turned
-        back: a step may have changed them otherwise (a threshold, a smoothing). What is cropped
-        cannot be turned back: then they have if they agree in most pixels.
+        back: a step may have changed them otherwise (a threshold, a smoothing). Labels that are
+        the same in both views leave it to the values. What is cropped cannot be turned back: then
+        they have if they agree in most pixels.
         """
         share = ScoresAgreement(self.num_classes, self.scores_kind).share_differing
         back = turned_back(items(hook.value)[0], view)
         try:
             differing = share(scores, hook, image)
             if back is not None:
-                return differing <= share(scores, replace(hook, value=back), image)
+                differing_back = share(scores, replace(hook, value=back), image)
+                if differing == differing_back == 0:  # such as one class everywhere
+                    return is_copy(scores.value, hook.value) and not is_copy(scores.value, back)
+                return differing <= differing_back
         except ValueError:  # of another size than the image: cropped or resized by the step
             return False
         return differing <= _CHANGED_BY_STEP or (view == CROPPED and same_size(scores, hook))

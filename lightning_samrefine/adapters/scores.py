@@ -102,12 +102,15 @@ class BinaryKind:
     def __init__(self) -> None:
         self.settled: str | None = None
 
-    def __call__(self, scores: Sequence[Tensor] | Tensor, name: str = "") -> ScoresKind:
+    def __call__(
+        self, scores: Sequence[Tensor] | Tensor, name: str = "", network: Tensor | None = None
+    ) -> ScoresKind:
         """Return the kind to pass to `to_probs`, ``"auto"`` if it is clear from the values.
 
         Args:
             scores: (B, 1, h, w), (B, h, w), or a list of B without the first dimension.
             name: Key of the scores.
+            network: The network's own scores, (B, 1, h, w), whose sigmoid is a probability.
 
         Raises:
             WrongValuesError: Values outside [0, 1] after those of earlier batches were read as
@@ -143,6 +146,7 @@ class BinaryKind:
             )
         if inside and self.settled is None:
             undecided = low > _EXTREME and high < 1 - _EXTREME and "prob" not in name.lower()
+            undecided = undecided and not _is_sigmoid(scores, network)
             if undecided or "logit" in name.lower():
                 raise ValueError(
                     "scores_kind must be 'logits' or 'probs' if scores of one channel"
@@ -151,6 +155,14 @@ class BinaryKind:
                 )
         self.settled = "probs" if inside else "logits"
         return "auto" if inside else "logits"
+
+
+def _is_sigmoid(scores: Sequence[Tensor] | Tensor, logits: Tensor | None) -> bool:
+    """Whether scores are the sigmoid of others, except for rounding."""
+    if logits is None or not isinstance(scores, Tensor) or scores.numel() != logits.numel():
+        return False
+    pair = scores.detach().flatten().float(), logits.to(scores.device).flatten().float().sigmoid()
+    return torch.allclose(*pair, rtol=0, atol=_DEFAULT_SUM_TOLERANCE, equal_nan=True)
 
 
 def refuse_unclear_sums(scores: Samples, name: str) -> None:

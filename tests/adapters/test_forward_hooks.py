@@ -239,6 +239,39 @@ class Classes(nn.Module):
         return logits.argmax(dim=1)
 
 
+class Adversarial(nn.Module):
+    """A network of one channel beside others that predict no classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.ema = nn.Conv2d(3, 1, 1), nn.Conv2d(3, 1, 1)
+        self.small = nn.Conv2d(3, 1, 2, 2)
+        self.depth_net, self.critics = nn.Conv2d(3, 1, 1), nn.Conv2d(4, 1, 2, 2)
+        self.patches = nn.Conv2d(1, 1, 2, 2)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    ("step", "places"),
+    [
+        (lambda m: m.patches(m(X).sigmoid()), []),
+        (lambda m: m.critics(torch.cat([X, m(X).sigmoid()], dim=1)), []),
+        (lambda m: (m(X), m.depth_net(X)), []),
+        (lambda m: (m(X), m.ema(X)), ["self.ema(…)"]),
+        (lambda m: (m(X), m.small(X)), ["self.small(…)"]),
+    ],
+)
+def test_critics_and_networks_of_other_tasks_are_not_listed(step, places):
+    module = Adversarial()
+    capture = ScoresCapture(module, 2)
+    capture.arm()
+    step(module)
+    assert capture.take()[0].shape[-2:] == X.shape[-2:]
+    assert [one.place for one in capture.rivals] == places
+
+
 @pytest.mark.parametrize(
     ("step", "places"),
     [

@@ -111,6 +111,24 @@ def test_scores_that_are_turned_back_are_measured(random_sam, returns):
     assert logged["val/miou_raw"] == pytest.approx(float(module.metric.compute()), abs=1e-6)
 
 
+@pytest.mark.parametrize("returns", ["dict", "probs", "labels"])
+@pytest.mark.parametrize("weight", [0.0, 1e-3])
+def test_scores_of_an_untrained_network_that_are_turned_back_are_measured(
+    random_sam, returns, weight
+):
+    """One class everywhere looks alike from both sides."""
+    module = Step(lambda x, t: (x.flip(-1), t), lambda logits: logits.flip(-1), returns=returns)
+    with torch.no_grad():
+        module.network.weight.mul_(weight)
+        module.network.bias.copy_(torch.arange(NUM_CLASSES) - 1.0)
+    logged = validate(random_sam, module)
+    assert logged["val/miou_raw"] == pytest.approx(float(module.metric.compute()), abs=1e-6)
+    if returns == "dict" and weight:
+        module.after = None
+        with pytest.raises(ValueError, match=r"scores must be of batch\['image'\]"):
+            validate(random_sam, module)
+
+
 @pytest.mark.parametrize("view", ["flip", "turn", "half", "zoom"])
 @pytest.mark.parametrize("returns", ["dict", "probs", "labels"])
 def test_scores_of_another_view_are_refused_whatever_the_step_does_to_them(

@@ -1090,6 +1090,12 @@ class TestOneChannel:
         labels = BatchAdapter(2)(self.BATCH, {"probs": self.LOW}).labels
         assert torch.equal(labels, (self.LOW[:, 0] > 0.5).long())
 
+    def test_the_sigmoid_of_an_untrained_networks_scores_is_a_probability(self):
+        logits = LOGITS[:, :1] / LOGITS.abs().max()
+        for outputs in (logits.sigmoid(), {"y_hat": logits.sigmoid()[:, 0]}):
+            labels = BatchAdapter(2)(self.BATCH, outputs, logits).labels
+            assert torch.equal(labels, (logits[:, 0] > 0).long())
+
     @pytest.mark.parametrize("name", ["logits", "seg_logits"])
     def test_a_name_and_values_that_contradict_each_other_are_ambiguous(self, name):
         with pytest.raises(ValueError, match=r"scores_kind must be.*logits.*0\.\d+ to 0\.\d+"):
