@@ -123,15 +123,17 @@ def warn_shifted(result: ComparisonResult) -> None:
 
     It is certain where a class at the end occurs in no target, the network predicts the neighbor
     of two classes or more on most of their pixels (of one class, a network that predicts a single
-    class would do so), and far more pixels agree with the neighbor than with the class.
+    class would do so), and most pixels agree with the neighbor (an untrained network's do not),
+    far more than with the class.
     """
     matrix = result.matrices["raw"][-1]
     pixels, classes = matrix.sum(dim=1), torch.arange(len(matrix))
     most = torch.where(2 * matrix.amax(dim=1) > pixels, matrix.argmax(dim=1), -2)
     for shift, absent in ((-1, 0), (1, -1)):
         moved = int((most == classes + shift)[pixels > 0].sum()) >= 2
-        is_better = matrix.diagonal(shift).sum() > 2 * matrix.diagonal().sum()
-        if int(pixels[absent]) == 0 and moved and bool(is_better):
+        others = max(2 * int(matrix.diagonal().sum()), int(matrix.sum()) // 2)
+        is_better = int(matrix.diagonal(shift).sum()) > others
+        if int(pixels[absent]) == 0 and moved and is_better:
             change = "1 less" if shift < 0 else "1 more"
             rank_zero_warn(
                 f"SAMRefineCallback: the predicted classes are {change} than the targets in the "

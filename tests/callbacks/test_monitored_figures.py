@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_samrefine import SAMRefineCallback
-from lightning_samrefine.callbacks.logged_figures import warn_copies
+from lightning_samrefine.callbacks.logged_figures import warn_copies, warn_shifted
 from lightning_samrefine.cli.main import run
 from lightning_samrefine.metrics.comparison import RefinementComparison
 from lightning_samrefine.reporting.summary import summary
@@ -212,3 +212,13 @@ class TestShiftedLabels:
     )
     def test_no_evidence(self, random_sam, targets, shift):
         assert self.warnings_of(random_sam, targets, shift) == []
+
+    def test_an_untrained_network_is_no_evidence(self):
+        """It predicts the neighbors of two classes, and most pixels as anything else."""
+        targets = torch.tensor([0, 1, 3, 4]).repeat_interleave(10)[None, None]
+        raw = torch.tensor([1] * 6 + [3] * 14 + [4] * 6 + [2] * 4 + [1] * 10)[None, None]
+        comparison = RefinementComparison(6, IGNORE)
+        comparison.update(raw, raw, targets)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warn_shifted(comparison.result())
