@@ -13,7 +13,7 @@ from lightning_samrefine.metrics.comparison import SIDES, ComparisonResult
 
 
 def different_classes(result: ComparisonResult) -> str | None:
-    """Return a sentence on the classes of one mean alone, None where both have the same."""
+    """Return a sentence on the classes of one mean alone, None if the gain is the same without."""
     raw, refined = (~result.scores[side]["iou"].isnan() for side in SIDES)
     alone = {"raw": raw & ~refined, "refined": refined & ~raw}
     found = [
@@ -21,11 +21,12 @@ def different_classes(result: ComparisonResult) -> str | None:
         for side, only in alone.items()
         if (classes := only.nonzero()[:, 0].tolist())
     ]
-    if not found:
-        return None
     before, after = (result.scores[side]["miou"].item() for side in SIDES)
+    same, gain = (round(100 * one, 2) for one in (result.same_classes_gain, after - before))
+    if not found or same == gain:
+        return None
     return (
         "a class in no target counts, with an IoU of 0, in the mIoU of a prediction that has it "
         f"({'; '.join(found)}); over the {int((raw & refined).sum())} classes of both means the "
-        f"gain is {100 * result.same_classes_gain:+.2f} points, not {100 * (after - before):+.2f}"
+        f"gain is {same:+.2f} points, not {gain:+.2f}"
     )

@@ -205,6 +205,15 @@ def test_classes_of_one_mean_alone_are_named():
     )
 
 
+def test_classes_that_leave_the_gain_as_it_is_are_not_named():
+    """As those of a network before its training, which has no class right."""
+    comparison = RefinementComparison(3)
+    target = torch.zeros(1, 1, 4, dtype=torch.long)
+    comparison.update(target + 2, target + 1, target)
+    assert comparison.compute()["miou_gain_same_classes"] == comparison.compute()["miou_gain"] == 0
+    assert different_classes(comparison.result()) is None
+
+
 @settings(max_examples=60, deadline=None)
 @given(label_maps())
 def test_an_images_miou_is_that_of_its_targets_classes(case):
