@@ -280,7 +280,8 @@ class RoleSearch:
     ) -> tuple[Found | None, Found | None] | None:
         """Return a step's output image and target, if their size differs from the batch's.
 
-        Such a step has cropped or resized them, and its scores belong to the returned ones.
+        Such a step has cropped or resized them, and its scores belong to the returned ones. Fewer
+        samples are examples for a picture.
         """
         returned = [o for o in of("outputs", named(outputs, IMAGE_NAMES)) if self.shows(o.value)]
         truths = [
@@ -289,6 +290,8 @@ class RoleSearch:
             if self._fits_target(one.value)
         ]
         if not returned or not truths or not images or same_size(returned[0], images[0]):
+            return None
+        if len(returned[0].value) < len(images[0].value):
             return None
         return self._pair(distinct(returned), distinct(truths))
 

@@ -1057,6 +1057,15 @@ def test_one_sample_s_two_channels_are_no_batch_of_two():
         BatchAdapter(2)(batch, outputs)
 
 
+def test_an_example_that_the_step_returns_is_not_the_batch():
+    """Its first sample, for a picture."""
+    labels = LOGITS.argmax(dim=1)
+    outputs = {"loss": LOSS, "input": IMAGE[:1], "prediction": labels[:1], "gt": TARGET[:1]}
+    inputs = BatchAdapter(C)((IMAGE, TARGET), outputs, LOGITS)
+    assert torch.equal(inputs.labels, labels)
+    assert torch.equal(inputs.targets, TARGET)
+
+
 class TestOneChannel:
     """Logits of one channel may lie in [0, 1] by accident, as an untrained network's do."""
 
