@@ -89,9 +89,10 @@ class ScoresCapture:
 
     Hooks are on the module itself, for steps that call ``self(x)``, and on its children, for
     those that call ``self.model(x)``; the module's own output has precedence over those of the
-    children that it calls. If the input of a child is scores and no target (such as an upsampling
-    after a head), its output replaces them, unless it changes their channels or is smaller, as
-    with a critic. Scores from several independent calls (windows, flips, auxiliary heads) are
+    children that it calls, as has a child's over those of children that it wraps. If the input of a
+    child is scores and no target (such as an upsampling after a head), its output replaces them,
+    unless it changes their channels or is smaller, as with a critic. Scores from several
+    independent calls (windows, flips, auxiliary heads) are
     ambiguous: which of them the step evaluates is unknown. So are those of another network beside
     the module's own (an average of its weights, a teacher; not a critic, nor one named for another
     task, such as ``depth_net``) and label maps that a module returned, if they give other labels.
@@ -136,6 +137,7 @@ class ScoresCapture:
             try:
                 hook = partial(self._on_child, name)
                 self._handles.append(child.register_forward_hook(hook, with_kwargs=True))
+                self._handles.append(child.register_forward_pre_hook(self._before_child))
             except Exception:  # special kinds of modules may raise anything
                 self._without_hooks.append(f"{name!r} ({type(child).__name__})")
 
@@ -205,6 +207,7 @@ class ScoresCapture:
         self._calls: list[_Seen] = []
         self._labels: list[Found] = []
         self._before: list[int] = []  # number of calls before each running call of the module
+        self._before_children: list[int] = []  # the same of its children
         self._misfit: Tensor | None = None
         self._queries = False
         self._several: list[str] = []
@@ -218,6 +221,10 @@ class ScoresCapture:
     def _before_own(self, module: nn.Module, inputs: Any) -> None:
         if not _is_step(inputs):
             self._before.append(len(self._calls))
+
+    def _before_child(self, module: nn.Module, inputs: Any) -> None:
+        if self._armed:
+            self._before_children.append(len(self._calls))
 
     def _on_own(
         self, module: nn.Module, inputs: Any, kwargs: Mapping[str, Any], output: Any
@@ -246,12 +253,14 @@ class ScoresCapture:
     ) -> None:
         if not self._armed:
             return
+        start = self._before_children.pop() if self._before_children else len(self._calls)
         values = (*inputs, *kwargs.values())
         images = self._note(values, output) if self._notes_inputs else []
         if not self._before:
             self._note_labels(f"self.{name}(…)", output)
         if (scores := self._scores_in(output)) is None:
             return
+        self._calls = self._calls[:start]  # a child that it calls, as a wrapper does
         given = [value for value in values if isinstance(value, Tensor)]
         followed = [one for one in self._calls if _follows(scores, one, given)]
         is_rival = self._notes_inputs and any(one.name is None for one in followed)

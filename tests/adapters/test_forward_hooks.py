@@ -239,6 +239,37 @@ class Classes(nn.Module):
         return logits.argmax(dim=1)
 
 
+class Wrapped(nn.Module):
+    """A network, and a child that calls it for several views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, C, 1)
+        self.views = Views(self.body)
+
+
+class Views(nn.Module):
+    def __init__(self, inner) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return (self.inner(x) + self.inner(x.flip(-1)).flip(-1)) / 2
+
+
+def test_a_child_precedes_the_children_that_it_calls():
+    module = Wrapped()
+    capture = ScoresCapture(module, C)
+    for _ in range(2):
+        capture.arm()
+        expected = module.views(X)
+        assert torch.equal(capture.take()[0], expected)
+    capture.arm()
+    module.body(X)
+    module.views(X)
+    assert capture.take() == (None, "scores from 2 calls of the module's children, ambiguous")
+
+
 class Adversarial(nn.Module):
     """A network of one channel beside others that predict no classes."""
 
