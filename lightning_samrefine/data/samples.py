@@ -15,10 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_samrefine.adapters.target_values import (
-    describe_others,
-    holds_others,
-)
+from lightning_samrefine.adapters.target_values import describe_others, holds_others
 from lightning_samrefine.data.image_files import check_depth, gray_step, opened, readable
 
 Sample = dict[str, Any]

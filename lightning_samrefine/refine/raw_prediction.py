@@ -53,10 +53,7 @@ class RawPrediction:
             torch.arange(size, device=self.probs.device) * length // size
             for size, length in zip(hw, self.image_hw, strict=True)
         )
-        if self.given_labels is not None:
-            labels = self.given_labels[rows][:, columns]
-        else:
-            labels = first_argmax(torch.stack([own[rows][:, columns] for own in self.probs]))
+        labels = labels_at(self.given_labels, self.probs, rows, columns)
         # A class at a time, for windows of a large image leave its probabilities where they are.
         probs = [antialiased(own[None], hw)[0].clamp(0, 1) for own in self.probs]
         image = antialiased(self.image, hw).round().clamp(0, 255)
@@ -127,6 +124,20 @@ def checked_labels(labels: Tensor, probs: Tensor) -> Tensor:
             f"probabilities, got {tuple(labels.shape)}"
         )
     return labels.to(device=probs.device, dtype=torch.int64)
+
+
+def labels_at(labels: Tensor | None, probs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the labels of the pixels in some rows and columns, (h, w) int64.
+
+    Args:
+        labels: (H, W) int64; None for the argmax of ``probs``.
+        probs: (C, H, W) float32.
+        rows: (h,) int64.
+        columns: (w,) int64.
+    """
+    if labels is None:
+        return first_argmax(probs[:, rows[:, None], columns])
+    return labels.index_select(0, rows).index_select(1, columns)
 
 
 def first_argmax(probs: Tensor) -> Tensor:

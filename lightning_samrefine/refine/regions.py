@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_samrefine.refine.clicks import click_positions
-from lightning_samrefine.refine.raw_prediction import first_argmax
+from lightning_samrefine.refine.raw_prediction import labels_at
 from lightning_samrefine.utils.device import Download, upload
 from lightning_samrefine.utils.validation import check_range
 
@@ -177,10 +177,7 @@ def _downsample(labels: Tensor | None, probs: Tensor, stride: int) -> tuple[Tens
         _nearest(source, target, probs.device)
         for source, target in zip(image_hw, size, strict=True)
     )
-    if labels is None:
-        labels_d = first_argmax(probs[:, rows[:, None], columns])
-    else:
-        labels_d = labels.index_select(0, rows).index_select(1, columns)
+    labels_d = labels_at(labels, probs, rows, columns)
     unknown = (labels_d < 0) | (labels_d >= num_classes)
     probs_d = F.interpolate(probs[None], size, mode="bilinear", align_corners=False)[0]
     return labels_d.masked_fill_(unknown, num_classes), probs_d
